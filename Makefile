@@ -1,0 +1,47 @@
+# tfm.h: `make` builds the programs into build/, `make demo` writes a story, `make test` runs the tests.
+# CC=clang, OPENMP=0 (one thread), CFLAGS=... as usual.
+
+CC ?= cc
+CFLAGS ?= -O2
+WARNINGS = -Wall -Wextra -Wpedantic -Wshadow -Wconversion
+OPENMP ?= 1
+ifeq ($(OPENMP),1)
+# Only if the compiler and its OpenMP library are both there: without them everything works on one thread.
+THREADS := $(shell printf '\#include <omp.h>\nint main(void) { return omp_get_max_threads() < 1; }\n' \
+	| $(CC) -fopenmp -x c - -o /dev/null 2>/dev/null && echo -fopenmp)
+endif
+BUILD_C = $(CC) -std=c99 $(CFLAGS) $(WARNINGS) $(THREADS)
+
+PROGRAMS = build/tfm build/gpt2 build/minimal
+TESTS = $(sort $(wildcard tests/test_*.c))
+MODEL = examples/models/stories.tfm
+
+.PHONY: all demo test clean
+all: $(PROGRAMS)
+
+build/tfm: tools/tfm.c tfm.h
+	@mkdir -p build
+	$(BUILD_C) $< -o $@ -lm
+
+build/%: examples/%.c tfm.h
+	@mkdir -p build
+	$(BUILD_C) $< -o $@ -lm
+
+# A story, written as you watch.
+PROMPT = Once upon a time, there was a little bear who
+demo: build/gpt2
+	@printf '%s' '$(PROMPT)'
+	@build/gpt2 -m $(MODEL) -p '$(PROMPT)' -n 250 --temp 0.8 --top-k 40 --seed 7
+
+build/test_objects/%.o: tests/%.c tests/test.h tfm.h
+	@mkdir -p build/test_objects
+	$(BUILD_C) -c $< -o $@
+
+build/tests: $(TESTS:tests/%.c=build/test_objects/%.o)
+	$(CC) $(CFLAGS) $(THREADS) $^ -o $@ -lm
+
+test: all build/tests
+	@build/tests
+
+clean:
+	rm -rf build

@@ -1,0 +1,5578 @@
+/* tfm.h - v0.1 - Transformer inference in one C header - MIT licence, see the end of the file
+ *
+ * In ONE C or C++ file, before the include, write
+ *     #define TFM_IMPLEMENTATION
+ *     #include "tfm.h"
+ * and everywhere else just include it. C99 or C++11 and up; needs libc and libm, uses OpenMP when compiled with it.
+ */
+#ifndef TFM__TIER /* The header includes itself to compile its vector kernels once for each instruction set: floor c. */
+#ifndef TFM_H
+#define TFM_H
+
+/* =====================================================================================================================
+ * THE MANUAL
+ * =====================================================================================================================
+ *
+ * WHAT IT IS
+ *
+ *   tfm.h runs Transformer models on a CPU. A checkpoint from PyTorch is converted once, by tools/convert.py, into a
+ *   flat binary file; the library maps that file and runs it:
+ *
+ *     #define TFM_IMPLEMENTATION
+ *     #include "tfm.h"
+ *
+ *     static int print(void *user, const char *text, size_t size) {
+ *         return fwrite(text, 1, size, (FILE *)user) != size;
+ *     }
+ *
+ *     int main(void) {
+ *         tfm_error error = {0};
+ *         tfm_model *model = tfm_load("gpt2.tfm", NULL, &error);
+ *         tfm_session *session = model ? tfm_session_create(model, NULL, &error) : NULL;
+ *         tfm_generate_options options = {0};
+ *         options.max_tokens = 100;
+ *         if (!session || tfm_generate(session, "Once upon a time", &options, print, stdout, &error) != TFM_OK)
+ *             fprintf(stderr, "%s\n", error.message);
+ *         tfm_session_free(session);
+ *         tfm_free(model);
+ *         return error.status != TFM_OK;
+ *     }
+ *
+ *   (In C++ write `tfm_error error = {};` and likewise for the options.)
+ *
+ * THE IDEAS
+ *
+ *   A Transformer is data. The library knows no model family by name: a .tfm file describes its model (which norm, where;
+ *   which positions; how many heads; which activation; ...) and one forward pass runs every description. The same
+ *   layers are public: fill a tfm_block with your own weights and call tfm_block_forward.
+ *
+ *   tfm_model     what was loaded. Never changes afterwards; any number of threads may share one.
+ *   tfm_session   one user's state: KV cache, scratch memory, random numbers. One thread at a time. It allocates all that
+ *                 it needs when it is created; generating allocates nothing. It may hold several sequences, which are
+ *                 evaluated together and share each read of the weights (tfm_eval).
+ *   tfm_engine    how the machine is used: instruction set, threads, scratch memory. A session has one inside; who builds
+ *                 a Transformer by hand makes one. One thread at a time.
+ *   tfm_error     what went wrong, in one sentence that names the file, tensor, token or option. Owned by the caller;
+ *                 every function that takes one also takes NULL.
+ *
+ *   Options are structs that work when zeroed: every field's 0 means "the usual".
+ *
+ *   Results have the same bits for every number of threads, and a token's result has the same bits whether it was
+ *   computed alone, inside a prompt, or beside other sequences: each output is a sum in one fixed order. So a cached
+ *   prefix may be reused, and sequences batched, without a change in what comes out. The vector instruction sets agree
+ *   with the plain C one to rounding.
+ *
+ *   The library prints nothing, never exits or aborts, keeps no global state, and trusts nothing that stands in a file.
+ *
+ * BUILD OPTIONS (define them before the include that has TFM_IMPLEMENTATION)
+ *
+ *   -fopenmp                  several threads (or give tfm_session_options.parallel_for your own thread pool)
+ *   TFM_API                   what stands before every public function (default: extern; `static` makes all of it private)
+ *   TFM_MALLOC(size), TFM_FREE(memory)   the default allocator (default: malloc and free)
+ *   TFM_NO_STDIO              no files: tfm_load_memory is the only way to load, and nothing can be written
+ *   TFM_NO_MMAP               files are read into memory instead of being mapped
+ *   TFM_NO_SIMD               only the plain C kernels
+ *   TFM_HEADER                this file's name in quotes, if you have renamed it (default "tfm.h")
+ *   Nothing needs -march=native: the instruction set is chosen when the program runs. Compile with -O2.
+ *
+ * THE .tfm FILE (version 1; little-endian)
+ *
+ *   header, 64 bytes:  u8[8] magic "TFMH\r\n\x1a\n" | u32 version | u32 required features (a reader refuses bits that it
+ *                      does not know) | u64 file size | u64 offset, u64 size of the metadata | u64 offset, u64 size of the
+ *                      tensor directory | u32 number of tensors | u32 CRC-32 of the 60 bytes before it, the metadata and
+ *                      the directory
+ *   metadata:          entries, each 8-byte aligned: u32 key size | u32 type | u64 value size in bytes | key, padded to 8 |
+ *                      value, padded to 8.  Types: 1 i64[]  2 f64[]  3 text  4 bytes  5 i32[]  6 f32[].
+ *                      Unknown keys are ignored.
+ *   tensor directory:  entries, each 8-byte aligned: u32 name size | u32 dtype | u32 layout | u32 number of dimensions |
+ *                      u64[4] shape | u64 offset, u64 size of the data | u32 CRC-32 of the data | u32 zero | name, padded
+ *                      to 8.  dtype: 1 f32  2 f16  3 bf16  4 i8.  layout: 0 rows  1 cols  2 panels (see tfm_layout).
+ *   data:              each tensor at a multiple of 64 bytes.
+ *   The keys of the description are read in tfm__read_description, the names of the tensors in tfm__load_weights.
+ */
+
+#include <stddef.h>
+#include <stdint.h>
+#ifndef TFM_NO_STDIO
+#include <stdio.h>
+#endif
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+#ifndef TFM_API
+#define TFM_API extern
+#endif
+
+#define TFM_VERSION_MAJOR 0
+#define TFM_VERSION_MINOR 1
+
+/* =====================================================================================================================
+ * PUBLIC API
+ * =====================================================================================================================
+ * Sizes are size_t and count elements unless they say bytes; token ids are int32_t. [a][b] is an array in row-major
+ * order. A pointer that is returned is owned by the object it came from unless the comment says otherwise.
+ */
+
+/* ------------------------------------------------------------------------------------------------ errors and memory */
+
+typedef enum tfm_status {
+    TFM_OK = 0,
+    TFM_ERROR_MEMORY,       /* the allocator returned NULL */
+    TFM_ERROR_FILE,         /* a file can't be opened, read or written */
+    TFM_ERROR_FORMAT,       /* a file is not what it should be: damaged, truncated, inconsistent */
+    TFM_ERROR_UNSUPPORTED,  /* a file or an option asks for something that this version or this CPU can't do */
+    TFM_ERROR_ARGUMENT,     /* a caller's argument is out of range */
+    TFM_ERROR_CONTEXT_FULL, /* the sequence has no room for the tokens: see tfm_shift */
+    TFM_ERROR_STOPPED       /* the caller's progress callback asked to stop */
+} tfm_status;
+
+typedef struct tfm_error {
+    tfm_status status;
+    char message[512]; /* one sentence without a line end; always terminated */
+} tfm_error;
+
+/* Where memory comes from. Zeroed: TFM_MALLOC and TFM_FREE. `allocate` returns memory aligned as malloc's, or NULL.
+ * Both are called by the thread that calls the library, never by a worker. */
+typedef struct tfm_allocator {
+    void *(*allocate)(void *user, size_t size);
+    void (*release)(void *user, void *memory);
+    void *user;
+} tfm_allocator;
+
+/* --------------------------------------------------------------------------------------------- instruction sets, engine */
+
+/* Instruction sets. TFM_ISA_BEST picks the fastest that this CPU has. */
+typedef enum tfm_isa {
+    TFM_ISA_BEST = 0,
+    TFM_ISA_SCALAR,     /* plain C: the definition that the others are tested against */
+    TFM_ISA_AVX2,       /* x86-64 with AVX2, FMA and F16C */
+    TFM_ISA_AVXVNNI,    /* the same with AVX-VNNI's int8 dot products */
+    TFM_ISA_AVX512,     /* AVX-512 F, BW, DQ, VL */
+    TFM_ISA_AVX512VNNI, /* the same with VNNI's int8 dot products */
+    TFM_ISA_NEON,       /* 64-bit Arm */
+    TFM_ISA_NEONDOT,    /* the same with the int8 dot products of Armv8.2 */
+    TFM_ISA_COUNT
+} tfm_isa;
+
+/* The name of an instruction set: "scalar", "avx2", ...; "best" for TFM_ISA_BEST. Static; NULL if out of range. */
+TFM_API const char *tfm_isa_name(tfm_isa isa);
+
+/* Finds the instruction set with that name. TFM_ERROR_ARGUMENT if there is none. `name` NULL or "" is TFM_ISA_BEST. */
+TFM_API tfm_status tfm_isa_from_name(const char *name, tfm_isa *isa, tfm_error *error);
+
+/* 1 if this program can run that instruction set on this CPU. */
+TFM_API int tfm_isa_supported(tfm_isa isa);
+
+/* A piece of work: called once for each index. Different indexes may run at the same time. */
+typedef void (*tfm_task)(void *argument, size_t index);
+
+/* The caller's own threads: must call task(argument, i) once for every i from 0 to n - 1, in any order and on any
+ * threads, and return when all are done. Hand the indexes out dynamically: the pieces are small so that a thread that
+ * is held up delays only one of them. */
+typedef void (*tfm_parallel_for)(void *user, size_t n, tfm_task task, void *argument);
+
+typedef struct tfm_engine_options {
+    int threads;                   /* 0: all that OpenMP offers; 1 without OpenMP. Ignored with parallel_for. */
+    tfm_isa isa;                   /* 0: the best of this CPU */
+    tfm_parallel_for parallel_for; /* NULL: OpenMP where compiled in, otherwise the caller's thread alone */
+    void *parallel_user;           /* the first argument of parallel_for */
+    tfm_allocator allocator;
+} tfm_engine_options;
+
+typedef struct tfm_engine tfm_engine;
+
+/* Makes an engine; free it with tfm_engine_free. NULL on error (memory; an isa that this CPU can't run). */
+TFM_API tfm_engine *tfm_engine_create(const tfm_engine_options *options, tfm_error *error);
+TFM_API void tfm_engine_free(tfm_engine *engine);
+
+/* The instruction set that the engine uses. */
+TFM_API tfm_isa tfm_engine_isa(const tfm_engine *engine);
+
+/* ------------------------------------------------------------------------------------------------------------ tensors */
+
+typedef enum tfm_dtype { TFM_NO_DTYPE = 0, TFM_F32, TFM_F16, TFM_BF16, TFM_I8, TFM_DTYPE_COUNT } tfm_dtype;
+
+/* How a matrix lies in memory. Its shape is [out, in] in all of them.
+ *   rows    [out][in]               PyTorch's nn.Linear and nn.Embedding; also every vector
+ *   cols    [in][out]               GPT-2's Conv1D
+ *   panels  [ceil(out / 16)][in][16]  16 outputs side by side: what the kernels read. Outputs past the end are zero. */
+typedef enum tfm_layout { TFM_ROWS = 0, TFM_COLS, TFM_PANELS, TFM_LAYOUT_COUNT } tfm_layout;
+
+#define TFM_MAX_DIMS 4
+
+/* A view of numbers; it does not own its data. Zeroed: "no tensor", as an absent bias. Dimensions past n_dims are 1. */
+typedef struct tfm_tensor {
+    tfm_dtype dtype;
+    tfm_layout layout;
+    int n_dims;
+    size_t shape[TFM_MAX_DIMS];
+    const void *data;
+} tfm_tensor;
+
+/* "f32", "f16", "bf16", "i8"; NULL if out of range. tfm_dtype_from_name also takes "int8". */
+TFM_API const char *tfm_dtype_name(tfm_dtype dtype);
+TFM_API tfm_status tfm_dtype_from_name(const char *name, tfm_dtype *dtype, tfm_error *error);
+
+/* Tensors over the caller's own fp32 numbers: a vector [n], a matrix [out, in] in rows. */
+TFM_API tfm_tensor tfm_vector(const float *data, size_t n);
+TFM_API tfm_tensor tfm_matrix(const float *data, size_t out, size_t in);
+
+/* Bytes of a tensor's data. */
+TFM_API size_t tfm_tensor_bytes(const tfm_tensor *tensor);
+
+/* Packs a matrix (any layout, f32, f16 or bf16) into panels of the given dtype, for a tfm_linear. On success `packed`
+ * has memory of its own that the caller gives back with tfm_unpack. allocator NULL: the default one. */
+TFM_API tfm_status tfm_pack(const tfm_tensor *matrix, tfm_dtype dtype, const tfm_allocator *allocator, tfm_tensor *packed,
+                            tfm_error *error);
+TFM_API void tfm_unpack(tfm_tensor *packed, const tfm_allocator *allocator);
+
+/* ------------------------------------------------------------------------------------------------------------- layers
+ * The parts of a Transformer. The structs are plain: fill them by hand (weights packed by tfm_pack, vectors in fp32)
+ * or take them from a loaded model. They own nothing. Every forward function takes its activations in fp32, row-major,
+ * one token a row, and may grow the engine's scratch memory (TFM_ERROR_MEMORY). */
+
+/* y = x W^T + b.  weight [out, in] in panels; bias [out] or absent. */
+typedef struct tfm_linear {
+    tfm_tensor weight;
+    tfm_tensor bias;
+} tfm_linear;
+
+typedef enum tfm_norm_kind {
+    TFM_LAYER_NORM = 0, /* y = (x - mean) / sqrt(variance + eps) * weight + bias      (Ba et al. 2016) */
+    TFM_RMS_NORM        /* y = x / sqrt(mean of squares + eps) * weight               (Zhang, Sennrich 2019) */
+} tfm_norm_kind;
+
+typedef struct tfm_norm {
+    tfm_norm_kind kind;
+    float eps;
+    tfm_tensor weight; /* [d_model] */
+    tfm_tensor bias;   /* [d_model] or absent */
+} tfm_norm;
+
+typedef enum tfm_activation {
+    TFM_NO_ACTIVATION = 0,
+    TFM_RELU,
+    TFM_GELU,       /* x * (1 + erf(x / sqrt 2)) / 2                                  (Hendrycks, Gimpel 2016) */
+    TFM_GELU_TANH,  /* x * (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3))) / 2: GPT-2's "gelu_new" */
+    TFM_QUICK_GELU, /* x * sigmoid(1.702 x) */
+    TFM_SILU,       /* x * sigmoid(x) */
+    TFM_TANH,
+    TFM_ACTIVATION_COUNT
+} tfm_activation;
+
+/* Multi-head attention (Vaswani et al. 2017): for each head softmax(q k^T scale + mask) v; the heads' results side by
+ * side through `out`. With n_kv_heads < n_heads, n_heads / n_kv_heads query heads share one head of keys and values
+ * (Ainslie et al. 2023). */
+typedef struct tfm_attention {
+    size_t n_heads, n_kv_heads, head_dim;
+    int causal;     /* 1: a token sees itself and the tokens before it */
+    float scale;    /* mostly 1 / sqrt(head_dim) */
+    tfm_linear qkv; /* [(n_heads + 2 n_kv_heads) head_dim, d_model]: all queries, all keys, all values */
+    tfm_linear out; /* [d_model, n_heads head_dim] */
+} tfm_attention;
+
+/* Position-wise feed-forward: plain  down(act(up(x)));  gated  down(act(gate(x)) * up(x))  (Shazeer 2020). */
+typedef struct tfm_ffn {
+    tfm_activation activation;
+    int gated;
+    tfm_linear up;   /* [d_ff, d_model]; gated: [2 d_ff, d_model], the gate's rows first */
+    tfm_linear down; /* [d_model, d_ff] */
+} tfm_ffn;
+
+typedef enum tfm_norm_place {
+    TFM_PRE_NORM = 0, /* x += attention(norm(x));     x += ffn(norm(x))       (GPT-2, T5, LLaMA) */
+    TFM_POST_NORM     /* x = norm(x + attention(x));  x = norm(x + ffn(x))    (the paper, BERT) */
+} tfm_norm_place;
+
+typedef struct tfm_block {
+    tfm_norm_place norm_place;
+    tfm_norm attention_norm;
+    tfm_attention attention;
+    tfm_norm ffn_norm;
+    tfm_ffn ffn;
+} tfm_block;
+
+/* Keys and values of one sequence for all blocks of a stack. Memory is cut into pages of TFM_KV_PAGE tokens, so that
+ * sequences of different lengths share one pool; within a page each head's keys and values are contiguous, in the
+ * panels that the matrix kernels read. Make one with tfm_kv_create, or let a session manage them. */
+#define TFM_KV_PAGE 128
+typedef struct tfm_kv {
+    size_t n_layers, n_kv_heads, head_dim;
+    size_t capacity;       /* tokens that there are pages for */
+    size_t n_tokens;       /* tokens that are in it. The caller moves it on, after the last block of a step. */
+    const uint32_t *pages; /* which page of the pool holds tokens [i * TFM_KV_PAGE, ...); NULL: page i */
+    size_t n_pool_pages;
+    float *pool; /* [n_layers][n_pool_pages][2: keys, values][n_kv_heads][TFM_KV_PAGE * head_dim rounded up to 16] */
+} tfm_kv;
+
+/* Makes an empty cache with its own pool. Free with tfm_kv_free and the same allocator (NULL: the default one). */
+TFM_API tfm_status tfm_kv_create(tfm_kv *kv, size_t n_layers, size_t n_kv_heads, size_t head_dim, size_t capacity,
+                                 const tfm_allocator *allocator, tfm_error *error);
+TFM_API void tfm_kv_free(tfm_kv *kv, const tfm_allocator *allocator);
+
+/* Consecutive rows of x that are consecutive tokens of one sequence; one step may run several spans, and tokens attend
+ * only within their own. */
+typedef struct tfm_span {
+    size_t n_rows;     /* tokens of this span: rows of x, after those of the spans before it */
+    tfm_kv *kv;        /* the tokens before this span; this span's keys and values are added behind them (n_tokens stays).
+                        * NULL: the span is the whole sequence and nothing is kept. */
+    const float *mask; /* [n_rows][tokens before + n_rows], added to every head's scores (-INFINITY: not seen), or NULL.
+                        * A token that sees nothing at all gets zeros. */
+} tfm_span;
+
+/* y[n_rows][out] = x[n_rows][in] W^T + b.  y must not overlap x. */
+TFM_API tfm_status tfm_linear_forward(tfm_engine *engine, const tfm_linear *linear, const float *x, size_t n_rows, float *y,
+                                      tfm_error *error);
+
+/* y[n_rows][d_model] = norm(x[n_rows][d_model]).  y may be x. */
+TFM_API tfm_status tfm_norm_forward(tfm_engine *engine, const tfm_norm *norm, const float *x, size_t n_rows, float *y,
+                                    tfm_error *error);
+
+/* y = activation(x), n numbers.  y may be x. */
+TFM_API tfm_status tfm_activation_forward(tfm_engine *engine, tfm_activation activation, const float *x, size_t n, float *y,
+                                          tfm_error *error);
+
+/* y[rows][d_model] = attention(x[rows][d_model]), rows = the spans' n_rows together.  `layer` says which layer of the
+ * spans' caches this is. y must not overlap x. */
+TFM_API tfm_status tfm_attention_forward(tfm_engine *engine, const tfm_attention *attention, size_t layer, const float *x,
+                                         const tfm_span *spans, size_t n_spans, float *y, tfm_error *error);
+
+/* y[n_rows][d_model] = ffn(x[n_rows][d_model]).  y must not overlap x. */
+TFM_API tfm_status tfm_ffn_forward(tfm_engine *engine, const tfm_ffn *ffn, const float *x, size_t n_rows, float *y,
+                                   tfm_error *error);
+
+/* x[rows][d_model] becomes block(x). */
+TFM_API tfm_status tfm_block_forward(tfm_engine *engine, const tfm_block *block, size_t layer, float *x,
+                                     const tfm_span *spans, size_t n_spans, tfm_error *error);
+
+/* -------------------------------------------------------------------------------------------------------- .tfm files */
+
+/* Metadata of a .tfm file: one key with `count` values. Text and bytes count bytes; text is not terminated. */
+typedef enum tfm_meta_type { TFM_META_I64 = 1, TFM_META_F64, TFM_META_TEXT, TFM_META_BYTES, TFM_META_I32, TFM_META_F32 } tfm_meta_type;
+
+typedef struct tfm_meta {
+    const char *key; /* not terminated */
+    size_t key_size;
+    tfm_meta_type type;
+    size_t count;
+    const void *values; /* 8-byte aligned; as the type says: int64_t, double, char, unsigned char, int32_t, float */
+} tfm_meta;
+
+/* One tensor of a .tfm file. */
+typedef struct tfm_entry {
+    const char *name; /* not terminated */
+    size_t name_size;
+    tfm_tensor tensor;
+    uint32_t crc;
+} tfm_entry;
+
+/* An open .tfm file. Reading from it is safe from many threads. */
+typedef struct tfm_file tfm_file;
+
+/* Opens and validates a file: header, checksum, metadata, directory. The tensors' own checksums are left to
+ * tfm_file_verify. NULL on error. Close with tfm_file_close; entries and metadata point into the file. */
+#ifndef TFM_NO_STDIO
+TFM_API tfm_file *tfm_file_open(const char *path, const tfm_allocator *allocator, tfm_error *error);
+#endif
+/* The same for a file in memory (8-byte aligned), which must outlive the tfm_file. `name` is for error messages. */
+TFM_API tfm_file *tfm_file_open_memory(const void *data, size_t size, const char *name, const tfm_allocator *allocator,
+                                       tfm_error *error);
+TFM_API void tfm_file_close(tfm_file *file);
+TFM_API size_t tfm_file_bytes(const tfm_file *file);
+TFM_API size_t tfm_file_n_meta(const tfm_file *file);
+TFM_API const tfm_meta *tfm_file_meta(const tfm_file *file, size_t index);
+TFM_API size_t tfm_file_n_tensors(const tfm_file *file);
+TFM_API const tfm_entry *tfm_file_entry(const tfm_file *file, size_t index);
+/* The entry with that name, or NULL. */
+TFM_API const tfm_entry *tfm_file_find(const tfm_file *file, const char *name);
+/* The metadata with that key, or NULL. */
+TFM_API const tfm_meta *tfm_file_find_meta(const tfm_file *file, const char *key);
+/* Reads all data and compares every tensor's checksum. */
+TFM_API tfm_status tfm_file_verify(const tfm_file *file, tfm_error *error);
+
+#ifndef TFM_NO_STDIO
+/* Long work reports here: done of total, in bytes. Non-zero stops it with TFM_ERROR_STOPPED. */
+typedef int (*tfm_progress)(void *user, uint64_t done, uint64_t total);
+
+typedef struct tfm_quantize_options {
+    tfm_dtype dtype; /* what the matrices become; 0: each keeps its own */
+    int threads;     /* as in tfm_engine_options */
+    tfm_progress progress;
+    void *progress_user;
+    tfm_allocator allocator;
+} tfm_quantize_options;
+
+/* Rewrites a .tfm file with its matrices in panels of the given dtype, so that loading it copies nothing. One tensor is
+ * in memory at a time. The output appears whole, under its own name, or not at all. */
+TFM_API tfm_status tfm_quantize(const char *in_path, const char *out_path, const tfm_quantize_options *options,
+                                tfm_error *error);
+#endif
+
+/* ------------------------------------------------------------------------------------------------------------- models */
+
+typedef enum tfm_positions { TFM_NO_POSITIONS = 0, TFM_LEARNED_POSITIONS } tfm_positions;
+typedef enum tfm_head { TFM_NO_HEAD = 0, TFM_TIED_HEAD, TFM_OWN_HEAD } tfm_head;
+
+/* What a model is: the description in its file. */
+typedef struct tfm_description {
+    size_t vocab_size, d_model;
+    size_t n_layers, n_heads, n_kv_heads, head_dim, d_ff;
+    size_t n_positions; /* the context: no sequence is longer */
+    size_t position_offset;
+    int causal, gated, final_norm;
+    tfm_norm_kind norm;
+    tfm_norm_place norm_place;
+    float norm_eps;
+    tfm_positions positions;
+    tfm_activation activation;
+    tfm_head head;
+    float embedding_scale;
+} tfm_description;
+
+typedef struct tfm_model tfm_model;
+
+typedef struct tfm_load_options {
+    tfm_dtype dtype;  /* the matrices' type in memory; 0: as in the file */
+    int verify;       /* 1: compare the checksum of every tensor (reads the whole file) */
+    int threads;      /* for packing, as in tfm_engine_options */
+    tfm_allocator allocator;
+} tfm_load_options;
+
+/* Loads a model. Matrices that the file holds in panels of the wanted dtype are used where they lie, in the mapped file;
+ * others are packed into memory. options NULL: the usual. Free with tfm_free. NULL on error. */
+#ifndef TFM_NO_STDIO
+TFM_API tfm_model *tfm_load(const char *path, const tfm_load_options *options, tfm_error *error);
+#endif
+/* The same from memory (8-byte aligned), which must outlive the model. */
+TFM_API tfm_model *tfm_load_memory(const void *data, size_t size, const tfm_load_options *options, tfm_error *error);
+TFM_API void tfm_free(tfm_model *model);
+
+TFM_API const tfm_description *tfm_model_description(const tfm_model *model);
+/* Number of weights, a tied head counted once. */
+TFM_API uint64_t tfm_model_parameters(const tfm_model *model);
+/* Bytes of weights that one generated token reads: all but the embedding tables that are only looked up. */
+TFM_API uint64_t tfm_model_bytes_per_token(const tfm_model *model);
+/* A block of the model, 0 <= index < n_layers, to be run by tfm_block_forward. */
+TFM_API const tfm_block *tfm_model_block(const tfm_model *model, size_t index);
+
+/* ---------------------------------------------------------------------------------------------------------- tokenizer */
+
+/* 1 if the model has a tokenizer. The others return TFM_ERROR_UNSUPPORTED without one. */
+TFM_API int tfm_has_tokenizer(const tfm_model *model);
+
+enum {
+    TFM_TOKENIZE_SPECIAL = 1, /* special tokens written in the text become their ids; otherwise they are plain text */
+    TFM_TOKENIZE_PLAIN = 2    /* leave out what the tokenizer adds to every text by itself, as [CLS] and [SEP] */
+};
+
+/* Tokenizes `size` bytes of text, any bytes. Like snprintf: *n_ids is how many ids the text has, of which at most
+ * `capacity` are written. Thread-safe. Allocates only for stretches of more than 256 bytes without a place to cut. */
+TFM_API tfm_status tfm_tokenize(const tfm_model *model, const char *text, size_t size, unsigned flags, int32_t *ids,
+                                size_t capacity, size_t *n_ids, tfm_error *error);
+
+/* The bytes of a token, not terminated; perhaps half a UTF-8 character. NULL and *size = 0 for an id that has none. */
+TFM_API const char *tfm_token_text(const tfm_model *model, int32_t id, size_t *size);
+
+/* 1 if the token ends a text. */
+TFM_API int tfm_is_end_token(const tfm_model *model, int32_t id);
+
+/* ----------------------------------------------------------------------------------------------------------- sessions */
+
+typedef struct tfm_session_options {
+    size_t context;       /* tokens that a sequence may have; 0: the model's n_positions */
+    size_t n_sequences;   /* independent sequences; 0: 1 */
+    size_t max_rows;      /* tokens evaluated in one pass; longer input is cut into passes. 0: 512 */
+    tfm_engine_options engine;
+} tfm_session_options;
+
+typedef struct tfm_session tfm_session;
+
+/* Makes a session with all its memory. The model must outlive it. Free with tfm_session_free. NULL on error. */
+TFM_API tfm_session *tfm_session_create(const tfm_model *model, const tfm_session_options *options, tfm_error *error);
+TFM_API void tfm_session_free(tfm_session *session);
+TFM_API const tfm_model *tfm_session_model(const tfm_session *session);
+TFM_API tfm_engine *tfm_session_engine(tfm_session *session);
+/* Tokens that each sequence may have. */
+TFM_API size_t tfm_session_context(const tfm_session *session);
+
+/* New tokens for one sequence. */
+typedef struct tfm_chunk {
+    size_t sequence;       /* < n_sequences; at most one chunk for each in a call */
+    const int32_t *tokens; /* [n_tokens], behind those that the sequence has */
+    size_t n_tokens;       /* at least 1 */
+    size_t n_outputs;      /* how many of the last tokens' results are wanted: 0 to n_tokens */
+} tfm_chunk;
+
+typedef enum tfm_output {
+    TFM_LOGITS = 0, /* [vocab_size] for each token */
+    TFM_HIDDEN      /* [d_model]: after the final norm */
+} tfm_output;
+
+/* Evaluates the chunks together: prompts as matrix-matrix work, single tokens of many sequences in one read of the
+ * weights. outputs [sum of n_outputs][vocab_size or d_model], in the chunks' order (NULL when none are wanted).
+ * On an error that concerns the arguments (an id out of range, no room) nothing has changed. */
+TFM_API tfm_status tfm_eval(tfm_session *session, const tfm_chunk *chunks, size_t n_chunks, tfm_output what, float *outputs,
+                            tfm_error *error);
+
+/* The tokens of a sequence; *n_tokens is how many. Valid until the next call that changes the sequence. */
+TFM_API const int32_t *tfm_sequence_tokens(const tfm_session *session, size_t sequence, size_t *n_tokens);
+
+/* Forgets all but the first n_tokens of a sequence. */
+TFM_API tfm_status tfm_truncate(tfm_session *session, size_t sequence, size_t n_tokens, tfm_error *error);
+
+/* Makes room in a full sequence: keeps its first n_keep tokens and the most recent half of the rest, and evaluates those
+ * again at their new places. */
+TFM_API tfm_status tfm_shift(tfm_session *session, size_t sequence, size_t n_keep, tfm_error *error);
+
+/* ------------------------------------------------------------------------------------------------ sampling, generation */
+
+typedef struct tfm_logit_bias {
+    int32_t token;
+    float bias; /* added to the token's logit; -INFINITY forbids it */
+} tfm_logit_bias;
+
+/* How the next token is chosen from the logits. The steps are taken in the order of the fields, as transformers does. */
+typedef struct tfm_sampling {
+    const tfm_logit_bias *logit_bias;
+    size_t n_logit_bias;
+    float repeat_penalty; /* logits of tokens that the sequence has: divided by it if positive, else multiplied. 0: off */
+    float temperature;    /* logits are divided by it. 0: greedy, the largest logit (the lowest id among equals) */
+    size_t top_k;         /* only the k likeliest tokens (and those equal to the k-th). 0: all */
+    float top_p;          /* only the likeliest tokens that together reach this probability. 0 or 1: all */
+    float min_p;          /* only tokens at least this likely, relative to the likeliest. 0: all */
+} tfm_sampling;
+
+/* Random numbers: PCG32 (O'Neill 2014). The same seed gives the same numbers everywhere. */
+typedef struct tfm_random {
+    uint64_t state;
+} tfm_random;
+TFM_API void tfm_random_seed(tfm_random *random, uint64_t seed);
+/* Uniform in [0, 1). */
+TFM_API double tfm_random_uniform(tfm_random *random);
+
+/* Chooses a token from logits[vocab_size]; the logits are changed. `history` (the tokens so far) is for the repeat
+ * penalty and may be NULL. `random` is not used when greedy. Logits that are NaN are never chosen. `work` holds
+ * vocab_size int32_t. TFM_ERROR_ARGUMENT if an option is out of range or no token is left. */
+TFM_API tfm_status tfm_sample(const tfm_sampling *sampling, float *logits, size_t vocab_size, const int32_t *history,
+                              size_t n_history, tfm_random *random, int32_t *work, int32_t *token, tfm_error *error);
+
+typedef enum tfm_stop {
+    TFM_STOP_NONE = 0,
+    TFM_STOP_MAX_TOKENS,
+    TFM_STOP_END_TOKEN, /* the model ended its text, or a stop token came */
+    TFM_STOP_STRING,
+    TFM_STOP_CALLBACK,
+    TFM_STOP_CONTEXT /* no room left, and shift_keep was not given; tfm_generate returns TFM_ERROR_CONTEXT_FULL */
+} tfm_stop;
+
+/* Called with each new piece of text: whole UTF-8 characters, not terminated. Non-zero stops. */
+typedef int (*tfm_print)(void *user, const char *text, size_t size);
+
+typedef struct tfm_generate_options {
+    size_t max_tokens; /* 0: until the text ends or the context is full */
+    uint64_t seed;
+    tfm_sampling sampling; /* zeroed: greedy */
+    int ignore_end;        /* 1: go on when the model ends its text */
+    int special;           /* 1: special tokens written in the prompt become their ids */
+    int append;            /* 1: the prompt goes behind what the sequence has. 0: it is the whole text; of what the
+                            * sequence has, the common beginning is reused. */
+    int shift;             /* 1: when the context is full keep the first shift_keep tokens and the most recent half */
+    size_t shift_keep;
+    size_t sequence;
+    const int32_t *stop_tokens;
+    size_t n_stop_tokens;
+    const char *const *stop_strings; /* the text ends before the first of them; it is not printed */
+    size_t n_stop_strings;
+    int (*on_token)(void *user, int32_t token); /* called with each new token, before its text. Non-zero stops. */
+    void *on_token_user;
+    struct tfm_generate_stats *stats; /* filled if not NULL */
+} tfm_generate_options;
+
+typedef struct tfm_generate_stats {
+    size_t n_prompt;    /* tokens of the prompt */
+    size_t n_reused;    /* of those, how many were in the cache */
+    size_t n_generated; /* the token that ended the text included */
+    tfm_stop stop;
+} tfm_generate_stats;
+
+/* Continues a prompt: tokenizes it, evaluates it, then chooses token after token; each new piece of text goes to `print`
+ * (which may be NULL). An empty prompt is an error, as is one that is longer than the context. When the context runs
+ * full without options->shift the text so far has been printed and the status is TFM_ERROR_CONTEXT_FULL. */
+TFM_API tfm_status tfm_generate(tfm_session *session, const char *prompt, const tfm_generate_options *options,
+                                tfm_print print, void *print_user, tfm_error *error);
+
+/* The same for a prompt of token ids; works without a tokenizer (nothing is printed then, see on_token). */
+TFM_API tfm_status tfm_generate_ids(tfm_session *session, const int32_t *prompt, size_t n_prompt,
+                                    const tfm_generate_options *options, tfm_print print, void *print_user,
+                                    tfm_error *error);
+
+#ifdef __cplusplus
+}
+#endif
+
+#endif /* TFM_H */
+
+/* =====================================================================================================================
+ * IMPLEMENTATION
+ * =====================================================================================================================
+ * Floors a to h. Each calls only those above it on the page, that is: nothing is used before it was explained.
+ */
+#if defined(TFM_IMPLEMENTATION) && !defined(TFM__IMPLEMENTED)
+#define TFM__IMPLEMENTED
+
+#include <errno.h>
+#include <float.h>
+#include <math.h>
+#include <stdarg.h>
+#include <stdlib.h>
+#include <string.h>
+#ifdef TFM_NO_STDIO
+#include <stdio.h> /* vsnprintf, for error messages; no files */
+#endif
+
+/* =====================================================================================================================
+ * a. PLATFORM: compiler, memory, errors, CPU features, threads, files
+ *    All that depends on the compiler or the operating system is here and in the target lines of floor c.
+ * ================================================================================================================== */
+
+#ifndef TFM_MALLOC
+#define TFM_MALLOC(size) malloc(size)
+#define TFM_FREE(memory) free(memory)
+#endif
+
+#ifndef TFM_HEADER
+#define TFM_HEADER "tfm.h"
+#endif
+
+#if defined(__GNUC__) || defined(__clang__)
+#define TFM__PRINTF(format_index) __attribute__((format(printf, format_index, format_index + 1)))
+#define TFM__INLINE inline __attribute__((always_inline))
+#else
+#define TFM__PRINTF(format_index)
+#define TFM__INLINE inline
+#endif
+
+#if defined(__clang__)
+#define TFM__UNROLL _Pragma("unroll")
+#elif defined(__GNUC__)
+#define TFM__UNROLL _Pragma("GCC unroll 32")
+#else
+#define TFM__UNROLL
+#endif
+
+#if !defined(TFM_NO_SIMD) && (defined(__GNUC__) || defined(__clang__)) && defined(__x86_64__)
+#define TFM__X86
+#include <immintrin.h>
+#elif !defined(TFM_NO_SIMD) && (defined(__GNUC__) || defined(__clang__)) && defined(__aarch64__) && defined(__ARM_NEON)
+#define TFM__NEON
+#include <arm_neon.h>
+#endif
+
+#if defined(__BYTE_ORDER__) && __BYTE_ORDER__ == __ORDER_BIG_ENDIAN__
+#error "tfm.h needs a little-endian CPU"
+#endif
+
+#define TFM__MIN(a, b) ((a) < (b) ? (a) : (b))
+#define TFM__MAX(a, b) ((a) > (b) ? (a) : (b))
+
+static size_t tfm__divide_up(size_t n, size_t by) {
+    return (n + by - 1) / by;
+}
+
+static size_t tfm__round_up(size_t n, size_t to) {
+    return tfm__divide_up(n, to) * to;
+}
+
+/* ---- errors */
+
+static TFM__PRINTF(3) tfm_status tfm__fail(tfm_error *error, tfm_status status, const char *format, ...) {
+    if (error) {
+        va_list arguments;
+        error->status = status;
+        va_start(arguments, format);
+        vsnprintf(error->message, sizeof error->message, format, arguments);
+        va_end(arguments);
+    }
+    return status;
+}
+
+static tfm_status tfm__fail_memory(tfm_error *error, size_t size) {
+    return tfm__fail(error, TFM_ERROR_MEMORY, "out of memory: %lu bytes were asked for", (unsigned long)size);
+}
+
+/* ---- memory */
+
+static void *tfm__default_allocate(void *user, size_t size) {
+    (void)user;
+    return TFM_MALLOC(size);
+}
+
+static void tfm__default_release(void *user, void *memory) {
+    (void)user;
+    TFM_FREE(memory);
+}
+
+static tfm_allocator tfm__allocator(const tfm_allocator *given) {
+    tfm_allocator allocator;
+    if (given && given->allocate && given->release)
+        return *given;
+    allocator.allocate = tfm__default_allocate;
+    allocator.release = tfm__default_release;
+    allocator.user = NULL;
+    return allocator;
+}
+
+/* a * b, or SIZE_MAX where that overflows: no allocation of that size succeeds. */
+static size_t tfm__product(size_t a, size_t b) {
+    return b && a > SIZE_MAX / b ? SIZE_MAX : a * b;
+}
+
+static void *tfm__allocate(const tfm_allocator *allocator, size_t size) {
+    return size >= SIZE_MAX / 2 ? NULL : allocator->allocate(allocator->user, size ? size : 1);
+}
+
+static void *tfm__allocate_zeroed(const tfm_allocator *allocator, size_t size) {
+    void *memory = tfm__allocate(allocator, size);
+    if (memory)
+        memset(memory, 0, size);
+    return memory;
+}
+
+static void tfm__release(const tfm_allocator *allocator, void *memory) {
+    if (memory)
+        allocator->release(allocator->user, memory);
+}
+
+/* Aligned memory: cache lines for the kernels; 2 MiB for weights, which are read 15-20 % faster from huge pages. The
+ * address that the allocator gave is kept just before the aligned one. */
+#define TFM__CACHE_LINE ((size_t)64)
+#define TFM__HUGE_PAGE ((size_t)2 << 20)
+
+static void *tfm__allocate_aligned(const tfm_allocator *allocator, size_t size, size_t alignment) {
+    char *memory, *aligned;
+    if (size > SIZE_MAX / 2 - alignment - sizeof(void *))
+        return NULL;
+    memory = (char *)tfm__allocate(allocator, size + alignment + sizeof(void *));
+    if (!memory)
+        return NULL;
+    aligned = memory + sizeof(void *);
+    aligned += (alignment - (uintptr_t)aligned % alignment) % alignment;
+    memcpy(aligned - sizeof(void *), &memory, sizeof(void *));
+    return aligned;
+}
+
+static void tfm__release_aligned(const tfm_allocator *allocator, const void *aligned) {
+    void *memory;
+    if (!aligned)
+        return;
+    memcpy(&memory, (const char *)aligned - sizeof(void *), sizeof(void *));
+    allocator->release(allocator->user, memory);
+}
+
+/* ---- CPU features */
+
+static const char *const tfm__isa_names[TFM_ISA_COUNT] = {"best",   "scalar",     "avx2", "avxvnni",
+                                                          "avx512", "avx512vnni", "neon", "neondot"};
+
+TFM_API const char *tfm_isa_name(tfm_isa isa) {
+    return (unsigned)isa < TFM_ISA_COUNT ? tfm__isa_names[isa] : NULL;
+}
+
+TFM_API tfm_status tfm_isa_from_name(const char *name, tfm_isa *isa, tfm_error *error) {
+    int i;
+    for (i = 0; i < TFM_ISA_COUNT; i++)
+        if (!name || !*name || !strcmp(name, tfm__isa_names[i])) {
+            *isa = (tfm_isa)i;
+            return TFM_OK;
+        }
+    return tfm__fail(error, TFM_ERROR_ARGUMENT,
+                     "unknown instruction set '%.64s' (there are scalar, avx2, avxvnni, avx512, avx512vnni, neon, neondot)",
+                     name);
+}
+
+/* __builtin_cpu_supports asks the CPU and the operating system (which must save the wide registers). */
+TFM_API int tfm_isa_supported(tfm_isa isa) {
+    switch (isa) {
+    case TFM_ISA_BEST:
+    case TFM_ISA_SCALAR: return 1;
+#if defined(TFM__X86)
+    case TFM_ISA_AVX2:
+        return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+    case TFM_ISA_AVX512:
+        return tfm_isa_supported(TFM_ISA_AVX2) && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+               __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+#elif defined(TFM__NEON)
+    case TFM_ISA_NEON: return 1;
+#endif
+    default: return 0;
+    }
+}
+
+static tfm_isa tfm__best_isa(void) {
+    int i;
+    for (i = TFM_ISA_COUNT - 1; i > TFM_ISA_SCALAR; i--)
+        if (tfm_isa_supported((tfm_isa)i))
+            return (tfm_isa)i;
+    return TFM_ISA_SCALAR;
+}
+
+/* ---- threads: the caller's parallel-for, or OpenMP, or a plain loop */
+
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+
+typedef struct tfm__threads {
+    tfm_parallel_for parallel_for;
+    void *user;
+    int count;
+} tfm__threads;
+
+static void tfm__serial_for(void *user, size_t n, tfm_task task, void *argument) {
+    size_t i;
+    (void)user;
+    for (i = 0; i < n; i++)
+        task(argument, i);
+}
+
+#ifdef _OPENMP
+/* schedule(dynamic): whichever thread is running takes the next piece, so that a core that is busy with something else
+ * holds up one piece and not its half of the work. */
+static void tfm__openmp_for(void *user, size_t n, tfm_task task, void *argument) {
+    int count = *(const int *)user;
+    long i, end = (long)n;
+#pragma omp parallel for schedule(dynamic) num_threads(count)
+    for (i = 0; i < end; i++)
+        task(argument, (size_t)i);
+}
+#endif
+
+/* The number of threads that `count` = 0 means. */
+static int tfm__thread_count(int count) {
+#ifdef _OPENMP
+    return count > 0 ? count : omp_get_max_threads();
+#else
+    (void)count;
+    return 1;
+#endif
+}
+
+static void tfm__parallel(const tfm__threads *threads, size_t n, tfm_task task, void *argument) {
+    if (n == 1 || (threads->count == 1 && !threads->parallel_for))
+        tfm__serial_for(NULL, n, task, argument);
+    else if (threads->parallel_for)
+        threads->parallel_for(threads->user, n, task, argument);
+#ifdef _OPENMP
+    else {
+        int count = threads->count;
+        tfm__openmp_for(&count, n, task, argument);
+    }
+#endif
+}
+
+/* ---- files: a whole file as memory, mapped where the system can */
+
+#if !defined(TFM_NO_STDIO) && !defined(TFM_NO_MMAP) && (defined(__unix__) || defined(__APPLE__))
+#define TFM__MMAP
+#include <fcntl.h>
+#include <sys/mman.h>
+#include <sys/stat.h>
+#include <unistd.h>
+#endif
+
+typedef struct tfm__bytes {
+    const unsigned char *data;
+    size_t size;
+    int mapped; /* 1: give back with munmap; 0: with the allocator */
+} tfm__bytes;
+
+#ifdef TFM__MMAP
+static tfm_status tfm__map_file(const char *path, const tfm_allocator *allocator, tfm__bytes *bytes, tfm_error *error) {
+    struct stat status;
+    void *memory;
+    int descriptor = open(path, O_RDONLY);
+    (void)allocator;
+    if (descriptor < 0)
+        return tfm__fail(error, TFM_ERROR_FILE, "%.300s: %s", path, strerror(errno));
+    if (fstat(descriptor, &status) || !S_ISREG(status.st_mode)) {
+        close(descriptor);
+        return tfm__fail(error, TFM_ERROR_FILE, "%.300s: not a regular file", path);
+    }
+    if (status.st_size <= 0) {
+        close(descriptor);
+        return tfm__fail(error, TFM_ERROR_FORMAT, "%.300s: the file is empty", path);
+    }
+    memory = (uintmax_t)status.st_size > SIZE_MAX / 2
+                 ? MAP_FAILED
+                 : mmap(NULL, (size_t)status.st_size, PROT_READ, MAP_SHARED, descriptor, 0);
+    close(descriptor);
+    if (memory == MAP_FAILED)
+        return tfm__fail(error, TFM_ERROR_FILE, "%.300s: can't be mapped into memory", path);
+    bytes->data = (const unsigned char *)memory;
+    bytes->size = (size_t)status.st_size;
+    bytes->mapped = 1;
+    return TFM_OK;
+}
+#elif !defined(TFM_NO_STDIO)
+#ifdef _WIN32
+#define tfm__seek _fseeki64
+#define tfm__tell _ftelli64
+#else
+#define tfm__seek fseek
+#define tfm__tell ftell
+#endif
+static tfm_status tfm__map_file(const char *path, const tfm_allocator *allocator, tfm__bytes *bytes, tfm_error *error) {
+    FILE *file = fopen(path, "rb");
+    tfm_status status = TFM_OK;
+    long long size;
+    void *memory;
+    if (!file)
+        return tfm__fail(error, TFM_ERROR_FILE, "%.300s: %s", path, strerror(errno));
+    if (tfm__seek(file, 0, SEEK_END) || (size = tfm__tell(file)) < 0 || tfm__seek(file, 0, SEEK_SET)) {
+        fclose(file);
+        return tfm__fail(error, TFM_ERROR_FILE, "%.300s: can't be read", path);
+    }
+    memory = (unsigned long long)size > SIZE_MAX ? NULL
+                                                 : tfm__allocate_aligned(allocator, (size_t)size, TFM__CACHE_LINE);
+    if (!memory)
+        status = tfm__fail(error, TFM_ERROR_MEMORY, "%.300s: no memory for its %lld bytes", path, size);
+    else if (fread(memory, 1, (size_t)size, file) != (size_t)size)
+        status = tfm__fail(error, TFM_ERROR_FILE, "%.300s: can't be read", path);
+    fclose(file);
+    if (status != TFM_OK) {
+        tfm__release_aligned(allocator, memory);
+        return status;
+    }
+    bytes->data = (const unsigned char *)memory;
+    bytes->size = (size_t)size;
+    bytes->mapped = 0;
+    return TFM_OK;
+}
+#endif
+
+/* Asks for 2 MiB pages where the system has them for the asking. A wish: nothing depends on it. */
+static void tfm__advise_huge(void *memory, size_t size) {
+#if defined(TFM__MMAP) && defined(__linux__)
+    const int huge_page = 14; /* MADV_HUGEPAGE: strict C99 hides it, and the function */
+#ifndef __cplusplus
+    extern int madvise(void *, size_t, int);
+#endif
+    if (size >= TFM__HUGE_PAGE)
+        (void)madvise(memory, size / TFM__HUGE_PAGE * TFM__HUGE_PAGE, huge_page);
+#else
+    (void)memory;
+    (void)size;
+#endif
+}
+
+#ifndef TFM_NO_STDIO
+static void tfm__unmap_file(const tfm_allocator *allocator, tfm__bytes *bytes) {
+#ifdef TFM__MMAP
+    if (bytes->mapped && bytes->data)
+        munmap((void *)(uintptr_t)bytes->data, bytes->size);
+#endif
+    if (!bytes->mapped)
+        tfm__release_aligned(allocator, bytes->data);
+    bytes->data = NULL;
+}
+#endif
+
+/* CRC-32 as in zlib (reflected polynomial 0xEDB88320), sliced by 8: eight tables take eight bytes in one step. The
+ * tables are made by the caller, on the stack, so that the library keeps no state. */
+typedef struct tfm__crc_tables {
+    uint32_t table[8][256];
+} tfm__crc_tables;
+
+static void tfm__crc_prepare(tfm__crc_tables *crc) {
+    uint32_t i, j;
+    for (i = 0; i < 256; i++) {
+        uint32_t value = i;
+        for (j = 0; j < 8; j++)
+            value = value & 1 ? value >> 1 ^ 0xEDB88320u : value >> 1;
+        crc->table[0][i] = value;
+    }
+    for (j = 1; j < 8; j++)
+        for (i = 0; i < 256; i++)
+            crc->table[j][i] = crc->table[j - 1][i] >> 8 ^ crc->table[0][crc->table[j - 1][i] & 255];
+}
+
+static uint32_t tfm__crc(const tfm__crc_tables *crc, uint32_t value, const void *data, size_t size) {
+    const unsigned char *p = (const unsigned char *)data;
+    value = ~value;
+    for (; size >= 8; size -= 8, p += 8) {
+        uint32_t low, high;
+        memcpy(&low, p, 4);
+        memcpy(&high, p + 4, 4);
+        low ^= value;
+        value = crc->table[7][low & 255] ^ crc->table[6][low >> 8 & 255] ^ crc->table[5][low >> 16 & 255] ^
+                crc->table[4][low >> 24] ^ crc->table[3][high & 255] ^ crc->table[2][high >> 8 & 255] ^
+                crc->table[1][high >> 16 & 255] ^ crc->table[0][high >> 24];
+    }
+    for (; size; size--, p++)
+        value = value >> 8 ^ crc->table[0][(value ^ *p) & 255];
+    return ~value;
+}
+
+/* =====================================================================================================================
+ * b. TENSORS: types, 16-bit floats, panels
+ * ================================================================================================================== */
+
+/* Outputs side by side in a panel: one AVX-512 register of fp32, two of AVX2, four of NEON. */
+#define TFM__PANEL ((size_t)16)
+
+static const char *const tfm__dtype_names[TFM_DTYPE_COUNT] = {NULL, "f32", "f16", "bf16", "i8"};
+static const size_t tfm__dtype_sizes[TFM_DTYPE_COUNT] = {0, 4, 2, 2, 1};
+
+TFM_API const char *tfm_dtype_name(tfm_dtype dtype) {
+    return (unsigned)dtype < TFM_DTYPE_COUNT ? tfm__dtype_names[dtype] : NULL;
+}
+
+TFM_API tfm_status tfm_dtype_from_name(const char *name, tfm_dtype *dtype, tfm_error *error) {
+    int i;
+    for (i = 1; i < TFM_DTYPE_COUNT; i++)
+        if (!strcmp(name, tfm__dtype_names[i]) || (i == TFM_I8 && !strcmp(name, "int8"))) {
+            *dtype = (tfm_dtype)i;
+            return TFM_OK;
+        }
+    return tfm__fail(error, TFM_ERROR_ARGUMENT, "unknown type '%.64s' (there are f32, f16, bf16, int8)", name);
+}
+
+static tfm_tensor tfm__tensor(tfm_dtype dtype, tfm_layout layout, size_t rows, size_t columns, const void *data) {
+    tfm_tensor tensor;
+    tensor.dtype = dtype;
+    tensor.layout = layout;
+    tensor.n_dims = columns ? 2 : 1;
+    tensor.shape[0] = rows;
+    tensor.shape[1] = columns ? columns : 1;
+    tensor.shape[2] = tensor.shape[3] = 1;
+    tensor.data = data;
+    return tensor;
+}
+
+TFM_API tfm_tensor tfm_vector(const float *data, size_t n) {
+    return tfm__tensor(TFM_F32, TFM_ROWS, n, 0, data);
+}
+
+TFM_API tfm_tensor tfm_matrix(const float *data, size_t out, size_t in) {
+    return tfm__tensor(TFM_F32, TFM_ROWS, out, in, data);
+}
+
+TFM_API size_t tfm_tensor_bytes(const tfm_tensor *tensor) {
+    size_t rows = tensor->layout == TFM_PANELS ? tfm__round_up(tensor->shape[0], TFM__PANEL) : tensor->shape[0];
+    size_t elements = tfm__product(tfm__product(rows, tensor->shape[1]), tfm__product(tensor->shape[2], tensor->shape[3]));
+    return tfm__product(elements, tfm__dtype_sizes[tensor->dtype]);
+}
+
+static int tfm__is_float(tfm_dtype dtype) {
+    return dtype == TFM_F32 || dtype == TFM_F16 || dtype == TFM_BF16;
+}
+
+/* ---- 16-bit floats */
+
+static float tfm__float_from_bits(uint32_t bits) {
+    float value;
+    memcpy(&value, &bits, sizeof value);
+    return value;
+}
+
+static uint32_t tfm__float_bits(float value) {
+    uint32_t bits;
+    memcpy(&bits, &value, sizeof bits);
+    return bits;
+}
+
+/* Shifting the half's exponent and mantissa into a float's place makes a value that is 2^-112 too small, subnormals
+ * included; multiplying by 2^112 is exact. */
+static float tfm__from_f16(uint16_t half) {
+    uint32_t sign = (uint32_t)(half & 0x8000) << 16, magnitude = half & 0x7FFFu;
+    if (magnitude >= 0x7C00) /* infinity, NaN */
+        return tfm__float_from_bits(sign | 0x7F800000u | (magnitude & 0x3FF) << 13);
+    return tfm__float_from_bits(sign | tfm__float_bits(tfm__float_from_bits(magnitude << 13) * 5192296858534827628530496329220096.0f));
+}
+
+/* Rounds to nearest, ties to even: adding a power of two that makes the wanted last bit the float's last lets the
+ * addition round. */
+static uint16_t tfm__to_f16(float value) {
+    uint32_t bits = tfm__float_bits(value), sign = bits >> 16 & 0x8000, magnitude = bits & 0x7FFFFFFFu;
+    if (magnitude > 0x7F800000u)
+        return (uint16_t)(sign | 0x7E00); /* NaN */
+    if (magnitude >= 0x477FF000u)
+        return (uint16_t)(sign | 0x7C00); /* rounds to infinity */
+    if (magnitude < 0x38800000u)          /* subnormal halves count in steps of 2^-24 */
+        return (uint16_t)(sign | (tfm__float_bits(tfm__float_from_bits(magnitude) + 0.5f) - 0x3F000000u));
+    magnitude += 0xFFF + (magnitude >> 13 & 1);
+    return (uint16_t)(sign | ((magnitude >> 13) - (112u << 10)));
+}
+
+static float tfm__from_bf16(uint16_t half) {
+    return tfm__float_from_bits((uint32_t)half << 16);
+}
+
+static uint16_t tfm__to_bf16(float value) {
+    uint32_t bits = tfm__float_bits(value);
+    if ((bits & 0x7FFFFFFFu) > 0x7F800000u)
+        return (uint16_t)(bits >> 16 | 0x40); /* NaN stays one */
+    return (uint16_t)((bits + 0x7FFF + (bits >> 16 & 1)) >> 16);
+}
+
+/* n numbers, `stride` elements apart in the source, to fp32. */
+static void tfm__to_floats(tfm_dtype dtype, const void *source, size_t stride, size_t n, float *floats) {
+    const uint16_t *halves = (const uint16_t *)source;
+    size_t i;
+    if (dtype == TFM_F32)
+        for (i = 0; i < n; i++)
+            floats[i] = ((const float *)source)[i * stride];
+    else if (dtype == TFM_F16)
+        for (i = 0; i < n; i++)
+            floats[i] = tfm__from_f16(halves[i * stride]);
+    else
+        for (i = 0; i < n; i++)
+            floats[i] = tfm__from_bf16(halves[i * stride]);
+}
+
+static void tfm__from_floats(tfm_dtype dtype, const float *floats, size_t n, void *target) {
+    uint16_t *halves = (uint16_t *)target;
+    size_t i;
+    if (dtype == TFM_F32)
+        memcpy(target, floats, n * sizeof *floats);
+    else if (dtype == TFM_F16)
+        for (i = 0; i < n; i++)
+            halves[i] = tfm__to_f16(floats[i]);
+    else
+        for (i = 0; i < n; i++)
+            halves[i] = tfm__to_bf16(floats[i]);
+}
+
+/* ---- panels */
+
+static const void *tfm__at(const void *data, tfm_dtype dtype, size_t element) {
+    return (const char *)data + element * tfm__dtype_sizes[dtype];
+}
+
+/* n numbers from a row of a matrix of any layout, the first from column `column`, as fp32. */
+static void tfm__matrix_row(const tfm_tensor *matrix, size_t index, size_t column, size_t n, float *row) {
+    size_t out = matrix->shape[0], in = matrix->shape[1], first, stride;
+    if (matrix->layout == TFM_ROWS)
+        first = index * in, stride = 1;
+    else if (matrix->layout == TFM_COLS)
+        first = index, stride = out;
+    else
+        first = index / TFM__PANEL * in * TFM__PANEL + index % TFM__PANEL, stride = TFM__PANEL;
+    tfm__to_floats(matrix->dtype, tfm__at(matrix->data, matrix->dtype, first + column * stride), stride, n, row);
+}
+
+typedef struct tfm__pack_job {
+    const tfm_tensor *from; /* [out, in] */
+    tfm_dtype dtype;
+    char *panels; /* [ceil(out / 16)][in][16] */
+} tfm__pack_job;
+
+/* Packs the inputs [first, first + n) of one panel, by way of fp32. n <= TFM__PACK_STEP. */
+#define TFM__PACK_STEP ((size_t)128)
+static void tfm__pack_part(const tfm__pack_job *job, size_t panel, size_t first, size_t n) {
+    const tfm_tensor *from = job->from;
+    size_t out = from->shape[0], in = from->shape[1], base = panel * TFM__PANEL, k, lane;
+    size_t lanes = TFM__MIN(TFM__PANEL, out - base);
+    float row[TFM__PACK_STEP], packed[TFM__PACK_STEP * TFM__PANEL]; /* packed [n][16] */
+    void *target = job->panels + (panel * in + first) * TFM__PANEL * tfm__dtype_sizes[job->dtype];
+    if (from->layout == TFM_PANELS) /* contiguous already */
+        tfm__to_floats(from->dtype, tfm__at(from->data, from->dtype, (panel * in + first) * TFM__PANEL), 1, n * TFM__PANEL,
+                       packed);
+    else {
+        if (lanes < TFM__PANEL)
+            memset(packed, 0, sizeof packed);
+        if (from->layout == TFM_COLS)
+            for (k = 0; k < n; k++)
+                tfm__to_floats(from->dtype, tfm__at(from->data, from->dtype, (first + k) * out + base), 1, lanes,
+                               packed + k * TFM__PANEL);
+        else
+            for (lane = 0; lane < lanes; lane++) {
+                tfm__to_floats(from->dtype, tfm__at(from->data, from->dtype, (base + lane) * in + first), 1, n, row);
+                for (k = 0; k < n; k++)
+                    packed[k * TFM__PANEL + lane] = row[k];
+            }
+    }
+    tfm__from_floats(job->dtype, packed, n * TFM__PANEL, target);
+}
+
+static void tfm__pack_panel(void *argument, size_t panel) {
+    const tfm__pack_job *job = (const tfm__pack_job *)argument;
+    size_t in = job->from->shape[1], first;
+    for (first = 0; first < in; first += TFM__PACK_STEP)
+        tfm__pack_part(job, panel, first, TFM__MIN(TFM__PACK_STEP, in - first));
+}
+
+/* Packs a matrix into memory of tfm_tensor_bytes(the panels). */
+static tfm_tensor tfm__pack_into(const tfm__threads *threads, const tfm_tensor *matrix, tfm_dtype dtype, void *memory) {
+    tfm__pack_job job;
+    job.from = matrix;
+    job.dtype = dtype;
+    job.panels = (char *)memory;
+    tfm__parallel(threads, tfm__divide_up(matrix->shape[0], TFM__PANEL), tfm__pack_panel, &job);
+    return tfm__tensor(dtype, TFM_PANELS, matrix->shape[0], matrix->shape[1], memory);
+}
+
+TFM_API tfm_status tfm_pack(const tfm_tensor *matrix, tfm_dtype dtype, const tfm_allocator *allocator, tfm_tensor *packed,
+                            tfm_error *error) {
+    tfm_allocator memory = tfm__allocator(allocator);
+    tfm__threads alone = {NULL, NULL, 1};
+    size_t size;
+    void *panels;
+    if (matrix->n_dims != 2 || !matrix->shape[0] || !matrix->shape[1] || !matrix->data)
+        return tfm__fail(error, TFM_ERROR_ARGUMENT, "tfm_pack: expected a matrix");
+    if (!tfm__is_float(matrix->dtype) || !tfm__is_float(dtype))
+        return tfm__fail(error, TFM_ERROR_UNSUPPORTED, "tfm_pack: expected f32, f16 or bf16");
+    *packed = tfm__tensor(dtype, TFM_PANELS, matrix->shape[0], matrix->shape[1], NULL);
+    size = tfm_tensor_bytes(packed);
+    panels = tfm__allocate_aligned(&memory, size, TFM__CACHE_LINE);
+    if (!panels)
+        return tfm__fail_memory(error, size);
+    *packed = tfm__pack_into(&alone, matrix, dtype, panels);
+    return TFM_OK;
+}
+
+TFM_API void tfm_unpack(tfm_tensor *packed, const tfm_allocator *allocator) {
+    tfm_allocator memory = tfm__allocator(allocator);
+    tfm__release_aligned(&memory, packed->data);
+    memset(packed, 0, sizeof *packed);
+}
+
+/* =====================================================================================================================
+ * c. KERNELS: all arithmetic that takes time
+ *    One table of functions (tfm__kernels) with an implementation for each instruction set. The plain C one comes first:
+ *    it says what is computed. The vector ones come after it, written once over a 16-lane vector and compiled for each
+ *    instruction set; tests/test_kernels.c compares them.
+ *
+ *    Why panels: [16 outputs][in] stored as [in][16]. One step over an input multiplies it, broadcast, with 16 weights
+ *    that lie side by side, so that a vector of outputs is summed with no horizontal sum at the end, by matrix-vector
+ *    and matrix-matrix products alike. Each output is ONE sum, over the inputs in order, whatever the tile is: that is
+ *    what makes results independent of batching, of chunking and of threads.
+ * ================================================================================================================== */
+
+/* y[n_rows][n] (+)= x[n_rows][k] W^T.  W: panels of 16 outputs, panel_bytes from one to the next. */
+typedef struct tfm__matmul {
+    const float *x;
+    size_t x_stride, n_rows;
+    const void *w;
+    size_t panel_bytes, n, k;
+    float *y;
+    size_t y_stride;
+    int add; /* 1: y += */
+} tfm__matmul;
+
+/* What happens to the product while it is in the cache: y = activation(y + bias), and then, if there is a residual,
+ * residual += y. All [n_rows][n]. */
+typedef struct tfm__finish {
+    float *y;
+    size_t y_stride, n_rows, n;
+    const float *bias; /* [n] or NULL */
+    tfm_activation activation;
+    float *residual; /* or NULL */
+    size_t residual_stride;
+} tfm__finish;
+
+/* Softmax that runs along the keys block by block (Milakov, Gimelshein 2018): the largest score so far and the sum of
+ * exp(score - largest). */
+typedef struct tfm__softmax {
+    float max, sum;
+} tfm__softmax;
+
+typedef struct tfm__kernels {
+    tfm_isa isa;
+    void (*matmul[TFM_DTYPE_COUNT])(const tfm__matmul *job);
+    void (*finish)(const tfm__finish *job);
+    /* y[n] = norm(x[n]) */
+    void (*norm[2])(const float *x, size_t n, const float *weight, const float *bias, float eps, float *y);
+    /* Turns the n scores of a block into exp(score * scale + mask - new max), adds them to the running softmax, and
+     * returns the factor exp(old max - new max) for what was summed before. mask [n] or NULL. */
+    float (*softmax_block)(tfm__softmax *softmax, float *scores, size_t n, float scale, const float *mask);
+    /* x[n] *= by */
+    void (*scale)(float *x, size_t n, float by);
+    /* gate[n] = gate[n] * up[n] */
+    void (*multiply)(float *gate, const float *up, size_t n);
+} tfm__kernels;
+
+/* ---- the plain C kernels: the definition */
+
+static void tfm__scalar_matmul(tfm_dtype dtype, const tfm__matmul *job) {
+    size_t base, r, k, lane;
+    for (base = 0; base < job->n; base += TFM__PANEL) {
+        const char *panel = (const char *)job->w + base / TFM__PANEL * job->panel_bytes;
+        size_t lanes = TFM__MIN(TFM__PANEL, job->n - base);
+        for (r = 0; r < job->n_rows; r++) {
+            const float *x = job->x + r * job->x_stride;
+            float *y = job->y + r * job->y_stride + base;
+            float sum[16] = {0}, weights[16];
+            if (job->add)
+                memcpy(sum, y, lanes * sizeof *y);
+            for (k = 0; k < job->k; k++) {
+                tfm__to_floats(dtype, tfm__at(panel, dtype, k * TFM__PANEL), 1, TFM__PANEL, weights);
+                for (lane = 0; lane < TFM__PANEL; lane++)
+                    sum[lane] += x[k] * weights[lane];
+            }
+            memcpy(y, sum, lanes * sizeof *y);
+        }
+    }
+}
+
+static void tfm__scalar_matmul_f32(const tfm__matmul *job) {
+    tfm__scalar_matmul(TFM_F32, job);
+}
+
+static void tfm__scalar_matmul_f16(const tfm__matmul *job) {
+    tfm__scalar_matmul(TFM_F16, job);
+}
+
+static void tfm__scalar_matmul_bf16(const tfm__matmul *job) {
+    tfm__scalar_matmul(TFM_BF16, job);
+}
+
+static float tfm__scalar_activation(tfm_activation activation, float x) {
+    switch (activation) {
+    case TFM_RELU: return x < 0 ? 0 : x; /* NaN stays NaN */
+    case TFM_GELU: return x * 0.5f * (1 + erff(x * 0.70710678f));
+    case TFM_GELU_TANH: return x * 0.5f * (1 + tanhf(0.79788456f * (x + 0.044715f * x * x * x)));
+    case TFM_QUICK_GELU: return x / (1 + expf(-1.702f * x));
+    case TFM_SILU: return x / (1 + expf(-x));
+    case TFM_TANH: return tanhf(x);
+    default: return x;
+    }
+}
+
+static void tfm__scalar_finish(const tfm__finish *job) {
+    size_t r, i;
+    for (r = 0; r < job->n_rows; r++) {
+        float *y = job->y + r * job->y_stride;
+        for (i = 0; i < job->n; i++) {
+            y[i] = tfm__scalar_activation(job->activation, job->bias ? y[i] + job->bias[i] : y[i]);
+            if (job->residual)
+                job->residual[r * job->residual_stride + i] += y[i];
+        }
+    }
+}
+
+static void tfm__scalar_layer_norm(const float *x, size_t n, const float *weight, const float *bias, float eps, float *y) {
+    float sum = 0, squares = 0, mean, inverse;
+    size_t i;
+    for (i = 0; i < n; i++)
+        sum += x[i];
+    mean = sum / (float)n;
+    for (i = 0; i < n; i++)
+        squares += (x[i] - mean) * (x[i] - mean);
+    inverse = 1 / sqrtf(squares / (float)n + eps);
+    for (i = 0; i < n; i++)
+        y[i] = (x[i] - mean) * inverse * weight[i] + (bias ? bias[i] : 0);
+}
+
+static void tfm__scalar_rms_norm(const float *x, size_t n, const float *weight, const float *bias, float eps, float *y) {
+    float squares = 0, inverse;
+    size_t i;
+    for (i = 0; i < n; i++)
+        squares += x[i] * x[i];
+    inverse = 1 / sqrtf(squares / (float)n + eps);
+    for (i = 0; i < n; i++)
+        y[i] = x[i] * inverse * weight[i] + (bias ? bias[i] : 0);
+}
+
+static float tfm__scalar_softmax_block(tfm__softmax *softmax, float *scores, size_t n, float scale, const float *mask) {
+    float max = softmax->max, sum = 0, correction;
+    size_t i;
+    for (i = 0; i < n; i++) {
+        scores[i] = scores[i] * scale + (mask ? mask[i] : 0);
+        max = scores[i] > max ? scores[i] : max;
+    }
+    if (max == -INFINITY) { /* nothing seen yet, and nothing here: -inf - -inf would be NaN */
+        memset(scores, 0, n * sizeof *scores);
+        return 1;
+    }
+    correction = expf(softmax->max - max);
+    for (i = 0; i < n; i++)
+        sum += scores[i] = expf(scores[i] - max);
+    softmax->max = max;
+    softmax->sum = softmax->sum * correction + sum;
+    return correction;
+}
+
+static void tfm__scalar_scale(float *x, size_t n, float by) {
+    size_t i;
+    for (i = 0; i < n; i++)
+        x[i] *= by;
+}
+
+static void tfm__scalar_multiply(float *gate, const float *up, size_t n) {
+    size_t i;
+    for (i = 0; i < n; i++)
+        gate[i] *= up[i];
+}
+
+static const tfm__kernels tfm__scalar_kernels = {
+    TFM_ISA_SCALAR,
+    {NULL, tfm__scalar_matmul_f32, tfm__scalar_matmul_f16, tfm__scalar_matmul_bf16, NULL},
+    tfm__scalar_finish,
+    {tfm__scalar_layer_norm, tfm__scalar_rms_norm},
+    tfm__scalar_softmax_block,
+    tfm__scalar_scale,
+    tfm__scalar_multiply,
+};
+
+/* ---- the vector kernels: this file once more for each instruction set, which compiles the part below */
+
+#ifdef TFM__X86
+#define TFM__TIER 2
+#include TFM_HEADER
+#undef TFM__TIER
+#define TFM__TIER 512
+#include TFM_HEADER
+#undef TFM__TIER
+#endif
+#ifdef TFM__NEON
+#define TFM__TIER 128
+#include TFM_HEADER
+#undef TFM__TIER
+#endif
+
+#endif /* TFM_IMPLEMENTATION: interrupted, it goes on after the vector kernels */
+#endif /* !TFM__TIER */
+
+#ifdef TFM__TIER
+
+/* A tier defines: how its functions are named and compiled; its register (vf, with TFM__LANES floats) and the operations
+ * on it; and its tile of the matrix product, TFM__ROWS rows x TFM__PANELS panels of accumulators. The tile fills the
+ * registers: for each input it loads TFM__PANELS panels of weights and broadcasts TFM__ROWS activations, so the more
+ * accumulators, the fewer loads for each multiplication.
+ *   AVX-512: 32 registers: 8 rows x 48 outputs = 24 accumulators + 3 weights + 1 broadcast. 97 % of the multiplier's peak.
+ *   AVX2:    16 registers: 6 rows x 16 outputs = 12 accumulators + 2 weights + 1 broadcast.
+ *   NEON:    32 registers: 6 rows x 16 outputs = 24 accumulators + 4 weights + 1 broadcast. */
+#if TFM__TIER == 2
+#define TFM__FN(name) tfm__avx2_##name
+#define TFM__TARGET __attribute__((target("avx2,fma,f16c")))
+#define TFM__ISA TFM_ISA_AVX2
+#define TFM__LANES 8
+#define TFM__ROWS 6
+#define TFM__PANELS 1
+#define vf __m256
+#define vf_load _mm256_loadu_ps
+#define vf_store _mm256_storeu_ps
+#define vf_set1 _mm256_set1_ps
+#define vf_add _mm256_add_ps
+#define vf_sub _mm256_sub_ps
+#define vf_mul _mm256_mul_ps
+#define vf_div _mm256_div_ps
+#define vf_max _mm256_max_ps
+#define vf_min _mm256_min_ps
+#define vf_fma _mm256_fmadd_ps
+#define vf_load_f16(p) _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(p)))
+#define vf_load_bf16(p)                                                                                                \
+    _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)(p))), 16))
+#define vf_abs(a) _mm256_andnot_ps(_mm256_set1_ps(-0.0f), a)
+/* a < b ? yes : no */
+#define vf_if_less(a, b, yes, no) _mm256_blendv_ps(no, yes, _mm256_cmp_ps(a, b, _CMP_LT_OQ))
+/* a times two to the n, for n = the low bits of t */
+#define vf_times_2_to(a, t)                                                                                            \
+    _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(a), _mm256_slli_epi32(_mm256_castps_si256(t), 23)))
+#elif TFM__TIER == 512
+#define TFM__FN(name) tfm__avx512_##name
+#define TFM__TARGET __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")))
+#define TFM__ISA TFM_ISA_AVX512
+#define TFM__LANES 16
+#define TFM__ROWS 8
+#define TFM__PANELS 3
+#define vf __m512
+#define vf_load _mm512_loadu_ps
+#define vf_store _mm512_storeu_ps
+#define vf_set1 _mm512_set1_ps
+#define vf_add _mm512_add_ps
+#define vf_sub _mm512_sub_ps
+#define vf_mul _mm512_mul_ps
+#define vf_div _mm512_div_ps
+#define vf_max _mm512_max_ps
+#define vf_min _mm512_min_ps
+#define vf_fma _mm512_fmadd_ps
+#define vf_load_f16(p) _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)(p)))
+#define vf_load_bf16(p)                                                                                                \
+    _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)(p))), 16))
+#define vf_abs(a) _mm512_abs_ps(a)
+#define vf_if_less(a, b, yes, no) _mm512_mask_blend_ps(_mm512_cmp_ps_mask(a, b, _CMP_LT_OQ), no, yes)
+#define vf_times_2_to(a, t)                                                                                            \
+    _mm512_castsi512_ps(_mm512_add_epi32(_mm512_castps_si512(a), _mm512_slli_epi32(_mm512_castps_si512(t), 23)))
+#elif TFM__TIER == 128
+#define TFM__FN(name) tfm__neon_##name
+#define TFM__TARGET
+#define TFM__ISA TFM_ISA_NEON
+#define TFM__LANES 4
+#define TFM__ROWS 6
+#define TFM__PANELS 1
+#define vf float32x4_t
+#define vf_load vld1q_f32
+#define vf_store vst1q_f32
+#define vf_set1 vdupq_n_f32
+#define vf_add vaddq_f32
+#define vf_sub vsubq_f32
+#define vf_mul vmulq_f32
+#define vf_div vdivq_f32
+#define vf_max vmaxq_f32
+#define vf_min vminq_f32
+#define vf_fma(a, b, c) vfmaq_f32(c, a, b)
+#define vf_load_f16(p) vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16((const uint16_t *)(p))))
+#define vf_load_bf16(p) vreinterpretq_f32_u32(vshll_n_u16(vld1_u16((const uint16_t *)(p)), 16))
+#define vf_abs vabsq_f32
+#define vf_if_less(a, b, yes, no) vbslq_f32(vcltq_f32(a, b), yes, no)
+#define vf_times_2_to(a, t)                                                                                            \
+    vreinterpretq_f32_s32(vaddq_s32(vreinterpretq_s32_f32(a), vshlq_n_s32(vreinterpretq_s32_f32(t), 23)))
+#endif
+
+/* Registers in a panel, and so in a v16. */
+#define TFM__PARTS (16 / TFM__LANES)
+
+/* ---- the matrix product */
+
+static TFM__TARGET TFM__INLINE vf TFM__FN(load)(const tfm_dtype dtype, const void *weights, size_t index) {
+    return dtype == TFM_F32   ? vf_load((const float *)weights + index)
+           : dtype == TFM_F16 ? vf_load_f16((const uint16_t *)weights + index)
+                              : vf_load_bf16((const uint16_t *)weights + index);
+}
+
+/* One tile: rows x (16 * panels) of y. dtype, rows and panels are constants where this is inlined, so every loop over
+ * them is unrolled and `sum` lives in registers. */
+static TFM__TARGET TFM__INLINE void TFM__FN(tile)(const tfm_dtype dtype, const int rows, const int panels,
+                                                  const tfm__matmul *job, const float *x, const char *w, float *y,
+                                                  size_t y_stride) {
+    const int columns = panels * TFM__PARTS;
+    const size_t x_stride = job->x_stride, panel_bytes = job->panel_bytes, n_inputs = job->k;
+    vf sum[TFM__ROWS][TFM__PANELS * TFM__PARTS], weights[TFM__PANELS * TFM__PARTS];
+    size_t k;
+    int r, c;
+    TFM__UNROLL
+    for (r = 0; r < rows; r++)
+        TFM__UNROLL
+        for (c = 0; c < columns; c++)
+            sum[r][c] = job->add ? vf_load(y + (size_t)r * y_stride + c * TFM__LANES) : vf_set1(0);
+    for (k = 0; k < n_inputs; k++) {
+        TFM__UNROLL
+        for (c = 0; c < columns; c++)
+            weights[c] = TFM__FN(load)(dtype, w + (size_t)(c / TFM__PARTS) * panel_bytes,
+                                       k * 16 + (size_t)(c % TFM__PARTS * TFM__LANES));
+        TFM__UNROLL
+        for (r = 0; r < rows; r++) {
+            const vf input = vf_set1(x[(size_t)r * x_stride + k]);
+            TFM__UNROLL
+            for (c = 0; c < columns; c++)
+                sum[r][c] = vf_fma(input, weights[c], sum[r][c]);
+        }
+    }
+    TFM__UNROLL
+    for (r = 0; r < rows; r++)
+        TFM__UNROLL
+        for (c = 0; c < columns; c++)
+            vf_store(y + (size_t)r * y_stride + c * TFM__LANES, sum[r][c]);
+}
+
+static TFM__TARGET TFM__INLINE void TFM__FN(tile_rows)(const tfm_dtype dtype, size_t rows, const int panels,
+                                                       const tfm__matmul *job, const float *x, const char *w, float *y,
+                                                       size_t y_stride) {
+    switch (rows) {
+    case 1: TFM__FN(tile)(dtype, 1, panels, job, x, w, y, y_stride); break;
+    case 2: TFM__FN(tile)(dtype, 2, panels, job, x, w, y, y_stride); break;
+    case 3: TFM__FN(tile)(dtype, 3, panels, job, x, w, y, y_stride); break;
+    case 4: TFM__FN(tile)(dtype, 4, panels, job, x, w, y, y_stride); break;
+    case 5: TFM__FN(tile)(dtype, 5, panels, job, x, w, y, y_stride); break;
+#if TFM__ROWS == 8
+    case 6: TFM__FN(tile)(dtype, 6, panels, job, x, w, y, y_stride); break;
+    case 7: TFM__FN(tile)(dtype, 7, panels, job, x, w, y, y_stride); break;
+#endif
+    default: TFM__FN(tile)(dtype, TFM__ROWS, panels, job, x, w, y, y_stride);
+    }
+}
+
+/* The last panel when n is not a multiple of 16: the tile is made on the side, so as not to write past the row. */
+static TFM__TARGET TFM__INLINE void TFM__FN(tile_edge)(const tfm_dtype dtype, size_t rows, const tfm__matmul *job,
+                                                       const float *x, const char *w, float *y, size_t lanes) {
+    float side[TFM__ROWS * 16];
+    size_t r;
+    for (r = 0; r < rows; r++)
+        memcpy(side + r * 16, y + r * job->y_stride, lanes * sizeof *y);
+    TFM__FN(tile_rows)(dtype, rows, 1, job, x, w, side, 16);
+    for (r = 0; r < rows; r++)
+        memcpy(y + r * job->y_stride, side + r * 16, lanes * sizeof *y);
+}
+
+static TFM__TARGET TFM__INLINE void TFM__FN(matmul)(const tfm_dtype dtype, const tfm__matmul *job) {
+    size_t column = 0, row, step;
+    for (; column < job->n; column += step) {
+        const char *w = (const char *)job->w + column / 16 * job->panel_bytes;
+        step = TFM__PANELS > 1 && column + 16 * TFM__PANELS <= job->n ? 16 * TFM__PANELS : 16;
+        for (row = 0; row < job->n_rows; row += TFM__ROWS) {
+            const float *x = job->x + row * job->x_stride;
+            float *y = job->y + row * job->y_stride + column;
+            size_t rows = TFM__MIN(job->n_rows - row, (size_t)TFM__ROWS);
+            if (step > 16)
+                TFM__FN(tile_rows)(dtype, rows, TFM__PANELS, job, x, w, y, job->y_stride);
+            else if (column + 16 <= job->n)
+                TFM__FN(tile_rows)(dtype, rows, 1, job, x, w, y, job->y_stride);
+            else
+                TFM__FN(tile_edge)(dtype, rows, job, x, w, y, job->n - column);
+        }
+    }
+}
+
+static TFM__TARGET void TFM__FN(matmul_f32)(const tfm__matmul *job) {
+    TFM__FN(matmul)(TFM_F32, job);
+}
+
+static TFM__TARGET void TFM__FN(matmul_f16)(const tfm__matmul *job) {
+    TFM__FN(matmul)(TFM_F16, job);
+}
+
+static TFM__TARGET void TFM__FN(matmul_bf16)(const tfm__matmul *job) {
+    TFM__FN(matmul)(TFM_BF16, job);
+}
+
+/* ---- sixteen floats, whatever the register: the same operations in the same order on every instruction set */
+
+#define v16 TFM__FN(v16_type)
+typedef struct v16 {
+    vf part[TFM__PARTS];
+} v16;
+
+#define TFM__LIFT(name, operation, ...)                                                                                \
+    static TFM__TARGET TFM__INLINE v16 TFM__FN(name)(__VA_ARGS__) {                                                    \
+        v16 result;                                                                                                    \
+        int i;                                                                                                         \
+        TFM__UNROLL                                                                                                    \
+        for (i = 0; i < TFM__PARTS; i++)                                                                               \
+            result.part[i] = operation;                                                                                \
+        return result;                                                                                                 \
+    }
+TFM__LIFT(load16, vf_load(p + i * TFM__LANES), const float *p)
+TFM__LIFT(set16, vf_set1(value), float value)
+TFM__LIFT(add16, vf_add(a.part[i], b.part[i]), v16 a, v16 b)
+TFM__LIFT(sub16, vf_sub(a.part[i], b.part[i]), v16 a, v16 b)
+TFM__LIFT(mul16, vf_mul(a.part[i], b.part[i]), v16 a, v16 b)
+TFM__LIFT(div16, vf_div(a.part[i], b.part[i]), v16 a, v16 b)
+TFM__LIFT(max16, vf_max(a.part[i], b.part[i]), v16 a, v16 b)
+TFM__LIFT(min16, vf_min(a.part[i], b.part[i]), v16 a, v16 b)
+TFM__LIFT(abs16, vf_abs(a.part[i]), v16 a)
+TFM__LIFT(fma16, vf_fma(a.part[i], b.part[i], c.part[i]), v16 a, v16 b, v16 c)
+TFM__LIFT(if_less16, vf_if_less(a.part[i], b.part[i], yes.part[i], no.part[i]), v16 a, v16 b, v16 yes, v16 no)
+TFM__LIFT(times_2_to16, vf_times_2_to(a.part[i], t.part[i]), v16 a, v16 t)
+#undef TFM__LIFT
+
+static TFM__TARGET TFM__INLINE void TFM__FN(store16)(float *p, v16 a) {
+    int i;
+    TFM__UNROLL
+    for (i = 0; i < TFM__PARTS; i++)
+        vf_store(p + i * TFM__LANES, a.part[i]);
+}
+
+/* The first n lanes from memory, the rest `fill`; and back. */
+static TFM__TARGET TFM__INLINE v16 TFM__FN(load_part)(const float *p, size_t n, float fill) {
+    float side[16];
+    if (n >= 16)
+        return TFM__FN(load16)(p);
+    TFM__FN(store16)(side, TFM__FN(set16)(fill));
+    memcpy(side, p, n * sizeof *p);
+    return TFM__FN(load16)(side);
+}
+
+static TFM__TARGET TFM__INLINE void TFM__FN(store_part)(float *p, v16 a, size_t n) {
+    float side[16];
+    if (n >= 16) {
+        TFM__FN(store16)(p, a);
+        return;
+    }
+    TFM__FN(store16)(side, a);
+    memcpy(p, side, n * sizeof *p);
+}
+
+static TFM__TARGET TFM__INLINE float TFM__FN(sum_lanes)(v16 a) {
+    float lane[16];
+    int i, width;
+    TFM__FN(store16)(lane, a);
+    for (width = 8; width; width /= 2)
+        for (i = 0; i < width; i++)
+            lane[i] += lane[i + width];
+    return lane[0];
+}
+
+static TFM__TARGET TFM__INLINE float TFM__FN(max_lanes)(v16 a) {
+    float lane[16];
+    int i, width;
+    TFM__FN(store16)(lane, a);
+    for (width = 8; width; width /= 2)
+        for (i = 0; i < width; i++)
+            lane[i] = lane[i] > lane[i + width] ? lane[i] : lane[i + width];
+    return lane[0];
+}
+
+/* a * b + c with constants b and c: a step of Horner's scheme. */
+static TFM__TARGET TFM__INLINE v16 TFM__FN(horner)(v16 a, v16 sum, float coefficient) {
+    return TFM__FN(fma16)(sum, a, TFM__FN(set16)(coefficient));
+}
+
+/* exp(x) = 2^n exp(r), n = round(x / ln 2), |r| <= ln 2 / 2. Adding 1.5 * 2^23 rounds to an integer that stands in the
+ * low bits of the sum; ln 2 is subtracted in two parts, of which n times the first is exact; exp(r) is the minimax
+ * polynomial of degree 6 (relative error 2e-9). In all, relative error < 2e-7. Below -87.3 the result is 0, above 88.37
+ * it stays at 2.4e38; NaN stays NaN (max and min return their second argument then). */
+static TFM__TARGET TFM__INLINE v16 TFM__FN(exp16)(v16 x) {
+    const v16 magic = TFM__FN(set16)(12582912.0f);
+    v16 in = TFM__FN(min16)(TFM__FN(set16)(88.37f), TFM__FN(max16)(TFM__FN(set16)(-87.3f), x));
+    v16 t = TFM__FN(fma16)(in, TFM__FN(set16)(1.44269504f), magic), n = TFM__FN(sub16)(t, magic);
+    v16 r = TFM__FN(fma16)(n, TFM__FN(set16)(-0.693359375f), in);
+    v16 p = TFM__FN(set16)(1.383683822e-3f);
+    r = TFM__FN(fma16)(n, TFM__FN(set16)(2.12194440e-4f), r);
+    p = TFM__FN(horner)(r, p, 8.374822087e-3f);
+    p = TFM__FN(horner)(r, p, 4.166822604e-2f);
+    p = TFM__FN(horner)(r, p, 1.66664201e-1f);
+    p = TFM__FN(horner)(r, p, 4.999999208e-1f);
+    p = TFM__FN(horner)(r, p, 1.000000036f);
+    p = TFM__FN(horner)(r, p, 1.000000001f);
+    return TFM__FN(if_less16)(x, TFM__FN(set16)(-87.3f), TFM__FN(set16)(0), TFM__FN(times_2_to16)(p, t));
+}
+
+static TFM__TARGET TFM__INLINE v16 TFM__FN(sigmoid16)(v16 x) {
+    const v16 one = TFM__FN(set16)(1);
+    return TFM__FN(div16)(one, TFM__FN(add16)(one, TFM__FN(exp16)(TFM__FN(sub16)(TFM__FN(set16)(0), x))));
+}
+
+/* The normal distribution function (1 + erf(x / sqrt 2)) / 2. With a = |x| / sqrt 2 and t = 1 / (1 + a / 2) it is
+ * erfc(a) / 2 or 1 - erfc(a) / 2, and erfc(a) = exp(-a^2) P(t), P the minimax polynomial of degree 9 (relative error
+ * 3.3e-8). Both tails keep their relative accuracy. */
+static TFM__TARGET TFM__INLINE v16 TFM__FN(normal16)(v16 x) {
+    const v16 one = TFM__FN(set16)(1), zero = TFM__FN(set16)(0);
+    v16 a = TFM__FN(mul16)(TFM__FN(abs16)(x), TFM__FN(set16)(0.70710678f));
+    v16 t = TFM__FN(div16)(one, TFM__FN(fma16)(a, TFM__FN(set16)(0.5f), one));
+    v16 p = TFM__FN(set16)(-5.505130239e-2f);
+    p = TFM__FN(horner)(t, p, 2.639031356e-1f);
+    p = TFM__FN(horner)(t, p, -4.414777321e-1f);
+    p = TFM__FN(horner)(t, p, 2.21191062e-1f);
+    p = TFM__FN(horner)(t, p, 1.707761393e-2f);
+    p = TFM__FN(horner)(t, p, 1.812498949e-1f);
+    p = TFM__FN(horner)(t, p, 2.49793501e-1f);
+    p = TFM__FN(horner)(t, p, 2.810984289e-1f);
+    p = TFM__FN(horner)(t, p, 2.82221377e-1f);
+    p = TFM__FN(horner)(t, p, -6.011320731e-6f);
+    p = TFM__FN(mul16)(p, TFM__FN(exp16)(TFM__FN(sub16)(zero, TFM__FN(mul16)(a, a))));
+    p = TFM__FN(mul16)(p, TFM__FN(set16)(0.5f));
+    return TFM__FN(if_less16)(x, zero, p, TFM__FN(sub16)(one, p));
+}
+
+/* The activations. (1 + tanh u) / 2 = sigmoid(2u), which is accurate in both tails. Largest error against the exact
+ * functions: 3e-7 of max(|result|, |x| 2^-24) for the GELUs and SiLU, 1.2e-7 absolute for tanh. */
+static TFM__TARGET TFM__INLINE v16 TFM__FN(activate16)(const tfm_activation activation, v16 x) {
+    switch (activation) {
+    case TFM_RELU: return TFM__FN(if_less16)(x, TFM__FN(set16)(0), TFM__FN(set16)(0), x);
+    case TFM_GELU: return TFM__FN(mul16)(x, TFM__FN(normal16)(x));
+    case TFM_GELU_TANH: { /* 2 sqrt(2 / pi) (x + 0.044715 x^3) = x (1.5957691 + 0.071354816 x^2) */
+        v16 u = TFM__FN(fma16)(TFM__FN(mul16)(x, x), TFM__FN(set16)(0.071354816f), TFM__FN(set16)(1.5957691f));
+        return TFM__FN(mul16)(x, TFM__FN(sigmoid16)(TFM__FN(mul16)(x, u)));
+    }
+    case TFM_QUICK_GELU: return TFM__FN(mul16)(x, TFM__FN(sigmoid16)(TFM__FN(mul16)(x, TFM__FN(set16)(1.702f))));
+    case TFM_SILU: return TFM__FN(mul16)(x, TFM__FN(sigmoid16)(x));
+    case TFM_TANH: { /* 2 sigmoid(2x) - 1 */
+        v16 s = TFM__FN(sigmoid16)(TFM__FN(add16)(x, x));
+        return TFM__FN(sub16)(TFM__FN(add16)(s, s), TFM__FN(set16)(1));
+    }
+    default: return x;
+    }
+}
+
+static TFM__TARGET TFM__INLINE void TFM__FN(finish_as)(const tfm_activation activation, const tfm__finish *job) {
+    size_t r, i;
+    for (r = 0; r < job->n_rows; r++)
+        for (i = 0; i < job->n; i += 16) {
+            float *p = job->y + r * job->y_stride + i;
+            size_t n = job->n - i;
+            v16 y = TFM__FN(load_part)(p, n, 0);
+            if (job->bias)
+                y = TFM__FN(add16)(y, TFM__FN(load_part)(job->bias + i, n, 0));
+            y = TFM__FN(activate16)(activation, y);
+            if (job->residual) {
+                p = job->residual + r * job->residual_stride + i;
+                y = TFM__FN(add16)(TFM__FN(load_part)(p, n, 0), y);
+            }
+            TFM__FN(store_part)(p, y, n);
+        }
+}
+
+static TFM__TARGET void TFM__FN(finish)(const tfm__finish *job) {
+    switch (job->activation) {
+    case TFM_RELU: TFM__FN(finish_as)(TFM_RELU, job); break;
+    case TFM_GELU: TFM__FN(finish_as)(TFM_GELU, job); break;
+    case TFM_GELU_TANH: TFM__FN(finish_as)(TFM_GELU_TANH, job); break;
+    case TFM_QUICK_GELU: TFM__FN(finish_as)(TFM_QUICK_GELU, job); break;
+    case TFM_SILU: TFM__FN(finish_as)(TFM_SILU, job); break;
+    case TFM_TANH: TFM__FN(finish_as)(TFM_TANH, job); break;
+    default: TFM__FN(finish_as)(TFM_NO_ACTIVATION, job);
+    }
+}
+
+/* ---- norms */
+
+/* Sum over i of (x[i] - mean)^2, in 16 lanes. */
+static TFM__TARGET TFM__INLINE float TFM__FN(squares)(const float *x, size_t n, float mean) {
+    v16 sum = TFM__FN(set16)(0);
+    size_t i;
+    for (i = 0; i < n; i += 16) {
+        v16 d = TFM__FN(sub16)(TFM__FN(load_part)(x + i, n - i, mean), TFM__FN(set16)(mean));
+        sum = TFM__FN(fma16)(d, d, sum);
+    }
+    return TFM__FN(sum_lanes)(sum);
+}
+
+/* y = (x - mean) * inverse * weight + bias */
+static TFM__TARGET TFM__INLINE void TFM__FN(normalize)(const float *x, size_t n, float mean, float inverse,
+                                                       const float *weight, const float *bias, float *y) {
+    size_t i;
+    for (i = 0; i < n; i += 16) {
+        v16 d = TFM__FN(sub16)(TFM__FN(load_part)(x + i, n - i, 0), TFM__FN(set16)(mean));
+        v16 w = TFM__FN(load_part)(weight + i, n - i, 0);
+        v16 b = bias ? TFM__FN(load_part)(bias + i, n - i, 0) : TFM__FN(set16)(0);
+        TFM__FN(store_part)(y + i, TFM__FN(fma16)(TFM__FN(mul16)(d, TFM__FN(set16)(inverse)), w, b), n - i);
+    }
+}
+
+static TFM__TARGET void TFM__FN(layer_norm)(const float *x, size_t n, const float *weight, const float *bias, float eps,
+                                            float *y) {
+    v16 sum = TFM__FN(set16)(0);
+    float mean;
+    size_t i;
+    for (i = 0; i < n; i += 16)
+        sum = TFM__FN(add16)(sum, TFM__FN(load_part)(x + i, n - i, 0));
+    mean = TFM__FN(sum_lanes)(sum) / (float)n;
+    TFM__FN(normalize)(x, n, mean, 1 / sqrtf(TFM__FN(squares)(x, n, mean) / (float)n + eps), weight, bias, y);
+}
+
+static TFM__TARGET void TFM__FN(rms_norm)(const float *x, size_t n, const float *weight, const float *bias, float eps,
+                                          float *y) {
+    TFM__FN(normalize)(x, n, 0, 1 / sqrtf(TFM__FN(squares)(x, n, 0) / (float)n + eps), weight, bias, y);
+}
+
+/* ---- softmax and the rest of attention */
+
+static TFM__TARGET float TFM__FN(softmax_block)(tfm__softmax *softmax, float *scores, size_t n, float scale,
+                                                const float *mask) {
+    v16 largest = TFM__FN(set16)(-INFINITY), sum = TFM__FN(set16)(0);
+    float max, correction;
+    size_t i;
+    for (i = 0; i < n; i += 16) {
+        v16 s = TFM__FN(mul16)(TFM__FN(load_part)(scores + i, n - i, 0), TFM__FN(set16)(scale));
+        if (mask)
+            s = TFM__FN(add16)(s, TFM__FN(load_part)(mask + i, n - i, 0));
+        TFM__FN(store_part)(scores + i, s, n - i);
+        largest = TFM__FN(max16)(largest, TFM__FN(load_part)(scores + i, n - i, -INFINITY));
+    }
+    max = TFM__FN(max_lanes)(largest);
+    max = softmax->max > max ? softmax->max : max;
+    if (max == -INFINITY) { /* nothing seen yet, and nothing here: -inf - -inf would be NaN */
+        memset(scores, 0, n * sizeof *scores);
+        return 1;
+    }
+    for (i = 0; i < n; i += 16) {
+        v16 s = TFM__FN(load_part)(scores + i, n - i, -INFINITY);
+        s = TFM__FN(exp16)(TFM__FN(sub16)(s, TFM__FN(set16)(max)));
+        sum = TFM__FN(add16)(sum, s);
+        TFM__FN(store_part)(scores + i, s, n - i);
+    }
+    correction = softmax->max == max ? 1 : expf(softmax->max - max);
+    softmax->max = max;
+    softmax->sum = softmax->sum * correction + TFM__FN(sum_lanes)(sum);
+    return correction;
+}
+
+static TFM__TARGET void TFM__FN(scale)(float *x, size_t n, float by) {
+    size_t i;
+    for (i = 0; i < n; i += 16)
+        TFM__FN(store_part)(x + i, TFM__FN(mul16)(TFM__FN(load_part)(x + i, n - i, 0), TFM__FN(set16)(by)), n - i);
+}
+
+static TFM__TARGET void TFM__FN(multiply)(float *gate, const float *up, size_t n) {
+    size_t i;
+    for (i = 0; i < n; i += 16)
+        TFM__FN(store_part)(gate + i, TFM__FN(mul16)(TFM__FN(load_part)(gate + i, n - i, 0),
+                                                     TFM__FN(load_part)(up + i, n - i, 0)), n - i);
+}
+
+static const tfm__kernels TFM__FN(kernels) = {
+    TFM__ISA,
+    {NULL, TFM__FN(matmul_f32), TFM__FN(matmul_f16), TFM__FN(matmul_bf16), NULL},
+    TFM__FN(finish),
+    {TFM__FN(layer_norm), TFM__FN(rms_norm)},
+    TFM__FN(softmax_block),
+    TFM__FN(scale),
+    TFM__FN(multiply),
+};
+
+#undef TFM__FN
+#undef TFM__TARGET
+#undef TFM__ISA
+#undef TFM__LANES
+#undef TFM__ROWS
+#undef TFM__PANELS
+#undef TFM__PARTS
+#undef v16
+#undef vf
+#undef vf_load
+#undef vf_store
+#undef vf_set1
+#undef vf_add
+#undef vf_sub
+#undef vf_mul
+#undef vf_div
+#undef vf_max
+#undef vf_min
+#undef vf_fma
+#undef vf_load_f16
+#undef vf_load_bf16
+#undef vf_abs
+#undef vf_if_less
+#undef vf_times_2_to
+
+#endif /* TFM__TIER */
+
+#ifndef TFM__TIER
+#if defined(TFM_IMPLEMENTATION) && !defined(TFM__IMPLEMENTED_2) /* the implementation goes on */
+#define TFM__IMPLEMENTED_2
+
+/* The kernels of an instruction set that tfm_isa_supported. */
+static const tfm__kernels *tfm__kernels_of(tfm_isa isa) {
+    switch (isa) {
+#if defined(TFM__X86)
+    case TFM_ISA_AVX512: return &tfm__avx512_kernels;
+    case TFM_ISA_AVX2: return &tfm__avx2_kernels;
+#elif defined(TFM__NEON)
+    case TFM_ISA_NEON: return &tfm__neon_kernels;
+#endif
+    default: return &tfm__scalar_kernels;
+    }
+}
+
+/* =====================================================================================================================
+ * d. LAYERS: linear, norms, attention, feed-forward, block
+ *    The functions tfm__* do the work and can't fail; the public ones check and reserve scratch memory first.
+ * ================================================================================================================== */
+
+struct tfm_engine {
+    tfm_allocator allocator;
+    tfm__threads threads;
+    const tfm__kernels *kernels;
+    float *scratch; /* a stack: layers take from it and put back all they took */
+    size_t scratch_size, scratch_used; /* floats */
+};
+
+TFM_API tfm_engine *tfm_engine_create(const tfm_engine_options *options, tfm_error *error) {
+    tfm_engine_options usual;
+    tfm_allocator allocator;
+    tfm_engine *engine;
+    memset(&usual, 0, sizeof usual);
+    if (!options)
+        options = &usual;
+    if (!tfm_isa_supported(options->isa)) {
+        const char *name = tfm_isa_name(options->isa);
+        tfm__fail(error, TFM_ERROR_UNSUPPORTED, "this CPU, or this build, can't run the instruction set '%s'",
+                  name ? name : "?");
+        return NULL;
+    }
+    allocator = tfm__allocator(&options->allocator);
+    engine = (tfm_engine *)tfm__allocate_zeroed(&allocator, sizeof *engine);
+    if (!engine) {
+        tfm__fail_memory(error, sizeof *engine);
+        return NULL;
+    }
+    engine->allocator = allocator;
+    engine->threads.parallel_for = options->parallel_for;
+    engine->threads.user = options->parallel_user;
+    engine->threads.count = tfm__thread_count(options->threads);
+    engine->kernels = tfm__kernels_of(options->isa == TFM_ISA_BEST ? tfm__best_isa() : options->isa);
+    return engine;
+}
+
+TFM_API void tfm_engine_free(tfm_engine *engine) {
+    tfm_allocator allocator;
+    if (!engine)
+        return;
+    allocator = engine->allocator;
+    tfm__release_aligned(&allocator, engine->scratch);
+    tfm__release(&allocator, engine);
+}
+
+TFM_API tfm_isa tfm_engine_isa(const tfm_engine *engine) {
+    return engine->kernels->isa;
+}
+
+/* ---- scratch memory */
+
+/* Room that an array takes on the scratch stack. */
+static size_t tfm__scratch_floats(size_t a, size_t b) {
+    size_t floats = tfm__product(a, b);
+    return floats > SIZE_MAX / 64 ? SIZE_MAX / 64 : tfm__round_up(floats, 16);
+}
+
+static tfm_status tfm__reserve(tfm_engine *engine, size_t floats, tfm_error *error) {
+    float *scratch;
+    if (floats <= engine->scratch_size)
+        return TFM_OK;
+    scratch = (float *)tfm__allocate_aligned(&engine->allocator, tfm__product(floats, sizeof *scratch), TFM__CACHE_LINE);
+    if (!scratch)
+        return tfm__fail_memory(error, tfm__product(floats, sizeof *scratch));
+    tfm__release_aligned(&engine->allocator, engine->scratch);
+    engine->scratch = scratch;
+    engine->scratch_size = floats;
+    return TFM_OK;
+}
+
+/* [a][b] floats from the scratch stack, not initialised. To give back all taken since: engine->scratch_used = mark. */
+static float *tfm__take(tfm_engine *engine, size_t a, size_t b) {
+    float *floats = engine->scratch + engine->scratch_used;
+    engine->scratch_used += tfm__scratch_floats(a, b);
+    return floats;
+}
+
+/* Runs n pieces of about `work` multiplications each; not worth other threads if it is over in microseconds. */
+static void tfm__run(const tfm_engine *engine, size_t n, size_t work, tfm_task task, void *argument) {
+    if (n > 1 && tfm__product(n, work) < 32768)
+        tfm__serial_for(NULL, n, task, argument);
+    else if (n)
+        tfm__parallel(&engine->threads, n, task, argument);
+}
+
+/* ---- linear */
+
+typedef struct tfm__linear_job {
+    const tfm_engine *engine;
+    const tfm_linear *linear;
+    const float *x; /* [n_rows][in] */
+    size_t n_rows;
+    tfm_activation activation;
+    float *y;        /* [n_rows][out] */
+    float *residual; /* [n_rows][out] or NULL */
+    size_t row_blocks;
+} tfm__linear_job;
+
+/* A piece: 3 panels of outputs (48: the widest tile) x at most 256 rows. The rows of one column group are neighbours in
+ * the order of the pieces, so that its weights are read from memory once. */
+#define TFM__LINEAR_COLUMNS (3 * TFM__PANEL)
+#define TFM__LINEAR_ROWS ((size_t)256)
+
+static void tfm__linear_piece(void *argument, size_t index) {
+    const tfm__linear_job *job = (const tfm__linear_job *)argument;
+    const tfm_tensor *weight = &job->linear->weight;
+    size_t out = weight->shape[0], in = weight->shape[1];
+    size_t column = index / job->row_blocks * TFM__LINEAR_COLUMNS, row = index % job->row_blocks * TFM__LINEAR_ROWS;
+    tfm__matmul product;
+    tfm__finish finish;
+    product.x = job->x + row * in;
+    product.x_stride = in;
+    product.n_rows = TFM__MIN(TFM__LINEAR_ROWS, job->n_rows - row);
+    product.w = tfm__at(weight->data, weight->dtype, column * in);
+    product.panel_bytes = TFM__PANEL * in * tfm__dtype_sizes[weight->dtype];
+    product.n = TFM__MIN(TFM__LINEAR_COLUMNS, out - column);
+    product.k = in;
+    product.y = job->y + row * out + column;
+    product.y_stride = out;
+    product.add = 0;
+    job->engine->kernels->matmul[weight->dtype](&product);
+    if (!job->linear->bias.data && job->activation == TFM_NO_ACTIVATION && !job->residual)
+        return;
+    finish.y = product.y;
+    finish.y_stride = out;
+    finish.n_rows = product.n_rows;
+    finish.n = product.n;
+    finish.bias = job->linear->bias.data ? (const float *)job->linear->bias.data + column : NULL;
+    finish.activation = job->activation;
+    finish.residual = job->residual ? job->residual + row * out + column : NULL;
+    finish.residual_stride = out;
+    job->engine->kernels->finish(&finish);
+}
+
+/* y = activation(x W^T + b); then, if there is one, residual += y. */
+static void tfm__linear(const tfm_engine *engine, const tfm_linear *linear, const float *x, size_t n_rows,
+                        tfm_activation activation, float *y, float *residual) {
+    tfm__linear_job job;
+    size_t column_blocks = tfm__divide_up(linear->weight.shape[0], TFM__LINEAR_COLUMNS);
+    job.engine = engine;
+    job.linear = linear;
+    job.x = x;
+    job.n_rows = n_rows;
+    job.activation = activation;
+    job.y = y;
+    job.residual = residual;
+    job.row_blocks = tfm__divide_up(n_rows, TFM__LINEAR_ROWS);
+    tfm__run(engine, column_blocks * job.row_blocks,
+             TFM__MIN(n_rows, TFM__LINEAR_ROWS) * TFM__LINEAR_COLUMNS * linear->weight.shape[1], tfm__linear_piece, &job);
+}
+
+static tfm_status tfm__check_linear(const tfm_linear *linear, const char *name, size_t out, size_t in, tfm_error *error) {
+    const tfm_tensor *weight = &linear->weight, *bias = &linear->bias;
+    if (!weight->data || weight->n_dims != 2 || weight->layout != TFM_PANELS || !tfm__is_float(weight->dtype))
+        return tfm__fail(error, TFM_ERROR_ARGUMENT, "%s: the weight is not a packed matrix (see tfm_pack)", name);
+    if ((out && weight->shape[0] != out) || (in && weight->shape[1] != in))
+        return tfm__fail(error, TFM_ERROR_ARGUMENT, "%s: the weight is [%lu, %lu], expected [%lu, %lu]", name,
+                         (unsigned long)weight->shape[0], (unsigned long)weight->shape[1],
+                         (unsigned long)(out ? out : weight->shape[0]), (unsigned long)(in ? in : weight->shape[1]));
+    if (bias->data && (bias->dtype != TFM_F32 || bias->n_dims != 1 || bias->shape[0] != weight->shape[0]))
+        return tfm__fail(error, TFM_ERROR_ARGUMENT, "%s: the bias is not an f32 vector of %lu numbers", name,
+                         (unsigned long)weight->shape[0]);
+    return TFM_OK;
+}
+
+TFM_API tfm_status tfm_linear_forward(tfm_engine *engine, const tfm_linear *linear, const float *x, size_t n_rows, float *y,
+                                      tfm_error *error) {
+    tfm_status status = tfm__check_linear(linear, "tfm_linear_forward", 0, 0, error);
+    if (status == TFM_OK && n_rows)
+        tfm__linear(engine, linear, x, n_rows, TFM_NO_ACTIVATION, y, NULL);
+    return status;
+}
+
+/* ---- norms and activations */
+
+typedef struct tfm__norm_job {
+    const tfm_engine *engine;
+    const tfm_norm *norm;
+    const float *x; /* [n_rows][d_model] */
+    size_t n_rows;
+    float *y;
+} tfm__norm_job;
+
+#define TFM__NORM_ROWS ((size_t)16)
+
+static void tfm__norm_piece(void *argument, size_t index) {
+    const tfm__norm_job *job = (const tfm__norm_job *)argument;
+    const tfm_norm *norm = job->norm;
+    size_t n = norm->weight.shape[0], row = index * TFM__NORM_ROWS, end = TFM__MIN(row + TFM__NORM_ROWS, job->n_rows);
+    for (; row < end; row++)
+        job->engine->kernels->norm[norm->kind](job->x + row * n, n, (const float *)norm->weight.data,
+                                               (const float *)norm->bias.data, norm->eps, job->y + row * n);
+}
+
+static void tfm__norm(const tfm_engine *engine, const tfm_norm *norm, const float *x, size_t n_rows, float *y) {
+    tfm__norm_job job;
+    job.engine = engine;
+    job.norm = norm;
+    job.x = x;
+    job.n_rows = n_rows;
+    job.y = y;
+    tfm__run(engine, tfm__divide_up(n_rows, TFM__NORM_ROWS), TFM__NORM_ROWS * norm->weight.shape[0] * 2, tfm__norm_piece,
+             &job);
+}
+
+static tfm_status tfm__check_norm(const tfm_norm *norm, const char *name, size_t d_model, tfm_error *error) {
+    const tfm_tensor *weight = &norm->weight, *bias = &norm->bias;
+    if ((unsigned)norm->kind > TFM_RMS_NORM)
+        return tfm__fail(error, TFM_ERROR_ARGUMENT, "%s: unknown kind of norm %d", name, (int)norm->kind);
+    if (!weight->data || weight->dtype != TFM_F32 || weight->n_dims != 1 || (d_model && weight->shape[0] != d_model) ||
+        (bias->data && (bias->dtype != TFM_F32 || bias->n_dims != 1 || bias->shape[0] != weight->shape[0])))
+        return tfm__fail(error, TFM_ERROR_ARGUMENT, "%s: weight and bias must be f32 vectors of d_model numbers", name);
+    return TFM_OK;
+}
+
+TFM_API tfm_status tfm_norm_forward(tfm_engine *engine, const tfm_norm *norm, const float *x, size_t n_rows, float *y,
+                                    tfm_error *error) {
+    tfm_status status = tfm__check_norm(norm, "tfm_norm_forward", 0, error);
+    if (status == TFM_OK)
+        tfm__norm(engine, norm, x, n_rows, y);
+    return status;
+}
+
+TFM_API tfm_status tfm_activation_forward(tfm_engine *engine, tfm_activation activation, const float *x, size_t n, float *y,
+                                          tfm_error *error) {
+    tfm__finish job;
+    if ((unsigned)activation >= TFM_ACTIVATION_COUNT)
+        return tfm__fail(error, TFM_ERROR_ARGUMENT, "unknown activation %d", (int)activation);
+    memmove(y, x, n * sizeof *y);
+    memset(&job, 0, sizeof job);
+    job.y = y;
+    job.n_rows = 1;
+    job.n = n;
+    job.activation = activation;
+    engine->kernels->finish(&job);
+    return TFM_OK;
+}
+
+/* ---- keys and values
+ * Attention multiplies twice: queries with keys, probabilities with values. Both are the matrix product of floor c when
+ * keys lie in panels of 16 tokens [tokens / 16][head_dim][16] (outputs: tokens) and values in panels of 16 dimensions
+ * [head_dim / 16][tokens][16] (outputs: dimensions). So that is how the cache stores them. */
+
+/* Floats of one head's keys, or values, in one page. */
+static size_t tfm__kv_head_floats(size_t head_dim) {
+    return tfm__product(TFM_KV_PAGE, tfm__round_up(head_dim, TFM__PANEL));
+}
+
+static size_t tfm__kv_floats(size_t n_layers, size_t n_pages, size_t n_kv_heads, size_t head_dim) {
+    return tfm__product(tfm__product(n_layers, n_pages), tfm__product(2 * n_kv_heads, tfm__kv_head_floats(head_dim)));
+}
+
+/* Keys (what = 0) or values (1) of a head in the page that holds the tokens [page * TFM_KV_PAGE, ...). */
+static float *tfm__kv_at(const tfm_kv *kv, size_t layer, size_t page, size_t what, size_t head) {
+    size_t in_pool = kv->pages ? kv->pages[page] : page;
+    return kv->pool + (((layer * kv->n_pool_pages + in_pool) * 2 + what) * kv->n_kv_heads + head) *
+                          tfm__kv_head_floats(kv->head_dim);
+}
+
+TFM_API tfm_status tfm_kv_create(tfm_kv *kv, size_t n_layers, size_t n_kv_heads, size_t head_dim, size_t capacity,
+                                 const tfm_allocator *allocator, tfm_error *error) {
+    tfm_allocator memory = tfm__allocator(allocator);
+    size_t size;
+    memset(kv, 0, sizeof *kv);
+    kv->n_layers = n_layers;
+    kv->n_kv_heads = n_kv_heads;
+    kv->head_dim = head_dim;
+    kv->capacity = capacity;
+    kv->n_pool_pages = tfm__divide_up(capacity, TFM_KV_PAGE);
+    size = tfm__product(tfm__kv_floats(n_layers, kv->n_pool_pages, n_kv_heads, head_dim), sizeof *kv->pool);
+    kv->pool = (float *)tfm__allocate_aligned(&memory, size, TFM__CACHE_LINE);
+    return kv->pool ? TFM_OK : tfm__fail_memory(error, size);
+}
+
+TFM_API void tfm_kv_free(tfm_kv *kv, const tfm_allocator *allocator) {
+    tfm_allocator memory = tfm__allocator(allocator);
+    tfm__release_aligned(&memory, kv->pool);
+    memset(kv, 0, sizeof *kv);
+}
+
+/* ---- attention */
+
+typedef struct tfm__attention_job {
+    const tfm_engine *engine;
+    const tfm_attention *attention;
+    size_t layer;
+    const tfm_span *spans;
+    size_t n_spans;
+    const tfm_kv *uncached; /* where spans without a cache put their keys and values: [n_spans], or NULL */
+    const float *qkv;       /* [rows][(n_heads + 2 n_kv_heads) head_dim] */
+    float *context;         /* [rows][n_heads head_dim]: the heads' results */
+} tfm__attention_job;
+
+/* One span of a job: its cache, its first row, and the tokens before it. */
+typedef struct tfm__span_view {
+    const tfm_span *span;
+    const tfm_kv *kv;
+    size_t row, past;
+} tfm__span_view;
+
+/* The span that piece number *index belongs to, when each span has pieces_of(span) pieces; *index becomes the number
+ * within the span. */
+static tfm__span_view tfm__find_span(const tfm__attention_job *job, size_t *index,
+                                     size_t (*pieces_of)(const tfm_attention *attention, size_t n_rows)) {
+    tfm__span_view view;
+    size_t i;
+    view.row = 0;
+    for (i = 0; i + 1 < job->n_spans; i++) {
+        size_t pieces = pieces_of(job->attention, job->spans[i].n_rows);
+        if (*index < pieces)
+            break;
+        *index -= pieces;
+        view.row += job->spans[i].n_rows;
+    }
+    view.span = job->spans + i;
+    view.kv = view.span->kv ? view.span->kv : job->uncached + i;
+    view.past = view.span->kv ? view.span->kv->n_tokens : 0;
+    return view;
+}
+
+static size_t tfm__qkv_width(const tfm_attention *attention) {
+    return (attention->n_heads + 2 * attention->n_kv_heads) * attention->head_dim;
+}
+
+static size_t tfm__store_pieces(const tfm_attention *attention, size_t n_rows) {
+    (void)n_rows;
+    return attention->n_kv_heads;
+}
+
+/* A piece: one head's keys and values of one span go into its cache. */
+static void tfm__store_piece(void *argument, size_t index) {
+    const tfm__attention_job *job = (const tfm__attention_job *)argument;
+    const tfm_attention *attention = job->attention;
+    const tfm__span_view view = tfm__find_span(job, &index, tfm__store_pieces);
+    size_t width = tfm__qkv_width(attention), dim = attention->head_dim, i, d;
+    for (i = 0; i < view.span->n_rows; i++) {
+        const float *row = job->qkv + (view.row + i) * width;
+        const float *key = row + (attention->n_heads + index) * dim, *value = key + attention->n_kv_heads * dim;
+        size_t page = (view.past + i) / TFM_KV_PAGE, at = (view.past + i) % TFM_KV_PAGE;
+        float *keys = tfm__kv_at(view.kv, job->layer, page, 0, index);
+        float *values = tfm__kv_at(view.kv, job->layer, page, 1, index);
+        keys += at / TFM__PANEL * dim * TFM__PANEL + at % TFM__PANEL;
+        values += at * TFM__PANEL;
+        for (d = 0; d < dim; d++) {
+            keys[d * TFM__PANEL] = key[d];
+            values[d / TFM__PANEL * TFM_KV_PAGE * TFM__PANEL + d % TFM__PANEL] = value[d];
+        }
+    }
+}
+
+/* Query rows that one piece takes through the keys together: a multiple of every tile's rows, and few enough that their
+ * scores for a page (12 KiB) stay in the first-level cache. */
+#define TFM__QUERIES ((size_t)24)
+
+/* A span of one token is cut by KV heads: the queries that share a head are the rows of the product. A longer one is
+ * cut by heads and by TFM__QUERIES tokens. */
+static size_t tfm__attend_pieces(const tfm_attention *attention, size_t n_rows) {
+    size_t group = attention->n_heads / attention->n_kv_heads;
+    if (n_rows == 1)
+        return attention->n_kv_heads * tfm__divide_up(group, TFM__QUERIES);
+    return attention->n_heads * tfm__divide_up(n_rows, TFM__QUERIES);
+}
+
+/* Queries that go through one head's keys and values together. */
+typedef struct tfm__queries {
+    const float *query; /* [n][query_stride] */
+    size_t query_stride, n;
+    size_t kv_head;
+    size_t first, step; /* query i stands at the position first + i * step of the sequence */
+    float *context;     /* [n][context_stride] */
+    size_t context_stride;
+} tfm__queries;
+
+/* Keys that a query may see, as far as causality goes. */
+static size_t tfm__visible(const tfm__queries *queries, int causal, size_t n_keys, size_t i) {
+    return causal ? queries->first + i * queries->step + 1 : n_keys;
+}
+
+/* softmax(q k^T scale + mask) v, page by page with a running softmax, in the same order for every query whatever
+ * queries stand beside it. */
+static void tfm__attend(const tfm__attention_job *job, const tfm__span_view *view, const tfm__queries *queries) {
+    const tfm_attention *attention = job->attention;
+    const tfm__kernels *kernels = job->engine->kernels;
+    size_t n_keys = view->past + view->span->n_rows, dim = attention->head_dim, start, i;
+    size_t end = tfm__visible(queries, attention->causal, n_keys, queries->n - 1); /* of the query that sees most */
+    float scores[TFM__QUERIES * TFM_KV_PAGE]; /* [n][TFM_KV_PAGE] */
+    tfm__softmax softmax[TFM__QUERIES];
+    tfm__matmul product;
+    for (i = 0; i < queries->n; i++) {
+        softmax[i].max = -INFINITY;
+        softmax[i].sum = 0;
+    }
+    product.n_rows = queries->n;
+    for (start = 0; start < end; start += TFM_KV_PAGE) {
+        size_t keys = TFM__MIN((size_t)TFM_KV_PAGE, end - start);
+        product.x = queries->query; /* scores [n][keys] = queries [n][head_dim] keys^T */
+        product.x_stride = queries->query_stride;
+        product.w = tfm__kv_at(view->kv, job->layer, start / TFM_KV_PAGE, 0, queries->kv_head);
+        product.panel_bytes = TFM__PANEL * dim * sizeof(float);
+        product.n = tfm__round_up(keys, TFM__PANEL); /* the scores past the last key are not looked at */
+        product.k = dim;
+        product.y = scores;
+        product.y_stride = TFM_KV_PAGE;
+        product.add = 0;
+        kernels->matmul[TFM_F32](&product);
+        for (i = 0; i < queries->n; i++) {
+            size_t limit = tfm__visible(queries, attention->causal, n_keys, i);
+            size_t visible = limit <= start ? 0 : TFM__MIN(limit - start, keys);
+            const float *mask = view->span->mask;
+            float *row = scores + i * TFM_KV_PAGE, correction;
+            if (mask)
+                mask += (queries->first + i * queries->step - view->past) * n_keys + start;
+            correction = kernels->softmax_block(softmax + i, row, visible, attention->scale, mask);
+            memset(row + visible, 0, (keys - visible) * sizeof *row);
+            if (start && correction != 1)
+                kernels->scale(queries->context + i * queries->context_stride, dim, correction);
+        }
+        product.x = scores; /* context [n][head_dim] += probabilities [n][keys] values */
+        product.x_stride = TFM_KV_PAGE;
+        product.w = tfm__kv_at(view->kv, job->layer, start / TFM_KV_PAGE, 1, queries->kv_head);
+        product.panel_bytes = TFM__PANEL * TFM_KV_PAGE * sizeof(float);
+        product.n = dim;
+        product.k = keys;
+        product.y = queries->context;
+        product.y_stride = queries->context_stride;
+        product.add = start > 0;
+        kernels->matmul[TFM_F32](&product);
+    }
+    for (i = 0; i < queries->n; i++)
+        kernels->scale(queries->context + i * queries->context_stride, dim,
+                       softmax[i].sum == 0 ? 0 : 1 / softmax[i].sum); /* 0: it saw nothing */
+}
+
+static void tfm__attend_piece(void *argument, size_t index) {
+    const tfm__attention_job *job = (const tfm__attention_job *)argument;
+    const tfm_attention *attention = job->attention;
+    const tfm__span_view view = tfm__find_span(job, &index, tfm__attend_pieces);
+    size_t group = attention->n_heads / attention->n_kv_heads, dim = attention->head_dim;
+    size_t rows = view.span->n_rows == 1 ? group : view.span->n_rows, blocks = tfm__divide_up(rows, TFM__QUERIES);
+    size_t block = index % blocks * TFM__QUERIES, head, row;
+    tfm__queries queries;
+    queries.n = TFM__MIN(TFM__QUERIES, rows - block);
+    if (view.span->n_rows == 1) { /* rows are the heads of a group */
+        queries.kv_head = index / blocks;
+        head = queries.kv_head * group + block;
+        row = view.row;
+        queries.query_stride = queries.context_stride = dim;
+        queries.first = view.past;
+        queries.step = 0;
+    } else { /* rows are tokens */
+        head = index / blocks;
+        queries.kv_head = head / group;
+        row = view.row + block;
+        queries.query_stride = tfm__qkv_width(attention);
+        queries.context_stride = attention->n_heads * dim;
+        queries.first = view.past + block;
+        queries.step = 1;
+    }
+    queries.query = job->qkv + row * tfm__qkv_width(attention) + head * dim;
+    queries.context = job->context + row * attention->n_heads * dim + head * dim;
+    tfm__attend(job, &view, &queries);
+}
+
+static size_t tfm__count_rows(const tfm_span *spans, size_t n_spans) {
+    size_t rows = 0, i;
+    for (i = 0; i < n_spans; i++)
+        rows += spans[i].n_rows;
+    return rows;
+}
+
+/* Cache pages that a span without a cache needs while it is computed. */
+static size_t tfm__uncached_pages(const tfm_span *span) {
+    return span->kv ? 0 : tfm__divide_up(span->n_rows, TFM_KV_PAGE);
+}
+
+static size_t tfm__kv_struct_floats(size_t n_spans) {
+    return tfm__scratch_floats(n_spans, tfm__divide_up(sizeof(tfm_kv), sizeof(float)));
+}
+
+static size_t tfm__attention_scratch(const tfm_attention *attention, const tfm_span *spans, size_t n_spans) {
+    size_t rows = tfm__count_rows(spans, n_spans), floats, i;
+    floats = tfm__scratch_floats(rows, tfm__qkv_width(attention)) +
+             tfm__scratch_floats(rows, attention->n_heads * attention->head_dim) + tfm__kv_struct_floats(n_spans);
+    for (i = 0; i < n_spans; i++)
+        floats += tfm__scratch_floats(
+            1, tfm__kv_floats(1, tfm__uncached_pages(spans + i), attention->n_kv_heads, attention->head_dim));
+    return floats;
+}
+
+/* Caches, on the scratch stack, for the spans that have none. They live for one call, so that every layer has the same
+ * place: from layer to layer it is n_pool_pages = 0 pages. */
+static const tfm_kv *tfm__take_uncached(tfm_engine *engine, const tfm__attention_job *job) {
+    const tfm_attention *attention = job->attention;
+    tfm_kv *kvs = (tfm_kv *)(void *)tfm__take(engine, 1, tfm__kv_struct_floats(job->n_spans));
+    size_t i;
+    for (i = 0; i < job->n_spans; i++) {
+        size_t pages = tfm__uncached_pages(job->spans + i);
+        if (!pages)
+            continue;
+        memset(kvs + i, 0, sizeof *kvs);
+        kvs[i].n_kv_heads = attention->n_kv_heads;
+        kvs[i].head_dim = attention->head_dim;
+        kvs[i].capacity = pages * TFM_KV_PAGE;
+        kvs[i].pool = tfm__take(engine, 1, tfm__kv_floats(1, pages, attention->n_kv_heads, attention->head_dim));
+    }
+    return kvs;
+}
+
+/* y[rows][d_model] = attention(x[rows][d_model]); then, if there is one, residual += y. */
+static void tfm__attention(tfm_engine *engine, const tfm_attention *attention, size_t layer, const float *x,
+                           const tfm_span *spans, size_t n_spans, float *y, float *residual) {
+    size_t mark = engine->scratch_used, rows = tfm__count_rows(spans, n_spans), pieces = 0, keys = 0, i;
+    float *qkv = tfm__take(engine, rows, tfm__qkv_width(attention));
+    float *context = tfm__take(engine, rows, attention->n_heads * attention->head_dim);
+    tfm__attention_job job;
+    job.engine = engine;
+    job.attention = attention;
+    job.spans = spans;
+    job.n_spans = n_spans;
+    job.qkv = qkv;
+    job.context = context;
+    job.layer = layer;
+    job.uncached = tfm__take_uncached(engine, &job);
+    for (i = 0; i < n_spans; i++) {
+        pieces += tfm__attend_pieces(attention, spans[i].n_rows);
+        keys += ((spans[i].kv ? spans[i].kv->n_tokens : 0) + spans[i].n_rows) * spans[i].n_rows;
+    }
+    tfm__linear(engine, &attention->qkv, x, rows, TFM_NO_ACTIVATION, qkv, NULL);
+    tfm__run(engine, n_spans * attention->n_kv_heads, 4 * attention->head_dim * tfm__divide_up(rows, n_spans),
+             tfm__store_piece, &job);
+    tfm__run(engine, pieces, 2 * attention->head_dim * tfm__divide_up(keys * attention->n_heads, pieces), tfm__attend_piece,
+             &job);
+    tfm__linear(engine, &attention->out, context, rows, TFM_NO_ACTIVATION, y, residual);
+    engine->scratch_used = mark;
+}
+
+static tfm_status tfm__check_attention(const tfm_attention *attention, const char *name, size_t d_model, tfm_error *error) {
+    size_t heads = attention->n_heads, kv_heads = attention->n_kv_heads, dim = attention->head_dim;
+    tfm_status status;
+    if (!heads || !kv_heads || !dim || heads % kv_heads)
+        return tfm__fail(error, TFM_ERROR_ARGUMENT,
+                         "%s: n_heads must be a multiple of n_kv_heads, and they and head_dim greater than 0", name);
+    if (heads > SIZE_MAX / 8 / dim || kv_heads > SIZE_MAX / 8 / dim)
+        return tfm__fail(error, TFM_ERROR_ARGUMENT, "%s: too many heads", name);
+    status = tfm__check_linear(&attention->qkv, name, tfm__qkv_width(attention), d_model, error);
+    return status == TFM_OK ? tfm__check_linear(&attention->out, name, d_model, heads * dim, error) : status;
+}
+
+static tfm_status tfm__check_spans(const tfm_attention *attention, size_t layer, const tfm_span *spans, size_t n_spans,
+                                   tfm_error *error) {
+    size_t i;
+    for (i = 0; i < n_spans; i++) {
+        const tfm_kv *kv = spans[i].kv;
+        if (!spans[i].n_rows)
+            return tfm__fail(error, TFM_ERROR_ARGUMENT, "span %lu has no tokens", (unsigned long)i);
+        if (!kv)
+            continue;
+        if (kv->n_kv_heads != attention->n_kv_heads || kv->head_dim != attention->head_dim || layer >= kv->n_layers)
+            return tfm__fail(error, TFM_ERROR_ARGUMENT, "the cache of span %lu was made for other layers", (unsigned long)i);
+        if (kv->n_tokens > kv->capacity || spans[i].n_rows > kv->capacity - kv->n_tokens)
+            return tfm__fail(error, TFM_ERROR_CONTEXT_FULL, "the cache of span %lu has room for %lu tokens, not for %lu",
+                             (unsigned long)i, (unsigned long)kv->capacity,
+                             (unsigned long)(kv->n_tokens + spans[i].n_rows));
+    }
+    return TFM_OK;
+}
+
+TFM_API tfm_status tfm_attention_forward(tfm_engine *engine, const tfm_attention *attention, size_t layer, const float *x,
+                                         const tfm_span *spans, size_t n_spans, float *y, tfm_error *error) {
+    tfm_status status = tfm__check_attention(attention, "tfm_attention_forward", attention->qkv.weight.shape[1], error);
+    if (status == TFM_OK)
+        status = tfm__check_spans(attention, layer, spans, n_spans, error);
+    if (status == TFM_OK)
+        status = tfm__reserve(engine, tfm__attention_scratch(attention, spans, n_spans), error);
+    if (status == TFM_OK && n_spans)
+        tfm__attention(engine, attention, layer, x, spans, n_spans, y, NULL);
+    return status;
+}
+
+/* ---- feed-forward */
+
+typedef struct tfm__gate_job {
+    const tfm_engine *engine;
+    tfm_activation activation;
+    const float *up; /* [n_rows][2 d_ff]: gate, up */
+    size_t d_ff;
+    float *hidden; /* [n_rows][d_ff] */
+} tfm__gate_job;
+
+static void tfm__gate_piece(void *argument, size_t row) {
+    const tfm__gate_job *job = (const tfm__gate_job *)argument;
+    const float *gate = job->up + row * 2 * job->d_ff;
+    tfm__finish finish;
+    memset(&finish, 0, sizeof finish);
+    finish.y = job->hidden + row * job->d_ff;
+    finish.n_rows = 1;
+    finish.n = job->d_ff;
+    finish.activation = job->activation;
+    memcpy(finish.y, gate, job->d_ff * sizeof *gate);
+    job->engine->kernels->finish(&finish);
+    job->engine->kernels->multiply(finish.y, gate + job->d_ff, job->d_ff);
+}
+
+static size_t tfm__ffn_scratch(const tfm_ffn *ffn, size_t n_rows) {
+    size_t hidden = tfm__scratch_floats(n_rows, ffn->down.weight.shape[1]);
+    return hidden + (ffn->gated ? tfm__scratch_floats(n_rows, ffn->up.weight.shape[0]) : 0);
+}
+
+/* y[n_rows][d_model] = ffn(x[n_rows][d_model]); then, if there is one, residual += y. */
+static void tfm__ffn(tfm_engine *engine, const tfm_ffn *ffn, const float *x, size_t n_rows, float *y, float *residual) {
+    size_t mark = engine->scratch_used, d_ff = ffn->down.weight.shape[1];
+    float *hidden = tfm__take(engine, n_rows, d_ff);
+    if (ffn->gated) {
+        float *up = tfm__take(engine, n_rows, 2 * d_ff);
+        tfm__gate_job job;
+        job.engine = engine;
+        job.activation = ffn->activation;
+        job.up = up;
+        job.d_ff = d_ff;
+        job.hidden = hidden;
+        tfm__linear(engine, &ffn->up, x, n_rows, TFM_NO_ACTIVATION, up, NULL);
+        tfm__run(engine, n_rows, 16 * d_ff, tfm__gate_piece, &job);
+    } else
+        tfm__linear(engine, &ffn->up, x, n_rows, ffn->activation, hidden, NULL);
+    tfm__linear(engine, &ffn->down, hidden, n_rows, TFM_NO_ACTIVATION, y, residual);
+    engine->scratch_used = mark;
+}
+
+static tfm_status tfm__check_ffn(const tfm_ffn *ffn, const char *name, size_t d_model, tfm_error *error) {
+    size_t d_ff = ffn->down.weight.shape[1];
+    tfm_status status;
+    if ((unsigned)ffn->activation >= TFM_ACTIVATION_COUNT)
+        return tfm__fail(error, TFM_ERROR_ARGUMENT, "%s: unknown activation %d", name, (int)ffn->activation);
+    status = tfm__check_linear(&ffn->up, name, ffn->gated ? 2 * d_ff : d_ff, d_model, error);
+    return status == TFM_OK ? tfm__check_linear(&ffn->down, name, d_model, d_ff, error) : status;
+}
+
+TFM_API tfm_status tfm_ffn_forward(tfm_engine *engine, const tfm_ffn *ffn, const float *x, size_t n_rows, float *y,
+                                   tfm_error *error) {
+    tfm_status status = tfm__check_ffn(ffn, "tfm_ffn_forward", ffn->up.weight.shape[1], error);
+    if (status == TFM_OK)
+        status = tfm__reserve(engine, tfm__ffn_scratch(ffn, n_rows), error);
+    if (status == TFM_OK && n_rows)
+        tfm__ffn(engine, ffn, x, n_rows, y, NULL);
+    return status;
+}
+
+/* ---- block */
+
+static size_t tfm__block_scratch(const tfm_block *block, const tfm_span *spans, size_t n_spans) {
+    size_t rows = tfm__count_rows(spans, n_spans), d_model = block->attention_norm.weight.shape[0];
+    size_t attention = tfm__attention_scratch(&block->attention, spans, n_spans);
+    size_t ffn = tfm__ffn_scratch(&block->ffn, rows);
+    return 2 * tfm__scratch_floats(rows, d_model) + TFM__MAX(attention, ffn);
+}
+
+static void tfm__block(tfm_engine *engine, const tfm_block *block, size_t layer, float *x, const tfm_span *spans,
+                       size_t n_spans) {
+    size_t mark = engine->scratch_used, rows = tfm__count_rows(spans, n_spans);
+    size_t d_model = block->attention_norm.weight.shape[0];
+    float *y = tfm__take(engine, rows, d_model);
+    if (block->norm_place == TFM_PRE_NORM) {
+        float *normed = tfm__take(engine, rows, d_model);
+        tfm__norm(engine, &block->attention_norm, x, rows, normed);
+        tfm__attention(engine, &block->attention, layer, normed, spans, n_spans, y, x);
+        tfm__norm(engine, &block->ffn_norm, x, rows, normed);
+        tfm__ffn(engine, &block->ffn, normed, rows, y, x);
+    } else {
+        tfm__attention(engine, &block->attention, layer, x, spans, n_spans, y, x);
+        tfm__norm(engine, &block->attention_norm, x, rows, x);
+        tfm__ffn(engine, &block->ffn, x, rows, y, x);
+        tfm__norm(engine, &block->ffn_norm, x, rows, x);
+    }
+    engine->scratch_used = mark;
+}
+
+static tfm_status tfm__check_block(const tfm_block *block, const char *name, tfm_error *error) {
+    size_t d_model = block->attention_norm.weight.shape[0];
+    tfm_status status = tfm__check_norm(&block->attention_norm, name, 0, error);
+    if (status == TFM_OK)
+        status = tfm__check_attention(&block->attention, name, d_model, error);
+    if (status == TFM_OK)
+        status = tfm__check_norm(&block->ffn_norm, name, d_model, error);
+    if (status == TFM_OK)
+        status = tfm__check_ffn(&block->ffn, name, d_model, error);
+    if (status == TFM_OK && (unsigned)block->norm_place > TFM_POST_NORM)
+        status = tfm__fail(error, TFM_ERROR_ARGUMENT, "%s: unknown place of the norms %d", name, (int)block->norm_place);
+    return status;
+}
+
+TFM_API tfm_status tfm_block_forward(tfm_engine *engine, const tfm_block *block, size_t layer, float *x,
+                                     const tfm_span *spans, size_t n_spans, tfm_error *error) {
+    tfm_status status = tfm__check_block(block, "tfm_block_forward", error);
+    if (status == TFM_OK)
+        status = tfm__check_spans(&block->attention, layer, spans, n_spans, error);
+    if (status == TFM_OK)
+        status = tfm__reserve(engine, tfm__block_scratch(block, spans, n_spans), error);
+    if (status == TFM_OK && n_spans)
+        tfm__block(engine, block, layer, x, spans, n_spans);
+    return status;
+}
+
+/* =====================================================================================================================
+ * e. THE .tfm FILE: reader, writer
+ *    The layout is in the manual. Nothing in a file is trusted: every number is checked before it is used.
+ * ================================================================================================================== */
+
+#define TFM__HEADER_SIZE ((size_t)64)
+static const unsigned char tfm__magic[8] = {'T', 'F', 'M', 'H', 0x0D, 0x0A, 0x1A, 0x0A};
+
+struct tfm_file {
+    tfm_allocator allocator;
+    tfm__bytes bytes;
+    int owned;      /* 1: bytes are unmapped on closing */
+    char name[256]; /* for error messages */
+    size_t n_meta, n_entries;
+    tfm_meta *meta;         /* [n_meta], in the file's order */
+    tfm_entry *entries;     /* [n_entries], in the file's order */
+    uint32_t *meta_by_key;  /* [n_meta]: sorted by key */
+    uint32_t *entry_by_name; /* [n_entries]: sorted by name */
+};
+
+static uint32_t tfm__u32(const unsigned char *p) {
+    return (uint32_t)p[0] | (uint32_t)p[1] << 8 | (uint32_t)p[2] << 16 | (uint32_t)p[3] << 24;
+}
+
+static uint64_t tfm__u64(const unsigned char *p) {
+    return (uint64_t)tfm__u32(p) | (uint64_t)tfm__u32(p + 4) << 32;
+}
+
+/* ---- sorted indexes. Heapsort: n log n on hostile input too, in place. */
+
+typedef int (*tfm__compare)(const void *context, uint32_t a, uint32_t b); /* < 0: a comes first */
+
+static void tfm__sift_down(uint32_t *items, size_t start, size_t n, tfm__compare compare, const void *context) {
+    size_t parent = start, child;
+    while ((child = 2 * parent + 1) < n) {
+        uint32_t swap;
+        if (child + 1 < n && compare(context, items[child], items[child + 1]) < 0)
+            child++;
+        if (compare(context, items[parent], items[child]) >= 0)
+            return;
+        swap = items[parent];
+        items[parent] = items[child];
+        items[child] = swap;
+        parent = child;
+    }
+}
+
+static void tfm__sort(uint32_t *items, size_t n, tfm__compare compare, const void *context) {
+    size_t i;
+    for (i = n / 2; i-- > 0;)
+        tfm__sift_down(items, i, n, compare, context);
+    for (i = n; i-- > 1;) {
+        uint32_t swap = items[0];
+        items[0] = items[i];
+        items[i] = swap;
+        tfm__sift_down(items, 0, i, compare, context);
+    }
+}
+
+static int tfm__compare_text(const char *a, size_t a_size, const char *b, size_t b_size) {
+    int order = memcmp(a, b, TFM__MIN(a_size, b_size));
+    return order ? order : (a_size > b_size) - (a_size < b_size);
+}
+
+static int tfm__compare_meta(const void *context, uint32_t a, uint32_t b) {
+    const tfm_meta *meta = ((const tfm_file *)context)->meta;
+    return tfm__compare_text(meta[a].key, meta[a].key_size, meta[b].key, meta[b].key_size);
+}
+
+static int tfm__compare_entries(const void *context, uint32_t a, uint32_t b) {
+    const tfm_entry *entries = ((const tfm_file *)context)->entries;
+    return tfm__compare_text(entries[a].name, entries[a].name_size, entries[b].name, entries[b].name_size);
+}
+
+/* ---- parsing */
+
+static const size_t tfm__meta_sizes[7] = {1, sizeof(int64_t), sizeof(double), 1, 1, sizeof(int32_t), sizeof(float)};
+
+static tfm_status tfm__parse_meta(tfm_file *file, size_t at, size_t end, tfm_error *error) {
+    size_t capacity = (end - at) / 24, i; /* an entry has 16 bytes before a key of at least one */
+    file->meta = (tfm_meta *)tfm__allocate(&file->allocator, capacity * sizeof *file->meta);
+    file->meta_by_key = (uint32_t *)tfm__allocate(&file->allocator, capacity * sizeof *file->meta_by_key);
+    if (!file->meta || !file->meta_by_key)
+        return tfm__fail_memory(error, capacity * sizeof *file->meta);
+    while (at < end) {
+        const unsigned char *p = file->bytes.data + at;
+        tfm_meta *meta = file->meta + file->n_meta;
+        uint64_t value_size;
+        if (end - at < 24)
+            return tfm__fail(error, TFM_ERROR_FORMAT, "%s: metadata entry %lu is cut off", file->name,
+                             (unsigned long)file->n_meta);
+        meta->key_size = tfm__u32(p);
+        meta->type = (tfm_meta_type)tfm__u32(p + 4);
+        value_size = tfm__u64(p + 8);
+        at += 16;
+        if (!meta->key_size || meta->key_size > end - at || tfm__round_up(meta->key_size, 8) > end - at ||
+            value_size > end - at - tfm__round_up(meta->key_size, 8) ||
+            tfm__round_up((size_t)value_size, 8) > end - at - tfm__round_up(meta->key_size, 8))
+            return tfm__fail(error, TFM_ERROR_FORMAT, "%s: metadata entry %lu is larger than the metadata", file->name,
+                             (unsigned long)file->n_meta);
+        meta->key = (const char *)file->bytes.data + at;
+        at += tfm__round_up(meta->key_size, 8);
+        meta->values = file->bytes.data + at;
+        at += tfm__round_up((size_t)value_size, 8);
+        i = (size_t)meta->type < 7 ? tfm__meta_sizes[meta->type] : 1; /* unknown types are counted in bytes */
+        if (value_size % i)
+            return tfm__fail(error, TFM_ERROR_FORMAT, "%s: metadata '%.*s' has a size that is no multiple of %lu bytes",
+                             file->name, (int)TFM__MIN(meta->key_size, 64), meta->key, (unsigned long)i);
+        meta->count = (size_t)value_size / i;
+        file->meta_by_key[file->n_meta] = (uint32_t)file->n_meta;
+        file->n_meta++;
+    }
+    tfm__sort(file->meta_by_key, file->n_meta, tfm__compare_meta, file);
+    for (i = 1; i < file->n_meta; i++)
+        if (!tfm__compare_meta(file, file->meta_by_key[i - 1], file->meta_by_key[i])) {
+            const tfm_meta *meta = file->meta + file->meta_by_key[i];
+            return tfm__fail(error, TFM_ERROR_FORMAT, "%s: metadata '%.*s' is there twice", file->name,
+                             (int)TFM__MIN(meta->key_size, 64), meta->key);
+        }
+    return TFM_OK;
+}
+
+/* One entry of the directory, `p` with at least 80 bytes before the directory's end. */
+static tfm_status tfm__parse_entry(const tfm_file *file, const unsigned char *p, size_t data_start, tfm_entry *entry,
+                                   tfm_error *error) {
+    tfm_tensor *tensor = &entry->tensor;
+    uint64_t elements = 1, offset = tfm__u64(p + 48), size = tfm__u64(p + 56);
+    int name_size = (int)TFM__MIN(entry->name_size, 100), i;
+    tensor->dtype = (tfm_dtype)tfm__u32(p + 4);
+    tensor->layout = (tfm_layout)tfm__u32(p + 8);
+    tensor->n_dims = (int)TFM__MIN(tfm__u32(p + 12), 255);
+    entry->crc = tfm__u32(p + 64);
+    if (!tfm__is_float(tensor->dtype))
+        return tfm__fail(error, TFM_ERROR_UNSUPPORTED, "%s: tensor '%.*s' has the unknown type %lu", file->name, name_size,
+                         entry->name, (unsigned long)tfm__u32(p + 4));
+    if ((unsigned)tensor->layout >= TFM_LAYOUT_COUNT)
+        return tfm__fail(error, TFM_ERROR_UNSUPPORTED, "%s: tensor '%.*s' has the unknown layout %lu", file->name,
+                         name_size, entry->name, (unsigned long)tfm__u32(p + 8));
+    if (tensor->n_dims < 1 || tensor->n_dims > TFM_MAX_DIMS || (tensor->layout != TFM_ROWS && tensor->n_dims != 2))
+        return tfm__fail(error, TFM_ERROR_FORMAT, "%s: tensor '%.*s' has %d dimensions", file->name, name_size, entry->name,
+                         tensor->n_dims);
+    for (i = 0; i < TFM_MAX_DIMS; i++) {
+        uint64_t n = tfm__u64(p + 16 + 8 * i);
+        if (!n || n > file->bytes.size || (i >= tensor->n_dims && n != 1) || elements > file->bytes.size / n)
+            return tfm__fail(error, TFM_ERROR_FORMAT, "%s: tensor '%.*s' has an impossible shape", file->name, name_size,
+                             entry->name);
+        elements *= n; /* no more than the file has bytes, so that nothing below overflows */
+        tensor->shape[i] = (size_t)n;
+    }
+    if (size != tfm_tensor_bytes(tensor))
+        return tfm__fail(error, TFM_ERROR_FORMAT, "%s: tensor '%.*s' has %llu bytes, but its shape needs %llu", file->name,
+                         name_size, entry->name, (unsigned long long)size, (unsigned long long)tfm_tensor_bytes(tensor));
+    if (offset % TFM__CACHE_LINE || offset < data_start || offset > file->bytes.size || size > file->bytes.size - offset)
+        return tfm__fail(error, TFM_ERROR_FORMAT, "%s: the data of tensor '%.*s' lies outside of the file's data",
+                         file->name, name_size, entry->name);
+    tensor->data = file->bytes.data + offset;
+    return TFM_OK;
+}
+
+static tfm_status tfm__parse_directory(tfm_file *file, size_t at, size_t end, size_t n, tfm_error *error) {
+    const unsigned char *last = NULL;
+    size_t data_start = end, i;
+    if (n > (end - at) / 80)
+        return tfm__fail(error, TFM_ERROR_FORMAT, "%s: the directory is too small for %lu tensors", file->name,
+                         (unsigned long)n);
+    file->entries = (tfm_entry *)tfm__allocate(&file->allocator, n * sizeof *file->entries);
+    file->entry_by_name = (uint32_t *)tfm__allocate(&file->allocator, n * sizeof *file->entry_by_name);
+    if (!file->entries || !file->entry_by_name)
+        return tfm__fail_memory(error, n * sizeof *file->entries);
+    for (; file->n_entries < n; file->n_entries++) {
+        const unsigned char *p = file->bytes.data + at;
+        tfm_entry *entry = file->entries + file->n_entries;
+        tfm_status status;
+        if (end - at < 80 || !tfm__u32(p) || tfm__u32(p) > end - at - 72 ||
+            tfm__round_up(tfm__u32(p), 8) > end - at - 72)
+            return tfm__fail(error, TFM_ERROR_FORMAT, "%s: entry %lu of the tensor directory is cut off", file->name,
+                             (unsigned long)file->n_entries);
+        entry->name = (const char *)p + 72;
+        entry->name_size = tfm__u32(p);
+        status = tfm__parse_entry(file, p, data_start, entry, error);
+        if (status != TFM_OK)
+            return status;
+        if ((const unsigned char *)entry->tensor.data < last)
+            return tfm__fail(error, TFM_ERROR_FORMAT, "%s: the data of tensor '%.*s' overlaps that of the one before it",
+                             file->name, (int)TFM__MIN(entry->name_size, 100), entry->name);
+        last = (const unsigned char *)entry->tensor.data + tfm_tensor_bytes(&entry->tensor);
+        file->entry_by_name[file->n_entries] = (uint32_t)file->n_entries;
+        at += 72 + tfm__round_up(entry->name_size, 8);
+    }
+    if (at != end)
+        return tfm__fail(error, TFM_ERROR_FORMAT, "%s: the tensor directory is larger than its entries", file->name);
+    tfm__sort(file->entry_by_name, n, tfm__compare_entries, file);
+    for (i = 1; i < n; i++)
+        if (!tfm__compare_entries(file, file->entry_by_name[i - 1], file->entry_by_name[i])) {
+            const tfm_entry *entry = file->entries + file->entry_by_name[i];
+            return tfm__fail(error, TFM_ERROR_FORMAT, "%s: tensor '%.*s' is there twice", file->name,
+                             (int)TFM__MIN(entry->name_size, 100), entry->name);
+        }
+    return TFM_OK;
+}
+
+static tfm_status tfm__parse_file(tfm_file *file, tfm_error *error) {
+    const unsigned char *p = file->bytes.data;
+    uint64_t size = file->bytes.size, meta_size, directory_size;
+    size_t directory, end;
+    tfm__crc_tables crc;
+    uint32_t value;
+    tfm_status status;
+    if (size < TFM__HEADER_SIZE || memcmp(p, tfm__magic, sizeof tfm__magic))
+        return tfm__fail(error, TFM_ERROR_FORMAT, "%s: not a .tfm file (tools/convert.py makes them from checkpoints)",
+                         file->name);
+    if (tfm__u32(p + 8) != 1)
+        return tfm__fail(error, TFM_ERROR_UNSUPPORTED, "%s: version %lu of the format; this library reads version 1",
+                         file->name, (unsigned long)tfm__u32(p + 8));
+    if (tfm__u32(p + 12))
+        return tfm__fail(error, TFM_ERROR_UNSUPPORTED, "%s: needs features 0x%lx that this library does not have",
+                         file->name, (unsigned long)tfm__u32(p + 12));
+    if (tfm__u64(p + 16) != size)
+        return tfm__fail(error, TFM_ERROR_FORMAT, "%s: has %llu bytes, but its header says %llu: truncated or damaged",
+                         file->name, (unsigned long long)size, (unsigned long long)tfm__u64(p + 16));
+    meta_size = tfm__u64(p + 32);
+    directory_size = tfm__u64(p + 48);
+    if (tfm__u64(p + 24) != TFM__HEADER_SIZE || meta_size % 8 || meta_size > size - TFM__HEADER_SIZE ||
+        tfm__u64(p + 40) != TFM__HEADER_SIZE + meta_size || directory_size % 8 ||
+        directory_size > size - TFM__HEADER_SIZE - meta_size)
+        return tfm__fail(error, TFM_ERROR_FORMAT, "%s: the header's offsets and sizes do not fit together", file->name);
+    directory = TFM__HEADER_SIZE + (size_t)meta_size;
+    end = directory + (size_t)directory_size;
+    tfm__crc_prepare(&crc);
+    value = tfm__crc(&crc, tfm__crc(&crc, 0, p, 60), p + TFM__HEADER_SIZE, end - TFM__HEADER_SIZE);
+    if (value != tfm__u32(p + 60))
+        return tfm__fail(error, TFM_ERROR_FORMAT, "%s: the header's checksum is wrong: the file is damaged", file->name);
+    status = tfm__parse_meta(file, TFM__HEADER_SIZE, directory, error);
+    return status == TFM_OK ? tfm__parse_directory(file, directory, end, tfm__u32(p + 56), error) : status;
+}
+
+TFM_API void tfm_file_close(tfm_file *file) {
+    tfm_allocator allocator;
+    if (!file)
+        return;
+    allocator = file->allocator;
+    tfm__release(&allocator, file->meta);
+    tfm__release(&allocator, file->meta_by_key);
+    tfm__release(&allocator, file->entries);
+    tfm__release(&allocator, file->entry_by_name);
+#ifndef TFM_NO_STDIO
+    if (file->owned)
+        tfm__unmap_file(&allocator, &file->bytes);
+#endif
+    tfm__release(&allocator, file);
+}
+
+static tfm_file *tfm__file_create(const char *name, const tfm_allocator *allocator, tfm_error *error) {
+    tfm_allocator memory = tfm__allocator(allocator);
+    tfm_file *file = (tfm_file *)tfm__allocate_zeroed(&memory, sizeof *file);
+    if (!file) {
+        tfm__fail_memory(error, sizeof *file);
+        return NULL;
+    }
+    file->allocator = memory;
+    snprintf(file->name, sizeof file->name, "%s", name);
+    return file;
+}
+
+/* The file if it is good, otherwise NULL and the file is closed. */
+static tfm_file *tfm__file_parsed(tfm_file *file, tfm_error *error) {
+    if (tfm__parse_file(file, error) == TFM_OK)
+        return file;
+    tfm_file_close(file);
+    return NULL;
+}
+
+TFM_API tfm_file *tfm_file_open_memory(const void *data, size_t size, const char *name, const tfm_allocator *allocator,
+                                       tfm_error *error) {
+    tfm_file *file = tfm__file_create(name ? name : "model", allocator, error);
+    if (!file)
+        return NULL;
+    if ((uintptr_t)data % 8) {
+        tfm__fail(error, TFM_ERROR_ARGUMENT, "%s: the memory is not 8-byte aligned", file->name);
+        tfm_file_close(file);
+        return NULL;
+    }
+    file->bytes.data = (const unsigned char *)data;
+    file->bytes.size = size;
+    return tfm__file_parsed(file, error);
+}
+
+#ifndef TFM_NO_STDIO
+TFM_API tfm_file *tfm_file_open(const char *path, const tfm_allocator *allocator, tfm_error *error) {
+    tfm_file *file = tfm__file_create(path, allocator, error);
+    if (!file)
+        return NULL;
+    if (tfm__map_file(path, &file->allocator, &file->bytes, error) != TFM_OK) {
+        tfm_file_close(file);
+        return NULL;
+    }
+    file->owned = 1;
+    return tfm__file_parsed(file, error);
+}
+#endif
+
+TFM_API size_t tfm_file_bytes(const tfm_file *file) {
+    return file->bytes.size;
+}
+
+TFM_API size_t tfm_file_n_meta(const tfm_file *file) {
+    return file->n_meta;
+}
+
+TFM_API const tfm_meta *tfm_file_meta(const tfm_file *file, size_t index) {
+    return index < file->n_meta ? file->meta + index : NULL;
+}
+
+TFM_API size_t tfm_file_n_tensors(const tfm_file *file) {
+    return file->n_entries;
+}
+
+TFM_API const tfm_entry *tfm_file_entry(const tfm_file *file, size_t index) {
+    return index < file->n_entries ? file->entries + index : NULL;
+}
+
+TFM_API const tfm_entry *tfm_file_find(const tfm_file *file, const char *name) {
+    size_t low = 0, high = file->n_entries, size = strlen(name);
+    while (low < high) {
+        size_t middle = low + (high - low) / 2;
+        const tfm_entry *entry = file->entries + file->entry_by_name[middle];
+        int order = tfm__compare_text(entry->name, entry->name_size, name, size);
+        if (!order)
+            return entry;
+        if (order < 0)
+            low = middle + 1;
+        else
+            high = middle;
+    }
+    return NULL;
+}
+
+TFM_API const tfm_meta *tfm_file_find_meta(const tfm_file *file, const char *key) {
+    size_t i, size = strlen(key); /* a few dozen keys, asked for a few dozen times */
+    for (i = 0; i < file->n_meta; i++)
+        if (!tfm__compare_text(file->meta[i].key, file->meta[i].key_size, key, size))
+            return file->meta + i;
+    return NULL;
+}
+
+TFM_API tfm_status tfm_file_verify(const tfm_file *file, tfm_error *error) {
+    tfm__crc_tables crc;
+    size_t i;
+    tfm__crc_prepare(&crc);
+    for (i = 0; i < file->n_entries; i++) {
+        const tfm_entry *entry = file->entries + i;
+        if (tfm__crc(&crc, 0, entry->tensor.data, tfm_tensor_bytes(&entry->tensor)) != entry->crc)
+            return tfm__fail(error, TFM_ERROR_FORMAT, "%s: the checksum of tensor '%.*s' is wrong: the file is damaged",
+                             file->name, (int)TFM__MIN(entry->name_size, 100), entry->name);
+    }
+    return TFM_OK;
+}
+
+/* ---- writing */
+
+#ifndef TFM_NO_STDIO
+
+static void tfm__put_u32(unsigned char *p, uint32_t value) {
+    p[0] = (unsigned char)value;
+    p[1] = (unsigned char)(value >> 8);
+    p[2] = (unsigned char)(value >> 16);
+    p[3] = (unsigned char)(value >> 24);
+}
+
+static void tfm__put_u64(unsigned char *p, uint64_t value) {
+    tfm__put_u32(p, (uint32_t)value);
+    tfm__put_u32(p + 4, (uint32_t)(value >> 32));
+}
+
+/* A file that is being rewritten tensor by tensor. */
+typedef struct tfm__rewrite {
+    const tfm_file *from;
+    const tfm_quantize_options *options;
+    tfm_allocator allocator;
+    tfm__threads threads;
+    FILE *to;
+    const char *path; /* of `to` */
+    unsigned char *head; /* header, metadata and directory of the new file */
+    size_t head_size, size;
+    uint64_t read, total; /* progress, in bytes of the old file's tensors */
+} tfm__rewrite;
+
+/* What the tensor becomes: matrices panels, of the wanted dtype; vectors stay. */
+static tfm_tensor tfm__rewritten(const tfm__rewrite *rewrite, const tfm_tensor *tensor) {
+    tfm_dtype dtype = rewrite->options->dtype ? rewrite->options->dtype : tensor->dtype;
+    return tensor->n_dims == 2 ? tfm__tensor(dtype, TFM_PANELS, tensor->shape[0], tensor->shape[1], NULL) : *tensor;
+}
+
+static tfm_status tfm__write(const tfm__rewrite *rewrite, const void *data, size_t size, tfm_error *error) {
+    if (fwrite(data, 1, size, rewrite->to) == size)
+        return TFM_OK;
+    return tfm__fail(error, TFM_ERROR_FILE, "%.300s: can't be written: %s", rewrite->path, strerror(errno));
+}
+
+static tfm_status tfm__write_padding(const tfm__rewrite *rewrite, size_t to, tfm_error *error) {
+    static const unsigned char zeros[64] = {0};
+    return tfm__write(rewrite, zeros, to - rewrite->size, error);
+}
+
+/* Converts and writes one tensor, and notes its checksum in the directory at `directory`. */
+static tfm_status tfm__rewrite_tensor(tfm__rewrite *rewrite, const tfm__crc_tables *crc, const tfm_tensor *tensor,
+                                      unsigned char *directory, tfm_error *error) {
+    tfm_tensor target = tfm__rewritten(rewrite, tensor);
+    size_t offset = (size_t)tfm__u64(directory + 48), size = tfm_tensor_bytes(&target);
+    const tfm_quantize_options *options = rewrite->options;
+    void *memory = NULL;
+    tfm_status status;
+    if (tensor->n_dims == 2) {
+        memory = tfm__allocate_aligned(&rewrite->allocator, size, TFM__CACHE_LINE);
+        if (!memory)
+            return tfm__fail_memory(error, size);
+        target = tfm__pack_into(&rewrite->threads, tensor, target.dtype, memory);
+    }
+    tfm__put_u32(directory + 64, tfm__crc(crc, 0, target.data, size));
+    status = tfm__write_padding(rewrite, offset, error);
+    if (status == TFM_OK)
+        status = tfm__write(rewrite, target.data, size, error);
+    tfm__release_aligned(&rewrite->allocator, memory);
+    rewrite->size = offset + size;
+    rewrite->read += tfm_tensor_bytes(tensor);
+    if (status == TFM_OK && options->progress && options->progress(options->progress_user, rewrite->read, rewrite->total))
+        status = tfm__fail(error, TFM_ERROR_STOPPED, "%.300s: stopped", rewrite->path);
+    return status;
+}
+
+/* Fills the new directory (in place, over the old one): dtype, layout, offset and size of each tensor. */
+static void tfm__plan_rewrite(tfm__rewrite *rewrite) {
+    unsigned char *directory = rewrite->head + (size_t)tfm__u64(rewrite->head + 40);
+    size_t end = rewrite->head_size, i;
+    for (i = 0; i < rewrite->from->n_entries; i++) {
+        const tfm_entry *entry = rewrite->from->entries + i;
+        tfm_tensor target = tfm__rewritten(rewrite, &entry->tensor);
+        end = tfm__round_up(end, TFM__CACHE_LINE);
+        tfm__put_u32(directory + 4, (uint32_t)target.dtype);
+        tfm__put_u32(directory + 8, (uint32_t)target.layout);
+        tfm__put_u64(directory + 48, end);
+        tfm__put_u64(directory + 56, tfm_tensor_bytes(&target));
+        end += tfm_tensor_bytes(&target);
+        rewrite->total += tfm_tensor_bytes(&entry->tensor);
+        directory += 72 + tfm__round_up(entry->name_size, 8);
+    }
+    tfm__put_u64(rewrite->head + 16, end);
+}
+
+static tfm_status tfm__rewrite_file(tfm__rewrite *rewrite, tfm_error *error) {
+    unsigned char *directory = rewrite->head + (size_t)tfm__u64(rewrite->head + 40);
+    tfm__crc_tables crc;
+    tfm_status status;
+    size_t i;
+    tfm__crc_prepare(&crc);
+    tfm__plan_rewrite(rewrite);
+    status = tfm__write(rewrite, rewrite->head, rewrite->head_size, error); /* again when the checksums are known */
+    rewrite->size = rewrite->head_size;
+    for (i = 0; status == TFM_OK && i < rewrite->from->n_entries; i++) {
+        const tfm_entry *entry = rewrite->from->entries + i;
+        status = tfm__rewrite_tensor(rewrite, &crc, &entry->tensor, directory, error);
+        directory += 72 + tfm__round_up(entry->name_size, 8);
+    }
+    if (status != TFM_OK)
+        return status;
+    tfm__put_u32(rewrite->head + 60, tfm__crc(&crc, tfm__crc(&crc, 0, rewrite->head, 60), rewrite->head + TFM__HEADER_SIZE,
+                                              rewrite->head_size - TFM__HEADER_SIZE));
+    if (fseek(rewrite->to, 0, SEEK_SET))
+        return tfm__fail(error, TFM_ERROR_FILE, "%.300s: can't be written: %s", rewrite->path, strerror(errno));
+    return tfm__write(rewrite, rewrite->head, rewrite->head_size, error);
+}
+
+/* Writes to the temporary name beside the output, and renames it when all of it is there. */
+static tfm_status tfm__rewrite_to(tfm__rewrite *rewrite, const char *out_path, tfm_error *error) {
+    tfm_status status;
+    rewrite->to = fopen(rewrite->path, "wb");
+    if (!rewrite->to)
+        return tfm__fail(error, TFM_ERROR_FILE, "%.300s: can't be created: %s", rewrite->path, strerror(errno));
+    status = tfm__rewrite_file(rewrite, error);
+    if (fclose(rewrite->to) && status == TFM_OK)
+        status = tfm__fail(error, TFM_ERROR_FILE, "%.300s: can't be written: %s", rewrite->path, strerror(errno));
+    if (status == TFM_OK && rename(rewrite->path, out_path))
+        status = tfm__fail(error, TFM_ERROR_FILE, "%.300s: can't be renamed: %s", rewrite->path, strerror(errno));
+    if (status != TFM_OK)
+        remove(rewrite->path);
+    return status;
+}
+
+TFM_API tfm_status tfm_quantize(const char *in_path, const char *out_path, const tfm_quantize_options *options,
+                                tfm_error *error) {
+    tfm_quantize_options usual;
+    tfm__rewrite rewrite;
+    tfm_error unread;
+    tfm_file *from;
+    tfm_status status;
+    char *path;
+    memset(&usual, 0, sizeof usual);
+    memset(&rewrite, 0, sizeof rewrite);
+    error = error ? error : &unread;
+    rewrite.options = options ? options : &usual;
+    if (rewrite.options->dtype && !tfm__is_float(rewrite.options->dtype))
+        return tfm__fail(error, TFM_ERROR_UNSUPPORTED, "int8 is not there yet; there are f32, f16 and bf16");
+    rewrite.allocator = tfm__allocator(&rewrite.options->allocator);
+    rewrite.threads.count = tfm__thread_count(rewrite.options->threads);
+    from = tfm_file_open(in_path, &rewrite.allocator, error);
+    if (!from)
+        return error->status;
+    rewrite.from = from;
+    rewrite.head_size = (size_t)(tfm__u64(from->bytes.data + 40) + tfm__u64(from->bytes.data + 48));
+    rewrite.head = (unsigned char *)tfm__allocate(&rewrite.allocator, rewrite.head_size);
+    path = (char *)tfm__allocate(&rewrite.allocator, strlen(out_path) + sizeof ".part");
+    if (rewrite.head && path) {
+        memcpy(rewrite.head, from->bytes.data, rewrite.head_size);
+        strcpy(path, out_path);
+        strcat(path, ".part");
+        rewrite.path = path;
+        status = tfm__rewrite_to(&rewrite, out_path, error);
+    } else
+        status = tfm__fail_memory(error, rewrite.head_size);
+    tfm__release(&rewrite.allocator, path);
+    tfm__release(&rewrite.allocator, rewrite.head);
+    tfm_file_close(from);
+    return status;
+}
+
+#endif /* !TFM_NO_STDIO */
+
+/* BEGIN TOKENIZER */
+
+/* ====================================================================================================================
+   Tokenizers
+
+   Text to token ids and back. What lives here: the classes of Unicode characters, UTF-8, the rule that cuts a text
+   into pieces ("pre-tokenization"), the byte-level BPE that GPT-2 introduced, and the added tokens (<|endoftext|> and
+   its like) that are found in a text before anything else looks at it.
+
+   The standard is Hugging Face's `tokenizers`: the ids are the same for every text. It takes text in Unicode; here a
+   text is bytes, and a byte that is not well-formed UTF-8 counts as a character of its own that is neither letter, nor
+   number, nor space.
+
+   A tokenizer is built once from tables in a model file, of which nothing is believed, and is never written to again:
+   any number of threads may share it. Memory for the work on a text belongs to the call.
+   ================================================================================================================= */
+
+/* ---- Classes of characters --------------------------------------------------------------------------------------- */
+
+/* What tfm__unicode_class() says of a character: one of the first four or none, and perhaps TFM__WORD, "part of a word"
+   (letters, marks, digits, the underscore and its like, ...: \w in Rust's regular expressions). */
+enum { TFM__LETTER = 1, TFM__NUMBER = 2, TFM__SPACE = 4, TFM__MARK = 8, TFM__WORD = 16 };
+
+/* BEGIN UNICODE (tests/make_unicode.py writes this: the classes as Hugging Face tokenizers has them, Unicode 16.0) */
+static const unsigned char tfm__ascii_classes[128] = {
+    0, 0, 0, 0, 0, 0, 0, 0, 0, 4, 4, 4, 4, 4, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 4, 0, 0, 0, 0, 0, 0,
+    0, 0, 0, 0, 0, 0, 0, 0, 0, 18, 18, 18, 18, 18, 18, 18, 18, 18, 18, 0, 0, 0, 0, 0, 0, 0, 17, 17, 17, 17, 17, 17, 17,
+    17, 17, 17, 17, 17, 17, 17, 17, 17, 17, 17, 17, 17, 17, 17, 17, 17, 17, 17, 0, 0, 0, 0, 16, 0, 17, 17, 17, 17, 17,
+    17, 17, 17, 17, 17, 17, 17, 17, 17, 17, 17, 17, 17, 17, 17, 17, 17, 17, 17, 17, 17, 0, 0, 0, 0, 0,
+};
+
+/* Every run of code points of one class: (first code point << 8 | class), in order. */
+static const uint32_t tfm__unicode_runs[2012] = {
+    0x0, 0x904, 0xE00, 0x2004, 0x2100, 0x3012, 0x3A00, 0x4111, 0x5B00, 0x5F10, 0x6000, 0x6111, 0x7B00, 0x8504, 0x8600,
+    0xA004, 0xA100, 0xAA11, 0xAB00, 0xB202, 0xB400, 0xB511, 0xB600, 0xB902, 0xBA11, 0xBB00, 0xBC02, 0xBF00, 0xC011,
+    0xD700, 0xD811, 0xF700, 0xF811, 0x2C200, 0x2C611, 0x2D200, 0x2E011, 0x2E500, 0x2EC11, 0x2ED00, 0x2EE11, 0x2EF00,
+    0x30018, 0x37011, 0x37500, 0x37611, 0x37800, 0x37A11, 0x37E00, 0x37F11, 0x38000, 0x38611, 0x38700, 0x38811, 0x38B00,
+    0x38C11, 0x38D00, 0x38E11, 0x3A200, 0x3A311, 0x3F600, 0x3F711, 0x48200, 0x48318, 0x48A11, 0x53000, 0x53111, 0x55700,
+    0x55911, 0x55A00, 0x56011, 0x58900, 0x59118, 0x5BE00, 0x5BF18, 0x5C000, 0x5C118, 0x5C300, 0x5C418, 0x5C600, 0x5C718,
+    0x5C800, 0x5D011, 0x5EB00, 0x5EF11, 0x5F300, 0x61018, 0x61B00, 0x62011, 0x64B18, 0x66012, 0x66A00, 0x66E11, 0x67018,
+    0x67111, 0x6D400, 0x6D511, 0x6D618, 0x6DD00, 0x6DF18, 0x6E511, 0x6E718, 0x6E900, 0x6EA18, 0x6EE11, 0x6F012, 0x6FA11,
+    0x6FD00, 0x6FF11, 0x70000, 0x71011, 0x71118, 0x71211, 0x73018, 0x74B00, 0x74D11, 0x7A618, 0x7B111, 0x7B200, 0x7C012,
+    0x7CA11, 0x7EB18, 0x7F411, 0x7F600, 0x7FA11, 0x7FB00, 0x7FD18, 0x7FE00, 0x80011, 0x81618, 0x81A11, 0x81B18, 0x82411,
+    0x82518, 0x82811, 0x82918, 0x82E00, 0x84011, 0x85918, 0x85C00, 0x86011, 0x86B00, 0x87011, 0x88800, 0x88911, 0x88F00,
+    0x89718, 0x8A011, 0x8CA18, 0x8E200, 0x8E318, 0x90411, 0x93A18, 0x93D11, 0x93E18, 0x95011, 0x95118, 0x95811, 0x96218,
+    0x96400, 0x96612, 0x97000, 0x97111, 0x98118, 0x98400, 0x98511, 0x98D00, 0x98F11, 0x99100, 0x99311, 0x9A900, 0x9AA11,
+    0x9B100, 0x9B211, 0x9B300, 0x9B611, 0x9BA00, 0x9BC18, 0x9BD11, 0x9BE18, 0x9C500, 0x9C718, 0x9C900, 0x9CB18, 0x9CE11,
+    0x9CF00, 0x9D718, 0x9D800, 0x9DC11, 0x9DE00, 0x9DF11, 0x9E218, 0x9E400, 0x9E612, 0x9F011, 0x9F200, 0x9F402, 0x9FA00,
+    0x9FC11, 0x9FD00, 0x9FE18, 0x9FF00, 0xA0118, 0xA0400, 0xA0511, 0xA0B00, 0xA0F11, 0xA1100, 0xA1311, 0xA2900, 0xA2A11,
+    0xA3100, 0xA3211, 0xA3400, 0xA3511, 0xA3700, 0xA3811, 0xA3A00, 0xA3C18, 0xA3D00, 0xA3E18, 0xA4300, 0xA4718, 0xA4900,
+    0xA4B18, 0xA4E00, 0xA5118, 0xA5200, 0xA5911, 0xA5D00, 0xA5E11, 0xA5F00, 0xA6612, 0xA7018, 0xA7211, 0xA7518, 0xA7600,
+    0xA8118, 0xA8400, 0xA8511, 0xA8E00, 0xA8F11, 0xA9200, 0xA9311, 0xAA900, 0xAAA11, 0xAB100, 0xAB211, 0xAB400, 0xAB511,
+    0xABA00, 0xABC18, 0xABD11, 0xABE18, 0xAC600, 0xAC718, 0xACA00, 0xACB18, 0xACE00, 0xAD011, 0xAD100, 0xAE011, 0xAE218,
+    0xAE400, 0xAE612, 0xAF000, 0xAF911, 0xAFA18, 0xB0000, 0xB0118, 0xB0400, 0xB0511, 0xB0D00, 0xB0F11, 0xB1100, 0xB1311,
+    0xB2900, 0xB2A11, 0xB3100, 0xB3211, 0xB3400, 0xB3511, 0xB3A00, 0xB3C18, 0xB3D11, 0xB3E18, 0xB4500, 0xB4718, 0xB4900,
+    0xB4B18, 0xB4E00, 0xB5518, 0xB5800, 0xB5C11, 0xB5E00, 0xB5F11, 0xB6218, 0xB6400, 0xB6612, 0xB7000, 0xB7111, 0xB7202,
+    0xB7800, 0xB8218, 0xB8311, 0xB8400, 0xB8511, 0xB8B00, 0xB8E11, 0xB9100, 0xB9211, 0xB9600, 0xB9911, 0xB9B00, 0xB9C11,
+    0xB9D00, 0xB9E11, 0xBA000, 0xBA311, 0xBA500, 0xBA811, 0xBAB00, 0xBAE11, 0xBBA00, 0xBBE18, 0xBC300, 0xBC618, 0xBC900,
+    0xBCA18, 0xBCE00, 0xBD011, 0xBD100, 0xBD718, 0xBD800, 0xBE612, 0xBF002, 0xBF300, 0xC0018, 0xC0511, 0xC0D00, 0xC0E11,
+    0xC1100, 0xC1211, 0xC2900, 0xC2A11, 0xC3A00, 0xC3C18, 0xC3D11, 0xC3E18, 0xC4500, 0xC4618, 0xC4900, 0xC4A18, 0xC4E00,
+    0xC5518, 0xC5700, 0xC5811, 0xC5B00, 0xC5D11, 0xC5E00, 0xC6011, 0xC6218, 0xC6400, 0xC6612, 0xC7000, 0xC7802, 0xC7F00,
+    0xC8011, 0xC8118, 0xC8400, 0xC8511, 0xC8D00, 0xC8E11, 0xC9100, 0xC9211, 0xCA900, 0xCAA11, 0xCB400, 0xCB511, 0xCBA00,
+    0xCBC18, 0xCBD11, 0xCBE18, 0xCC500, 0xCC618, 0xCC900, 0xCCA18, 0xCCE00, 0xCD518, 0xCD700, 0xCDD11, 0xCDF00, 0xCE011,
+    0xCE218, 0xCE400, 0xCE612, 0xCF000, 0xCF111, 0xCF318, 0xCF400, 0xD0018, 0xD0411, 0xD0D00, 0xD0E11, 0xD1100, 0xD1211,
+    0xD3B18, 0xD3D11, 0xD3E18, 0xD4500, 0xD4618, 0xD4900, 0xD4A18, 0xD4E11, 0xD4F00, 0xD5411, 0xD5718, 0xD5802, 0xD5F11,
+    0xD6218, 0xD6400, 0xD6612, 0xD7002, 0xD7900, 0xD7A11, 0xD8000, 0xD8118, 0xD8400, 0xD8511, 0xD9700, 0xD9A11, 0xDB200,
+    0xDB311, 0xDBC00, 0xDBD11, 0xDBE00, 0xDC011, 0xDC700, 0xDCA18, 0xDCB00, 0xDCF18, 0xDD500, 0xDD618, 0xDD700, 0xDD818,
+    0xDE000, 0xDE612, 0xDF000, 0xDF218, 0xDF400, 0xE0111, 0xE3118, 0xE3211, 0xE3418, 0xE3B00, 0xE4011, 0xE4718, 0xE4F00,
+    0xE5012, 0xE5A00, 0xE8111, 0xE8300, 0xE8411, 0xE8500, 0xE8611, 0xE8B00, 0xE8C11, 0xEA400, 0xEA511, 0xEA600, 0xEA711,
+    0xEB118, 0xEB211, 0xEB418, 0xEBD11, 0xEBE00, 0xEC011, 0xEC500, 0xEC611, 0xEC700, 0xEC818, 0xECF00, 0xED012, 0xEDA00,
+    0xEDC11, 0xEE000, 0xF0011, 0xF0100, 0xF1818, 0xF1A00, 0xF2012, 0xF2A02, 0xF3400, 0xF3518, 0xF3600, 0xF3718, 0xF3800,
+    0xF3918, 0xF3A00, 0xF3E18, 0xF4011, 0xF4800, 0xF4911, 0xF6D00, 0xF7118, 0xF8500, 0xF8618, 0xF8811, 0xF8D18, 0xF9800,
+    0xF9918, 0xFBD00, 0xFC618, 0xFC700, 0x100011, 0x102B18, 0x103F11, 0x104012, 0x104A00, 0x105011, 0x105618, 0x105A11,
+    0x105E18, 0x106111, 0x106218, 0x106511, 0x106718, 0x106E11, 0x107118, 0x107511, 0x108218, 0x108E11, 0x108F18,
+    0x109012, 0x109A18, 0x109E00, 0x10A011, 0x10C600, 0x10C711, 0x10C800, 0x10CD11, 0x10CE00, 0x10D011, 0x10FB00,
+    0x10FC11, 0x124900, 0x124A11, 0x124E00, 0x125011, 0x125700, 0x125811, 0x125900, 0x125A11, 0x125E00, 0x126011,
+    0x128900, 0x128A11, 0x128E00, 0x129011, 0x12B100, 0x12B211, 0x12B600, 0x12B811, 0x12BF00, 0x12C011, 0x12C100,
+    0x12C211, 0x12C600, 0x12C811, 0x12D700, 0x12D811, 0x131100, 0x131211, 0x131600, 0x131811, 0x135B00, 0x135D18,
+    0x136000, 0x136902, 0x137D00, 0x138011, 0x139000, 0x13A011, 0x13F600, 0x13F811, 0x13FE00, 0x140111, 0x166D00,
+    0x166F11, 0x168004, 0x168111, 0x169B00, 0x16A011, 0x16EB00, 0x16EE12, 0x16F111, 0x16F900, 0x170011, 0x171218,
+    0x171600, 0x171F11, 0x173218, 0x173500, 0x174011, 0x175218, 0x175400, 0x176011, 0x176D00, 0x176E11, 0x177100,
+    0x177218, 0x177400, 0x178011, 0x17B418, 0x17D400, 0x17D711, 0x17D800, 0x17DC11, 0x17DD18, 0x17DE00, 0x17E012,
+    0x17EA00, 0x17F002, 0x17FA00, 0x180B18, 0x180E00, 0x180F18, 0x181012, 0x181A00, 0x182011, 0x187900, 0x188011,
+    0x188518, 0x188711, 0x18A918, 0x18AA11, 0x18AB00, 0x18B011, 0x18F600, 0x190011, 0x191F00, 0x192018, 0x192C00,
+    0x193018, 0x193C00, 0x194612, 0x195011, 0x196E00, 0x197011, 0x197500, 0x198011, 0x19AC00, 0x19B011, 0x19CA00,
+    0x19D012, 0x19DA02, 0x19DB00, 0x1A0011, 0x1A1718, 0x1A1C00, 0x1A2011, 0x1A5518, 0x1A5F00, 0x1A6018, 0x1A7D00,
+    0x1A7F18, 0x1A8012, 0x1A8A00, 0x1A9012, 0x1A9A00, 0x1AA711, 0x1AA800, 0x1AB018, 0x1ACF00, 0x1B0018, 0x1B0511,
+    0x1B3418, 0x1B4511, 0x1B4D00, 0x1B5012, 0x1B5A00, 0x1B6B18, 0x1B7400, 0x1B8018, 0x1B8311, 0x1BA118, 0x1BAE11,
+    0x1BB012, 0x1BBA11, 0x1BE618, 0x1BF400, 0x1C0011, 0x1C2418, 0x1C3800, 0x1C4012, 0x1C4A00, 0x1C4D11, 0x1C5012,
+    0x1C5A11, 0x1C7E00, 0x1C8011, 0x1C8B00, 0x1C9011, 0x1CBB00, 0x1CBD11, 0x1CC000, 0x1CD018, 0x1CD300, 0x1CD418,
+    0x1CE911, 0x1CED18, 0x1CEE11, 0x1CF418, 0x1CF511, 0x1CF718, 0x1CFA11, 0x1CFB00, 0x1D0011, 0x1DC018, 0x1E0011,
+    0x1F1600, 0x1F1811, 0x1F1E00, 0x1F2011, 0x1F4600, 0x1F4811, 0x1F4E00, 0x1F5011, 0x1F5800, 0x1F5911, 0x1F5A00,
+    0x1F5B11, 0x1F5C00, 0x1F5D11, 0x1F5E00, 0x1F5F11, 0x1F7E00, 0x1F8011, 0x1FB500, 0x1FB611, 0x1FBD00, 0x1FBE11,
+    0x1FBF00, 0x1FC211, 0x1FC500, 0x1FC611, 0x1FCD00, 0x1FD011, 0x1FD400, 0x1FD611, 0x1FDC00, 0x1FE011, 0x1FED00,
+    0x1FF211, 0x1FF500, 0x1FF611, 0x1FFD00, 0x200004, 0x200B00, 0x200C10, 0x200E00, 0x202804, 0x202A00, 0x202F04,
+    0x203000, 0x203F10, 0x204100, 0x205410, 0x205500, 0x205F04, 0x206000, 0x207002, 0x207111, 0x207200, 0x207402,
+    0x207A00, 0x207F11, 0x208002, 0x208A00, 0x209011, 0x209D00, 0x20D018, 0x20F100, 0x210211, 0x210300, 0x210711,
+    0x210800, 0x210A11, 0x211400, 0x211511, 0x211600, 0x211911, 0x211E00, 0x212411, 0x212500, 0x212611, 0x212700,
+    0x212811, 0x212900, 0x212A11, 0x212E00, 0x212F11, 0x213A00, 0x213C11, 0x214000, 0x214511, 0x214A00, 0x214E11,
+    0x214F00, 0x215002, 0x216012, 0x218311, 0x218512, 0x218902, 0x218A00, 0x246002, 0x249C00, 0x24B610, 0x24EA02,
+    0x250000, 0x277602, 0x279400, 0x2C0011, 0x2CE500, 0x2CEB11, 0x2CEF18, 0x2CF211, 0x2CF400, 0x2CFD02, 0x2CFE00,
+    0x2D0011, 0x2D2600, 0x2D2711, 0x2D2800, 0x2D2D11, 0x2D2E00, 0x2D3011, 0x2D6800, 0x2D6F11, 0x2D7000, 0x2D7F18,
+    0x2D8011, 0x2D9700, 0x2DA011, 0x2DA700, 0x2DA811, 0x2DAF00, 0x2DB011, 0x2DB700, 0x2DB811, 0x2DBF00, 0x2DC011,
+    0x2DC700, 0x2DC811, 0x2DCF00, 0x2DD011, 0x2DD700, 0x2DD811, 0x2DDF00, 0x2DE018, 0x2E0000, 0x2E2F11, 0x2E3000,
+    0x300004, 0x300100, 0x300511, 0x300712, 0x300800, 0x302112, 0x302A18, 0x303000, 0x303111, 0x303600, 0x303812,
+    0x303B11, 0x303D00, 0x304111, 0x309700, 0x309918, 0x309B00, 0x309D11, 0x30A000, 0x30A111, 0x30FB00, 0x30FC11,
+    0x310000, 0x310511, 0x313000, 0x313111, 0x318F00, 0x319202, 0x319600, 0x31A011, 0x31C000, 0x31F011, 0x320000,
+    0x322002, 0x322A00, 0x324802, 0x325000, 0x325102, 0x326000, 0x328002, 0x328A00, 0x32B102, 0x32C000, 0x340011,
+    0x4DC000, 0x4E0011, 0xA48D00, 0xA4D011, 0xA4FE00, 0xA50011, 0xA60D00, 0xA61011, 0xA62012, 0xA62A11, 0xA62C00,
+    0xA64011, 0xA66F18, 0xA67300, 0xA67418, 0xA67E00, 0xA67F11, 0xA69E18, 0xA6A011, 0xA6E612, 0xA6F018, 0xA6F200,
+    0xA71711, 0xA72000, 0xA72211, 0xA78900, 0xA78B11, 0xA7CE00, 0xA7D011, 0xA7D200, 0xA7D311, 0xA7D400, 0xA7D511,
+    0xA7DD00, 0xA7F211, 0xA80218, 0xA80311, 0xA80618, 0xA80711, 0xA80B18, 0xA80C11, 0xA82318, 0xA82800, 0xA82C18,
+    0xA82D00, 0xA83002, 0xA83600, 0xA84011, 0xA87400, 0xA88018, 0xA88211, 0xA8B418, 0xA8C600, 0xA8D012, 0xA8DA00,
+    0xA8E018, 0xA8F211, 0xA8F800, 0xA8FB11, 0xA8FC00, 0xA8FD11, 0xA8FF18, 0xA90012, 0xA90A11, 0xA92618, 0xA92E00,
+    0xA93011, 0xA94718, 0xA95400, 0xA96011, 0xA97D00, 0xA98018, 0xA98411, 0xA9B318, 0xA9C100, 0xA9CF11, 0xA9D012,
+    0xA9DA00, 0xA9E011, 0xA9E518, 0xA9E611, 0xA9F012, 0xA9FA11, 0xA9FF00, 0xAA0011, 0xAA2918, 0xAA3700, 0xAA4011,
+    0xAA4318, 0xAA4411, 0xAA4C18, 0xAA4E00, 0xAA5012, 0xAA5A00, 0xAA6011, 0xAA7700, 0xAA7A11, 0xAA7B18, 0xAA7E11,
+    0xAAB018, 0xAAB111, 0xAAB218, 0xAAB511, 0xAAB718, 0xAAB911, 0xAABE18, 0xAAC011, 0xAAC118, 0xAAC211, 0xAAC300,
+    0xAADB11, 0xAADE00, 0xAAE011, 0xAAEB18, 0xAAF000, 0xAAF211, 0xAAF518, 0xAAF700, 0xAB0111, 0xAB0700, 0xAB0911,
+    0xAB0F00, 0xAB1111, 0xAB1700, 0xAB2011, 0xAB2700, 0xAB2811, 0xAB2F00, 0xAB3011, 0xAB5B00, 0xAB5C11, 0xAB6A00,
+    0xAB7011, 0xABE318, 0xABEB00, 0xABEC18, 0xABEE00, 0xABF012, 0xABFA00, 0xAC0011, 0xD7A400, 0xD7B011, 0xD7C700,
+    0xD7CB11, 0xD7FC00, 0xF90011, 0xFA6E00, 0xFA7011, 0xFADA00, 0xFB0011, 0xFB0700, 0xFB1311, 0xFB1800, 0xFB1D11,
+    0xFB1E18, 0xFB1F11, 0xFB2900, 0xFB2A11, 0xFB3700, 0xFB3811, 0xFB3D00, 0xFB3E11, 0xFB3F00, 0xFB4011, 0xFB4200,
+    0xFB4311, 0xFB4500, 0xFB4611, 0xFBB200, 0xFBD311, 0xFD3E00, 0xFD5011, 0xFD9000, 0xFD9211, 0xFDC800, 0xFDF011,
+    0xFDFC00, 0xFE0018, 0xFE1000, 0xFE2018, 0xFE3000, 0xFE3310, 0xFE3500, 0xFE4D10, 0xFE5000, 0xFE7011, 0xFE7500,
+    0xFE7611, 0xFEFD00, 0xFF1012, 0xFF1A00, 0xFF2111, 0xFF3B00, 0xFF3F10, 0xFF4000, 0xFF4111, 0xFF5B00, 0xFF6611,
+    0xFFBF00, 0xFFC211, 0xFFC800, 0xFFCA11, 0xFFD000, 0xFFD211, 0xFFD800, 0xFFDA11, 0xFFDD00, 0x1000011, 0x1000C00,
+    0x1000D11, 0x1002700, 0x1002811, 0x1003B00, 0x1003C11, 0x1003E00, 0x1003F11, 0x1004E00, 0x1005011, 0x1005E00,
+    0x1008011, 0x100FB00, 0x1010702, 0x1013400, 0x1014012, 0x1017502, 0x1017900, 0x1018A02, 0x1018C00, 0x101FD18,
+    0x101FE00, 0x1028011, 0x1029D00, 0x102A011, 0x102D100, 0x102E018, 0x102E102, 0x102FC00, 0x1030011, 0x1032002,
+    0x1032400, 0x1032D11, 0x1034112, 0x1034211, 0x1034A12, 0x1034B00, 0x1035011, 0x1037618, 0x1037B00, 0x1038011,
+    0x1039E00, 0x103A011, 0x103C400, 0x103C811, 0x103D000, 0x103D112, 0x103D600, 0x1040011, 0x1049E00, 0x104A012,
+    0x104AA00, 0x104B011, 0x104D400, 0x104D811, 0x104FC00, 0x1050011, 0x1052800, 0x1053011, 0x1056400, 0x1057011,
+    0x1057B00, 0x1057C11, 0x1058B00, 0x1058C11, 0x1059300, 0x1059411, 0x1059600, 0x1059711, 0x105A200, 0x105A311,
+    0x105B200, 0x105B311, 0x105BA00, 0x105BB11, 0x105BD00, 0x105C011, 0x105F400, 0x1060011, 0x1073700, 0x1074011,
+    0x1075600, 0x1076011, 0x1076800, 0x1078011, 0x1078600, 0x1078711, 0x107B100, 0x107B211, 0x107BB00, 0x1080011,
+    0x1080600, 0x1080811, 0x1080900, 0x1080A11, 0x1083600, 0x1083711, 0x1083900, 0x1083C11, 0x1083D00, 0x1083F11,
+    0x1085600, 0x1085802, 0x1086011, 0x1087700, 0x1087902, 0x1088011, 0x1089F00, 0x108A702, 0x108B000, 0x108E011,
+    0x108F300, 0x108F411, 0x108F600, 0x108FB02, 0x1090011, 0x1091602, 0x1091C00, 0x1092011, 0x1093A00, 0x1098011,
+    0x109B800, 0x109BC02, 0x109BE11, 0x109C002, 0x109D000, 0x109D202, 0x10A0011, 0x10A0118, 0x10A0400, 0x10A0518,
+    0x10A0700, 0x10A0C18, 0x10A1011, 0x10A1400, 0x10A1511, 0x10A1800, 0x10A1911, 0x10A3600, 0x10A3818, 0x10A3B00,
+    0x10A3F18, 0x10A4002, 0x10A4900, 0x10A6011, 0x10A7D02, 0x10A7F00, 0x10A8011, 0x10A9D02, 0x10AA000, 0x10AC011,
+    0x10AC800, 0x10AC911, 0x10AE518, 0x10AE700, 0x10AEB02, 0x10AF000, 0x10B0011, 0x10B3600, 0x10B4011, 0x10B5600,
+    0x10B5802, 0x10B6011, 0x10B7300, 0x10B7802, 0x10B8011, 0x10B9200, 0x10BA902, 0x10BB000, 0x10C0011, 0x10C4900,
+    0x10C8011, 0x10CB300, 0x10CC011, 0x10CF300, 0x10CFA02, 0x10D0011, 0x10D2418, 0x10D2800, 0x10D3012, 0x10D3A00,
+    0x10D4012, 0x10D4A11, 0x10D6600, 0x10D6918, 0x10D6E00, 0x10D6F11, 0x10D8600, 0x10E6002, 0x10E7F00, 0x10E8011,
+    0x10EAA00, 0x10EAB18, 0x10EAD00, 0x10EB011, 0x10EB200, 0x10EC211, 0x10EC500, 0x10EFC18, 0x10F0011, 0x10F1D02,
+    0x10F2711, 0x10F2800, 0x10F3011, 0x10F4618, 0x10F5102, 0x10F5500, 0x10F7011, 0x10F8218, 0x10F8600, 0x10FB011,
+    0x10FC502, 0x10FCC00, 0x10FE011, 0x10FF700, 0x1100018, 0x1100311, 0x1103818, 0x1104700, 0x1105202, 0x1106612,
+    0x1107018, 0x1107111, 0x1107318, 0x1107511, 0x1107600, 0x1107F18, 0x1108311, 0x110B018, 0x110BB00, 0x110C218,
+    0x110C300, 0x110D011, 0x110E900, 0x110F012, 0x110FA00, 0x1110018, 0x1110311, 0x1112718, 0x1113500, 0x1113612,
+    0x1114000, 0x1114411, 0x1114518, 0x1114711, 0x1114800, 0x1115011, 0x1117318, 0x1117400, 0x1117611, 0x1117700,
+    0x1118018, 0x1118311, 0x111B318, 0x111C111, 0x111C500, 0x111C918, 0x111CD00, 0x111CE18, 0x111D012, 0x111DA11,
+    0x111DB00, 0x111DC11, 0x111DD00, 0x111E102, 0x111F500, 0x1120011, 0x1121200, 0x1121311, 0x1122C18, 0x1123800,
+    0x1123E18, 0x1123F11, 0x1124118, 0x1124200, 0x1128011, 0x1128700, 0x1128811, 0x1128900, 0x1128A11, 0x1128E00,
+    0x1128F11, 0x1129E00, 0x1129F11, 0x112A900, 0x112B011, 0x112DF18, 0x112EB00, 0x112F012, 0x112FA00, 0x1130018,
+    0x1130400, 0x1130511, 0x1130D00, 0x1130F11, 0x1131100, 0x1131311, 0x1132900, 0x1132A11, 0x1133100, 0x1133211,
+    0x1133400, 0x1133511, 0x1133A00, 0x1133B18, 0x1133D11, 0x1133E18, 0x1134500, 0x1134718, 0x1134900, 0x1134B18,
+    0x1134E00, 0x1135011, 0x1135100, 0x1135718, 0x1135800, 0x1135D11, 0x1136218, 0x1136400, 0x1136618, 0x1136D00,
+    0x1137018, 0x1137500, 0x1138011, 0x1138A00, 0x1138B11, 0x1138C00, 0x1138E11, 0x1138F00, 0x1139011, 0x113B600,
+    0x113B711, 0x113B818, 0x113C100, 0x113C218, 0x113C300, 0x113C518, 0x113C600, 0x113C718, 0x113CB00, 0x113CC18,
+    0x113D111, 0x113D218, 0x113D311, 0x113D400, 0x113E118, 0x113E300, 0x1140011, 0x1143518, 0x1144711, 0x1144B00,
+    0x1145012, 0x1145A00, 0x1145E18, 0x1145F11, 0x1146200, 0x1148011, 0x114B018, 0x114C411, 0x114C600, 0x114C711,
+    0x114C800, 0x114D012, 0x114DA00, 0x1158011, 0x115AF18, 0x115B600, 0x115B818, 0x115C100, 0x115D811, 0x115DC18,
+    0x115DE00, 0x1160011, 0x1163018, 0x1164100, 0x1164411, 0x1164500, 0x1165012, 0x1165A00, 0x1168011, 0x116AB18,
+    0x116B811, 0x116B900, 0x116C012, 0x116CA00, 0x116D012, 0x116E400, 0x1170011, 0x1171B00, 0x1171D18, 0x1172C00,
+    0x1173012, 0x1173A02, 0x1173C00, 0x1174011, 0x1174700, 0x1180011, 0x1182C18, 0x1183B00, 0x118A011, 0x118E012,
+    0x118EA02, 0x118F300, 0x118FF11, 0x1190700, 0x1190911, 0x1190A00, 0x1190C11, 0x1191400, 0x1191511, 0x1191700,
+    0x1191811, 0x1193018, 0x1193600, 0x1193718, 0x1193900, 0x1193B18, 0x1193F11, 0x1194018, 0x1194111, 0x1194218,
+    0x1194400, 0x1195012, 0x1195A00, 0x119A011, 0x119A800, 0x119AA11, 0x119D118, 0x119D800, 0x119DA18, 0x119E111,
+    0x119E200, 0x119E311, 0x119E418, 0x119E500, 0x11A0011, 0x11A0118, 0x11A0B11, 0x11A3318, 0x11A3A11, 0x11A3B18,
+    0x11A3F00, 0x11A4718, 0x11A4800, 0x11A5011, 0x11A5118, 0x11A5C11, 0x11A8A18, 0x11A9A00, 0x11A9D11, 0x11A9E00,
+    0x11AB011, 0x11AF900, 0x11BC011, 0x11BE100, 0x11BF012, 0x11BFA00, 0x11C0011, 0x11C0900, 0x11C0A11, 0x11C2F18,
+    0x11C3700, 0x11C3818, 0x11C4011, 0x11C4100, 0x11C5012, 0x11C5A02, 0x11C6D00, 0x11C7211, 0x11C9000, 0x11C9218,
+    0x11CA800, 0x11CA918, 0x11CB700, 0x11D0011, 0x11D0700, 0x11D0811, 0x11D0A00, 0x11D0B11, 0x11D3118, 0x11D3700,
+    0x11D3A18, 0x11D3B00, 0x11D3C18, 0x11D3E00, 0x11D3F18, 0x11D4611, 0x11D4718, 0x11D4800, 0x11D5012, 0x11D5A00,
+    0x11D6011, 0x11D6600, 0x11D6711, 0x11D6900, 0x11D6A11, 0x11D8A18, 0x11D8F00, 0x11D9018, 0x11D9200, 0x11D9318,
+    0x11D9811, 0x11D9900, 0x11DA012, 0x11DAA00, 0x11EE011, 0x11EF318, 0x11EF700, 0x11F0018, 0x11F0211, 0x11F0318,
+    0x11F0411, 0x11F1100, 0x11F1211, 0x11F3418, 0x11F3B00, 0x11F3E18, 0x11F4300, 0x11F5012, 0x11F5A18, 0x11F5B00,
+    0x11FB011, 0x11FB100, 0x11FC002, 0x11FD500, 0x1200011, 0x1239A00, 0x1240012, 0x1246F00, 0x1248011, 0x1254400,
+    0x12F9011, 0x12FF100, 0x1300011, 0x1343000, 0x1344018, 0x1344111, 0x1344718, 0x1345600, 0x1346011, 0x143FB00,
+    0x1440011, 0x1464700, 0x1610011, 0x1611E18, 0x1613012, 0x1613A00, 0x1680011, 0x16A3900, 0x16A4011, 0x16A5F00,
+    0x16A6012, 0x16A6A00, 0x16A7011, 0x16ABF00, 0x16AC012, 0x16ACA00, 0x16AD011, 0x16AEE00, 0x16AF018, 0x16AF500,
+    0x16B0011, 0x16B3018, 0x16B3700, 0x16B4011, 0x16B4400, 0x16B5012, 0x16B5A00, 0x16B5B02, 0x16B6200, 0x16B6311,
+    0x16B7800, 0x16B7D11, 0x16B9000, 0x16D4011, 0x16D6D00, 0x16D7012, 0x16D7A00, 0x16E4011, 0x16E8002, 0x16E9700,
+    0x16F0011, 0x16F4B00, 0x16F4F18, 0x16F5011, 0x16F5118, 0x16F8800, 0x16F8F18, 0x16F9311, 0x16FA000, 0x16FE011,
+    0x16FE200, 0x16FE311, 0x16FE418, 0x16FE500, 0x16FF018, 0x16FF200, 0x1700011, 0x187F800, 0x1880011, 0x18CD600,
+    0x18CFF11, 0x18D0900, 0x1AFF011, 0x1AFF400, 0x1AFF511, 0x1AFFC00, 0x1AFFD11, 0x1AFFF00, 0x1B00011, 0x1B12300,
+    0x1B13211, 0x1B13300, 0x1B15011, 0x1B15300, 0x1B15511, 0x1B15600, 0x1B16411, 0x1B16800, 0x1B17011, 0x1B2FC00,
+    0x1BC0011, 0x1BC6B00, 0x1BC7011, 0x1BC7D00, 0x1BC8011, 0x1BC8900, 0x1BC9011, 0x1BC9A00, 0x1BC9D18, 0x1BC9F00,
+    0x1CCF012, 0x1CCFA00, 0x1CF0018, 0x1CF2E00, 0x1CF3018, 0x1CF4700, 0x1D16518, 0x1D16A00, 0x1D16D18, 0x1D17300,
+    0x1D17B18, 0x1D18300, 0x1D18518, 0x1D18C00, 0x1D1AA18, 0x1D1AE00, 0x1D24218, 0x1D24500, 0x1D2C002, 0x1D2D400,
+    0x1D2E002, 0x1D2F400, 0x1D36002, 0x1D37900, 0x1D40011, 0x1D45500, 0x1D45611, 0x1D49D00, 0x1D49E11, 0x1D4A000,
+    0x1D4A211, 0x1D4A300, 0x1D4A511, 0x1D4A700, 0x1D4A911, 0x1D4AD00, 0x1D4AE11, 0x1D4BA00, 0x1D4BB11, 0x1D4BC00,
+    0x1D4BD11, 0x1D4C400, 0x1D4C511, 0x1D50600, 0x1D50711, 0x1D50B00, 0x1D50D11, 0x1D51500, 0x1D51611, 0x1D51D00,
+    0x1D51E11, 0x1D53A00, 0x1D53B11, 0x1D53F00, 0x1D54011, 0x1D54500, 0x1D54611, 0x1D54700, 0x1D54A11, 0x1D55100,
+    0x1D55211, 0x1D6A600, 0x1D6A811, 0x1D6C100, 0x1D6C211, 0x1D6DB00, 0x1D6DC11, 0x1D6FB00, 0x1D6FC11, 0x1D71500,
+    0x1D71611, 0x1D73500, 0x1D73611, 0x1D74F00, 0x1D75011, 0x1D76F00, 0x1D77011, 0x1D78900, 0x1D78A11, 0x1D7A900,
+    0x1D7AA11, 0x1D7C300, 0x1D7C411, 0x1D7CC00, 0x1D7CE12, 0x1D80000, 0x1DA0018, 0x1DA3700, 0x1DA3B18, 0x1DA6D00,
+    0x1DA7518, 0x1DA7600, 0x1DA8418, 0x1DA8500, 0x1DA9B18, 0x1DAA000, 0x1DAA118, 0x1DAB000, 0x1DF0011, 0x1DF1F00,
+    0x1DF2511, 0x1DF2B00, 0x1E00018, 0x1E00700, 0x1E00818, 0x1E01900, 0x1E01B18, 0x1E02200, 0x1E02318, 0x1E02500,
+    0x1E02618, 0x1E02B00, 0x1E03011, 0x1E06E00, 0x1E08F18, 0x1E09000, 0x1E10011, 0x1E12D00, 0x1E13018, 0x1E13711,
+    0x1E13E00, 0x1E14012, 0x1E14A00, 0x1E14E11, 0x1E14F00, 0x1E29011, 0x1E2AE18, 0x1E2AF00, 0x1E2C011, 0x1E2EC18,
+    0x1E2F012, 0x1E2FA00, 0x1E4D011, 0x1E4EC18, 0x1E4F012, 0x1E4FA00, 0x1E5D011, 0x1E5EE18, 0x1E5F011, 0x1E5F112,
+    0x1E5FB00, 0x1E7E011, 0x1E7E700, 0x1E7E811, 0x1E7EC00, 0x1E7ED11, 0x1E7EF00, 0x1E7F011, 0x1E7FF00, 0x1E80011,
+    0x1E8C500, 0x1E8C702, 0x1E8D018, 0x1E8D700, 0x1E90011, 0x1E94418, 0x1E94B11, 0x1E94C00, 0x1E95012, 0x1E95A00,
+    0x1EC7102, 0x1ECAC00, 0x1ECAD02, 0x1ECB000, 0x1ECB102, 0x1ECB500, 0x1ED0102, 0x1ED2E00, 0x1ED2F02, 0x1ED3E00,
+    0x1EE0011, 0x1EE0400, 0x1EE0511, 0x1EE2000, 0x1EE2111, 0x1EE2300, 0x1EE2411, 0x1EE2500, 0x1EE2711, 0x1EE2800,
+    0x1EE2911, 0x1EE3300, 0x1EE3411, 0x1EE3800, 0x1EE3911, 0x1EE3A00, 0x1EE3B11, 0x1EE3C00, 0x1EE4211, 0x1EE4300,
+    0x1EE4711, 0x1EE4800, 0x1EE4911, 0x1EE4A00, 0x1EE4B11, 0x1EE4C00, 0x1EE4D11, 0x1EE5000, 0x1EE5111, 0x1EE5300,
+    0x1EE5411, 0x1EE5500, 0x1EE5711, 0x1EE5800, 0x1EE5911, 0x1EE5A00, 0x1EE5B11, 0x1EE5C00, 0x1EE5D11, 0x1EE5E00,
+    0x1EE5F11, 0x1EE6000, 0x1EE6111, 0x1EE6300, 0x1EE6411, 0x1EE6500, 0x1EE6711, 0x1EE6B00, 0x1EE6C11, 0x1EE7300,
+    0x1EE7411, 0x1EE7800, 0x1EE7911, 0x1EE7D00, 0x1EE7E11, 0x1EE7F00, 0x1EE8011, 0x1EE8A00, 0x1EE8B11, 0x1EE9C00,
+    0x1EEA111, 0x1EEA400, 0x1EEA511, 0x1EEAA00, 0x1EEAB11, 0x1EEBC00, 0x1F10002, 0x1F10D00, 0x1F13010, 0x1F14A00,
+    0x1F15010, 0x1F16A00, 0x1F17010, 0x1F18A00, 0x1FBF012, 0x1FBFA00, 0x2000011, 0x2A6E000, 0x2A70011, 0x2B73A00,
+    0x2B74011, 0x2B81E00, 0x2B82011, 0x2CEA200, 0x2CEB011, 0x2EBE100, 0x2EBF011, 0x2EE5E00, 0x2F80011, 0x2FA1E00,
+    0x3000011, 0x3134B00, 0x3135011, 0x323B000, 0xE010018, 0xE01F000,
+};
+/* END UNICODE */
+
+/* The class of a code point; of no class is whatever is not a character. */
+static unsigned tfm__unicode_class(uint32_t code_point) {
+    size_t first = 0, n = sizeof tfm__unicode_runs / sizeof tfm__unicode_runs[0];
+    uint32_t last_start = code_point << 8 | 0xFF;
+    if (code_point < 128) {
+        return tfm__ascii_classes[code_point];
+    }
+    while (n > 1) { /* the run is one of n from first on */
+        size_t half = n / 2;
+        if (tfm__unicode_runs[first + half] <= last_start) {
+            first += half;
+        }
+        n -= half;
+    }
+    return tfm__unicode_runs[first] & 0xFF;
+}
+
+/* ---- UTF-8 ------------------------------------------------------------------------------------------------------- */
+
+#define TFM__NOT_UTF8 0xFFFFFFu /* what a byte outside of any well-formed sequence is decoded to; of no class */
+
+/* How many bytes at the start of text (at most size, which is not 0) can begin a well-formed sequence, and in *length
+   how long that sequence is: a whole character where the two are equal. Well-formed excludes what could be written
+   shorter, surrogates, and everything above U+10FFFF; all of that shows in the first two bytes. */
+static size_t tfm__utf8_prefix(const unsigned char *text, size_t size, size_t *length) {
+    unsigned lead = text[0], low = 0x80, high = 0xBF;
+    size_t n = 1;
+    if (lead < 0x80) {
+        *length = 1;
+        return 1;
+    }
+    if (lead < 0xC2 || lead > 0xF4) {
+        *length = 1;
+        return 0;
+    }
+    *length = lead < 0xE0 ? 2 : lead < 0xF0 ? 3 : 4;
+    if (lead == 0xE0) {
+        low = 0xA0;
+    } else if (lead == 0xED) {
+        high = 0x9F;
+    } else if (lead == 0xF0) {
+        low = 0x90;
+    } else if (lead == 0xF4) {
+        high = 0x8F;
+    }
+    while (n < *length && n < size && text[n] >= low && text[n] <= high) {
+        n++;
+        low = 0x80;
+        high = 0xBF;
+    }
+    return n;
+}
+
+/* The code point at the start of text, and the number of its bytes. */
+static uint32_t tfm__utf8_decode(const unsigned char *text, size_t size, size_t *used) {
+    size_t length, i;
+    uint32_t code_point;
+    if (tfm__utf8_prefix(text, size, &length) != length) {
+        *used = 1;
+        return TFM__NOT_UTF8;
+    }
+    code_point = length == 1 ? text[0] : text[0] & (0x7Fu >> length);
+    for (i = 1; i < length; i++) {
+        code_point = code_point << 6 | (text[i] & 0x3Fu);
+    }
+    *used = length;
+    return code_point;
+}
+
+/* The class of the character at the start of text, and the number of its bytes. */
+static unsigned tfm__class_at(const unsigned char *text, size_t size, size_t *used) {
+    if (text[0] < 0x80) {
+        *used = 1;
+        return tfm__ascii_classes[text[0]];
+    }
+    return tfm__unicode_class(tfm__utf8_decode(text, size, used));
+}
+
+/* The class of the character that ends before text[at], at > 0, and the number of its bytes. */
+static unsigned tfm__class_before(const unsigned char *text, size_t at, size_t *used) {
+    size_t back;
+    for (back = at < 4 ? at : 4; back > 1; back--) {
+        uint32_t code_point = tfm__utf8_decode(text + at - back, back, used);
+        if (*used == back) {
+            return tfm__unicode_class(code_point);
+        }
+    }
+    return tfm__class_at(text + at - 1, 1, used);
+}
+
+/* How many bytes at the end of text are the beginning of a character whose other bytes may still come. Who streams text
+   holds these back; bytes that no continuation can make well-formed are not waited for. */
+static size_t tfm__utf8_incomplete(const char *text, size_t size) {
+    const unsigned char *end = (const unsigned char *)text + size;
+    size_t back, length;
+    for (back = 1; back <= 3 && back <= size; back++) {
+        if ((end[-(ptrdiff_t)back] & 0xC0) != 0x80) {
+            return tfm__utf8_prefix(end - back, back, &length) == back && back < length ? back : 0;
+        }
+    }
+    return 0;
+}
+
+/* ---- Cutting a text into pieces ---------------------------------------------------------------------------------- */
+
+/* The size of the first piece of a text (size is not 0) by GPT-2's pattern, whose alternatives are tried in this order:
+
+       's|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+
+
+   In words: an English contraction; a run of letters, of numbers, or of neither, with the one space before it; a run of
+   white space, which leaves its last character to what follows unless it has only that one.
+   With `lead`, a space that is not in the text stands before it, and is not counted; then a piece can have size 0. */
+static size_t tfm__gpt2_piece(const unsigned char *text, size_t size, int lead) {
+    const unsigned kinds = TFM__LETTER | TFM__NUMBER | TFM__SPACE;
+    size_t end = 0, last = 0, used;
+    unsigned kind;
+    if (!lead && text[0] == '\'' && size >= 2) {
+        unsigned char a = text[1], b = size >= 3 ? text[2] : 0;
+        if (a == 's' || a == 't' || a == 'm' || a == 'd') {
+            return 2;
+        }
+        if ((a == 'r' && b == 'e') || (a == 'v' && b == 'e') || (a == 'l' && b == 'l')) {
+            return 3;
+        }
+    }
+    if (!lead && text[0] == ' ' && size >= 2) {
+        end = 1;
+    }
+    kind = tfm__class_at(text + end, size - end, &used) & kinds;
+    if (kind != TFM__SPACE) {
+        do {
+            end += used;
+        } while (end < size && (tfm__class_at(text + end, size - end, &used) & kinds) == kind);
+        return end;
+    }
+    for (end = 0; end < size && (tfm__class_at(text + end, size - end, &used) & TFM__SPACE); end += used) {
+        last = end;
+    }
+    return end < size && (last > 0 || lead) ? last : end;
+}
+
+/* ---- A hash table of pairs --------------------------------------------------------------------------------------- */
+
+#define TFM__PAIR_MEMBERS 0x1FFFFFu /* members of a pair are less than this, */
+#define TFM__PAIR_VALUES 0x3FFFFFu  /* and values less than this: together 64 bits */
+#define TFM__NONE UINT32_MAX
+#define TFM__MAX_PROBES 1024
+
+/* Pair -> value, with open addressing and at least half of the slots empty. A slot is one word,
+   (first << 43 | second << 22 | value), or all ones where empty, so that looking up a pair reads one cache line. */
+typedef struct tfm__pairs {
+    uint64_t *slots;
+    size_t mask;
+} tfm__pairs;
+
+static tfm_status tfm__pairs_create(tfm__pairs *pairs, size_t n, const tfm_allocator *allocator, tfm_error *error) {
+    size_t n_slots = 2;
+    while (n_slots < 2 * n) {
+        n_slots *= 2;
+    }
+    pairs->mask = n_slots - 1;
+    pairs->slots = (uint64_t *)allocator->allocate(allocator->user, n_slots * sizeof *pairs->slots);
+    if (!pairs->slots) {
+        return tfm__fail(error, TFM_ERROR_MEMORY, "tokenizer: out of memory for a table of %zu bytes",
+                         n_slots * sizeof *pairs->slots);
+    }
+    memset(pairs->slots, 0xFF, n_slots * sizeof *pairs->slots);
+    return TFM_OK;
+}
+
+/* The slot that holds the pair, or the empty one where it belongs. NULL if it is too far from where it should be, which
+   happens only to a table whose pairs were chosen to collide: such a table would make every text slow. */
+static uint64_t *tfm__pairs_slot(const tfm__pairs *pairs, uint32_t first, uint32_t second) {
+    uint64_t key = (uint64_t)first << 21 | second;
+    uint64_t hash = key * 0x9E3779B97F4A7C15u;
+    size_t slot = (size_t)(hash >> 32 ^ hash >> 20), probes;
+    for (probes = 0; probes < TFM__MAX_PROBES; probes++, slot++) {
+        uint64_t *entry = &pairs->slots[slot & pairs->mask];
+        if (*entry == UINT64_MAX || *entry >> 22 == key) {
+            return entry;
+        }
+    }
+    return NULL;
+}
+
+static uint32_t tfm__pairs_find(const tfm__pairs *pairs, uint32_t first, uint32_t second) {
+    const uint64_t *entry = tfm__pairs_slot(pairs, first, second);
+    return entry && *entry != UINT64_MAX ? (uint32_t)(*entry & TFM__PAIR_VALUES) : TFM__NONE;
+}
+
+static uint64_t tfm__pairs_entry(uint32_t first, uint32_t second, uint32_t value) {
+    return (uint64_t)first << 43 | (uint64_t)second << 22 | value;
+}
+
+/* ---- The vocabulary of a byte-level BPE -------------------------------------------------------------------------- */
+
+/* Flags of an added token, as the file has them. */
+enum {
+    TFM__ADDED_SPECIAL = 1,     /* plain text unless the caller asks for special tokens */
+    TFM__ADDED_LSTRIP = 2,      /* takes the white space before it along */
+    TFM__ADDED_RSTRIP = 4,      /* takes the white space after it along */
+    TFM__ADDED_SINGLE_WORD = 8, /* not where a word's character stands before or after it */
+    TFM__ADDED_NORMALIZED = 16, /* looked for after those without this flag, in what they leave */
+    TFM__ADDED = 32             /* not in the file: marks every added token */
+};
+
+/* The tokenizer's tables as they lie in the mapped file, none of them checked. The file must stay mapped. */
+typedef struct tfm__bpe_source {
+    const unsigned char *tokens; /* the bytes of every token, one after another, in the order of their ids */
+    size_t tokens_size;
+    const int32_t *token_sizes; /* [n_tokens] their sizes; 0 for an id without a token */
+    size_t n_tokens;
+    const int32_t *merges; /* [n_merges][3] left id, right id, merged id; the rank of a merge is its place */
+    size_t n_merges;
+    const int32_t *added; /* [n_added][2] id, flags */
+    size_t n_added;
+    const int32_t *byte_ids;   /* [256] the token of each single byte, or -1 */
+    const int32_t *prefix_ids; /* [n_prefix] what every text begins with */
+    size_t n_prefix;
+    const int32_t *suffix_ids; /* [n_suffix] and ends with */
+    size_t n_suffix;
+    int32_t unk_id;       /* stands for bytes without a token; -1: they vanish */
+    int fuse_unk;         /* one unk_id for a run of such bytes */
+    int add_prefix_space; /* a text that does not begin with a space gets one */
+    int ignore_merges;    /* a piece that is a token is that token, whatever the merges make of it */
+} tfm__bpe_source;
+
+typedef struct tfm__bpe {
+    tfm__bpe_source source;
+    tfm_allocator allocator;
+    uint32_t *offsets;          /* [n_tokens + 1] where each token's bytes begin */
+    unsigned char *token_flags; /* [n_tokens] TFM__ADDED_... */
+    tfm__pairs merges;          /* left id, right id -> rank */
+    /* Added tokens, as two tries in one table: node 0 is the root of those that are looked for first, node 1 of the
+       normalized ones. */
+    tfm__pairs added;                  /* node, byte -> node */
+    int32_t *added_ids;                /* [number of nodes] the token that ends at the node, or -1 */
+    unsigned char added_first[2][256]; /* whether a token begins with this byte */
+    uint32_t *words;                   /* ignore_merges: ids by the hash of their bytes, open addressing; or NULL */
+    size_t words_mask;
+} tfm__bpe;
+
+static void tfm__bpe_free(tfm__bpe *bpe) {
+    void *memory[6];
+    size_t i;
+    memory[0] = bpe->offsets;
+    memory[1] = bpe->token_flags;
+    memory[2] = bpe->merges.slots;
+    memory[3] = bpe->added.slots;
+    memory[4] = bpe->added_ids;
+    memory[5] = bpe->words;
+    for (i = 0; i < sizeof memory / sizeof memory[0]; i++) {
+        if (memory[i]) {
+            bpe->allocator.release(bpe->allocator.user, memory[i]);
+        }
+    }
+    memset(bpe, 0, sizeof *bpe);
+}
+
+/* The bytes of a token and their number; NULL if there is no such id. */
+static const unsigned char *tfm__bpe_token_bytes(const tfm__bpe *bpe, int32_t id, size_t *size) {
+    *size = 0;
+    if (id < 0 || (size_t)id >= bpe->source.n_tokens) {
+        return NULL;
+    }
+    *size = bpe->offsets[id + 1] - bpe->offsets[id];
+    return bpe->source.tokens + bpe->offsets[id];
+}
+
+/* Whether the id is that of a special token, which is usually not shown to people. */
+static int tfm__bpe_is_special(const tfm__bpe *bpe, int32_t id) {
+    return id >= 0 && (size_t)id < bpe->source.n_tokens && (bpe->token_flags[id] & TFM__ADDED_SPECIAL);
+}
+
+/* ---- Building it ------------------------------------------------------------------------------------------------- */
+
+static tfm_status tfm__bpe_allocate(const tfm__bpe *bpe, void **memory, size_t size, tfm_error *error) {
+    *memory = bpe->allocator.allocate(bpe->allocator.user, size);
+    if (!*memory) {
+        return tfm__fail(error, TFM_ERROR_MEMORY, "tokenizer: out of memory for a table of %zu bytes", size);
+    }
+    return TFM_OK;
+}
+
+/* Where each token's bytes are. The limits keep every id and rank within the hash table's words, and every product of
+   sizes within 32 bits. */
+static tfm_status tfm__bpe_build_tokens(tfm__bpe *bpe, tfm_error *error) {
+    const tfm__bpe_source *source = &bpe->source;
+    uint32_t offset = 0;
+    size_t i;
+    void *memory;
+    if (source->n_tokens == 0) {
+        return tfm__fail(error, TFM_ERROR_FORMAT, "tokenizer: the vocabulary is empty");
+    }
+    if (source->n_tokens > TFM__PAIR_MEMBERS || source->n_merges > TFM__PAIR_VALUES) {
+        return tfm__fail(error, TFM_ERROR_UNSUPPORTED,
+                         "tokenizer: %zu tokens and %zu merges are too many (the limits are %lu and %lu)",
+                         source->n_tokens, source->n_merges, (unsigned long)TFM__PAIR_MEMBERS,
+                         (unsigned long)TFM__PAIR_VALUES);
+    }
+    if (source->tokens_size > UINT32_MAX) {
+        return tfm__fail(error, TFM_ERROR_UNSUPPORTED, "tokenizer: the tokens have 4 GiB of bytes or more");
+    }
+    if (tfm__bpe_allocate(bpe, &memory, (source->n_tokens + 1) * sizeof *bpe->offsets, error) != TFM_OK) {
+        return TFM_ERROR_MEMORY;
+    }
+    bpe->offsets = (uint32_t *)memory;
+    for (i = 0; i < source->n_tokens; i++) {
+        int32_t size = source->token_sizes[i];
+        if (size < 0 || (uint32_t)size > source->tokens_size - offset) {
+            return tfm__fail(error, TFM_ERROR_FORMAT,
+                             "tokenizer: token %zu has size %ld, with %zu bytes left for it and those after it", i,
+                             (long)size, (size_t)(source->tokens_size - offset));
+        }
+        bpe->offsets[i] = offset;
+        offset += (uint32_t)size;
+    }
+    bpe->offsets[i] = offset;
+    if (offset != source->tokens_size) {
+        return tfm__fail(error, TFM_ERROR_FORMAT,
+                         "tokenizer: the sizes of the tokens add up to %lu bytes, but there are %zu",
+                         (unsigned long)offset, source->tokens_size);
+    }
+    return TFM_OK;
+}
+
+static tfm_status tfm__bpe_check_id(const tfm__bpe *bpe, int32_t id, const char *what, size_t which, tfm_error *error) {
+    if (id < 0 || (size_t)id >= bpe->source.n_tokens) {
+        return tfm__fail(error, TFM_ERROR_FORMAT, "tokenizer: %s %zu: there is no token %ld (the vocabulary has %zu)",
+                         what, which, (long)id, bpe->source.n_tokens);
+    }
+    return TFM_OK;
+}
+
+/* The single ids that encoding starts from or adds: byte tokens, what is put around a text, the unknown token. */
+static tfm_status tfm__bpe_check_ids(const tfm__bpe *bpe, tfm_error *error) {
+    const tfm__bpe_source *source = &bpe->source;
+    tfm_status status = TFM_OK;
+    size_t i;
+    for (i = 0; i < 256 && status == TFM_OK; i++) {
+        int32_t id = source->byte_ids[i];
+        if (id != -1) {
+            status = tfm__bpe_check_id(bpe, id, "byte", i, error);
+            if (status == TFM_OK) {
+                size_t size;
+                const unsigned char *bytes = tfm__bpe_token_bytes(bpe, id, &size);
+                if (size != 1 || bytes[0] != i) {
+                    status = tfm__fail(error, TFM_ERROR_FORMAT, "tokenizer: byte %zu: its token, %ld, is not that byte",
+                                       i, (long)id);
+                }
+            }
+        }
+    }
+    for (i = 0; i < source->n_prefix && status == TFM_OK; i++) {
+        status = tfm__bpe_check_id(bpe, source->prefix_ids[i], "prefix id", i, error);
+    }
+    for (i = 0; i < source->n_suffix && status == TFM_OK; i++) {
+        status = tfm__bpe_check_id(bpe, source->suffix_ids[i], "suffix id", i, error);
+    }
+    if (status == TFM_OK && source->unk_id != -1) {
+        status = tfm__bpe_check_id(bpe, source->unk_id, "unknown token", 0, error);
+    }
+    return status;
+}
+
+/* That the bytes of a merge's two parts, together, are those of its result. (So merging can only make symbols longer,
+   and what is encoded can be decoded.) */
+static tfm_status tfm__bpe_check_merge(const tfm__bpe *bpe, size_t rank, tfm_error *error) {
+    const int32_t *merge = bpe->source.merges + 3 * rank;
+    const unsigned char *bytes[3];
+    size_t sizes[3], i;
+    for (i = 0; i < 3; i++) {
+        if (tfm__bpe_check_id(bpe, merge[i], "merge", rank, error) != TFM_OK) {
+            return TFM_ERROR_FORMAT;
+        }
+        bytes[i] = tfm__bpe_token_bytes(bpe, merge[i], &sizes[i]);
+    }
+    if (sizes[0] == 0 || sizes[1] == 0) {
+        return tfm__fail(error, TFM_ERROR_FORMAT, "tokenizer: merge %zu joins token %ld, which is empty", rank,
+                         (long)merge[sizes[0] != 0]);
+    }
+    if (sizes[2] != sizes[0] + sizes[1] || memcmp(bytes[2], bytes[0], sizes[0]) != 0 ||
+        memcmp(bytes[2] + sizes[0], bytes[1], sizes[1]) != 0) {
+        return tfm__fail(error, TFM_ERROR_FORMAT,
+                         "tokenizer: merge %zu: token %ld is not token %ld followed by token %ld", rank,
+                         (long)merge[2], (long)merge[0], (long)merge[1]);
+    }
+    return TFM_OK;
+}
+
+static tfm_status tfm__bpe_build_merges(tfm__bpe *bpe, tfm_error *error) {
+    const int32_t *merge = bpe->source.merges;
+    tfm_status status = tfm__pairs_create(&bpe->merges, bpe->source.n_merges, &bpe->allocator, error);
+    size_t rank;
+    for (rank = 0; rank < bpe->source.n_merges && status == TFM_OK; rank++, merge += 3) {
+        status = tfm__bpe_check_merge(bpe, rank, error);
+        if (status == TFM_OK) {
+            uint64_t *slot = tfm__pairs_slot(&bpe->merges, (uint32_t)merge[0], (uint32_t)merge[1]);
+            if (!slot || *slot != UINT64_MAX) {
+                return tfm__fail(error, TFM_ERROR_FORMAT,
+                                 slot ? "tokenizer: merge %zu joins tokens %ld and %ld, as one before it does"
+                                      : "tokenizer: merge %zu, of tokens %ld and %ld, collides with too many others",
+                                 rank, (long)merge[0], (long)merge[1]);
+            }
+            *slot = tfm__pairs_entry((uint32_t)merge[0], (uint32_t)merge[1], (uint32_t)rank);
+        }
+    }
+    return status;
+}
+
+/* Enters one added token into its trie. */
+static tfm_status tfm__bpe_build_added_token(tfm__bpe *bpe, int32_t id, uint32_t *n_nodes, tfm_error *error) {
+    unsigned root = bpe->token_flags[id] & TFM__ADDED_NORMALIZED ? 1 : 0;
+    uint32_t node = root;
+    size_t size, i;
+    const unsigned char *bytes = tfm__bpe_token_bytes(bpe, id, &size);
+    if (size == 0) {
+        return tfm__fail(error, TFM_ERROR_FORMAT, "tokenizer: the added token %ld is empty", (long)id);
+    }
+    bpe->added_first[root][bytes[0]] = 1;
+    for (i = 0; i < size; i++) {
+        uint64_t *slot = tfm__pairs_slot(&bpe->added, node, bytes[i]);
+        if (!slot) {
+            return tfm__fail(error, TFM_ERROR_FORMAT, "tokenizer: the added token %ld collides with too many others",
+                             (long)id);
+        }
+        if (*slot == UINT64_MAX) {
+            bpe->added_ids[*n_nodes] = -1;
+            *slot = tfm__pairs_entry(node, bytes[i], (*n_nodes)++);
+        }
+        node = (uint32_t)(*slot & TFM__PAIR_VALUES);
+    }
+    if (bpe->added_ids[node] != -1) {
+        return tfm__fail(error, TFM_ERROR_FORMAT, "tokenizer: the added tokens %ld and %ld are the same text",
+                         (long)bpe->added_ids[node], (long)id);
+    }
+    bpe->added_ids[node] = id;
+    return TFM_OK;
+}
+
+static tfm_status tfm__bpe_build_added(tfm__bpe *bpe, tfm_error *error) {
+    const int32_t *added = bpe->source.added;
+    size_t n_added = bpe->source.n_added, total = 2, i;
+    uint32_t n_nodes = 2;
+    void *memory;
+    tfm_status status;
+    if (tfm__bpe_allocate(bpe, &memory, bpe->source.n_tokens, error) != TFM_OK) {
+        return TFM_ERROR_MEMORY;
+    }
+    bpe->token_flags = (unsigned char *)memory;
+    memset(bpe->token_flags, 0, bpe->source.n_tokens);
+    for (i = 0; i < n_added; i++) {
+        int32_t id = added[2 * i], flags = added[2 * i + 1];
+        if (tfm__bpe_check_id(bpe, id, "added token", i, error) != TFM_OK) {
+            return TFM_ERROR_FORMAT;
+        }
+        if (flags < 0 || flags >= TFM__ADDED || bpe->token_flags[id]) {
+            return tfm__fail(error, TFM_ERROR_FORMAT, "tokenizer: the added token %ld has unknown flags or is repeated",
+                             (long)id);
+        }
+        bpe->token_flags[id] = (unsigned char)(flags | TFM__ADDED);
+        total += bpe->offsets[id + 1] - bpe->offsets[id];
+    }
+    if (total > TFM__PAIR_MEMBERS) {
+        return tfm__fail(error, TFM_ERROR_UNSUPPORTED, "tokenizer: the added tokens have more than %lu bytes",
+                         (unsigned long)TFM__PAIR_MEMBERS);
+    }
+    status = tfm__pairs_create(&bpe->added, total, &bpe->allocator, error);
+    if (status == TFM_OK) {
+        status = tfm__bpe_allocate(bpe, &memory, total * sizeof *bpe->added_ids, error);
+    }
+    if (status != TFM_OK) {
+        return status;
+    }
+    bpe->added_ids = (int32_t *)memory;
+    bpe->added_ids[0] = bpe->added_ids[1] = -1;
+    for (i = 0; i < n_added && status == TFM_OK; i++) {
+        status = tfm__bpe_build_added_token(bpe, added[2 * i], &n_nodes, error);
+    }
+    return status;
+}
+
+/* The slot of a word (a piece of text, perhaps with a space that is not in it in front) in the table of whole tokens,
+   or the empty one where it belongs; NULL as for pairs. */
+static uint32_t *tfm__bpe_word_slot(const tfm__bpe *bpe, const unsigned char *text, size_t size, int lead) {
+    uint32_t hash = 2166136261u; /* FNV-1a */
+    size_t i, probes;
+    if (lead) {
+        hash = (hash ^ ' ') * 16777619u;
+    }
+    for (i = 0; i < size; i++) {
+        hash = (hash ^ text[i]) * 16777619u;
+    }
+    for (probes = 0; probes < TFM__MAX_PROBES; probes++) {
+        uint32_t *slot = &bpe->words[(hash + probes) & bpe->words_mask];
+        if (*slot != TFM__NONE) {
+            size_t token_size;
+            const unsigned char *token = tfm__bpe_token_bytes(bpe, (int32_t)*slot, &token_size);
+            if (token_size != size + (lead ? 1u : 0u) || (lead && token[0] != ' ') ||
+                memcmp(token + (lead ? 1 : 0), text, size) != 0) {
+                continue;
+            }
+        }
+        return slot;
+    }
+    return NULL;
+}
+
+/* The table of whole tokens, for ignore_merges. Added tokens are not in it: they are found by their own rules. */
+static tfm_status tfm__bpe_build_words(tfm__bpe *bpe, tfm_error *error) {
+    size_t n_slots = 2, id;
+    void *memory;
+    if (!bpe->source.ignore_merges) {
+        return TFM_OK;
+    }
+    while (n_slots < 2 * bpe->source.n_tokens) {
+        n_slots *= 2;
+    }
+    if (tfm__bpe_allocate(bpe, &memory, n_slots * sizeof *bpe->words, error) != TFM_OK) {
+        return TFM_ERROR_MEMORY;
+    }
+    bpe->words = (uint32_t *)memory;
+    bpe->words_mask = n_slots - 1;
+    memset(bpe->words, 0xFF, n_slots * sizeof *bpe->words);
+    for (id = 0; id < bpe->source.n_tokens; id++) {
+        size_t size;
+        const unsigned char *bytes = tfm__bpe_token_bytes(bpe, (int32_t)id, &size);
+        if (size > 0 && !bpe->token_flags[id]) {
+            uint32_t *slot = tfm__bpe_word_slot(bpe, bytes, size, 0);
+            if (!slot) {
+                return tfm__fail(error, TFM_ERROR_FORMAT, "tokenizer: token %zu collides with too many others", id);
+            }
+            if (*slot == TFM__NONE) {
+                *slot = (uint32_t)id;
+            }
+        }
+    }
+    return TFM_OK;
+}
+
+/* Checks the tables of a model file and builds a tokenizer on them. On an error there is nothing to free. */
+static tfm_status tfm__bpe_build(tfm__bpe *bpe, const tfm__bpe_source *source, const tfm_allocator *allocator,
+                                 tfm_error *error) {
+    tfm_status status;
+    memset(bpe, 0, sizeof *bpe);
+    bpe->source = *source;
+    bpe->allocator = *allocator;
+    status = tfm__bpe_build_tokens(bpe, error);
+    if (status == TFM_OK) {
+        status = tfm__bpe_check_ids(bpe, error);
+    }
+    if (status == TFM_OK) {
+        status = tfm__bpe_build_merges(bpe, error);
+    }
+    if (status == TFM_OK) {
+        status = tfm__bpe_build_added(bpe, error);
+    }
+    if (status == TFM_OK) {
+        status = tfm__bpe_build_words(bpe, error);
+    }
+    if (status != TFM_OK) {
+        tfm__bpe_free(bpe);
+    }
+    return status;
+}
+
+/* ---- Merging the symbols of a piece ------------------------------------------------------------------------------ */
+
+/* A piece begins as one symbol for each byte. Again and again the pair of neighbours with the lowest rank, the leftmost
+   of these, becomes one symbol, until no two neighbours are a pair of the vocabulary. Finding that pair must not take a
+   look at all of them, or a long piece would take forever: so the ranks are the lowest level of a tree in which every
+   node holds the lowest rank of the 16 below it (one cache line). Up to 16 symbols, that is a plain array.
+
+   A symbol lives at its first byte's place. Its length is kept at its first and its last place, so that both neighbours
+   can be found from it. */
+#define TFM__MERGE_LEVELS 8 /* 16 to the power of 8 is 2^32 */
+#define TFM__MERGE_STACK 1024
+
+typedef struct tfm__merge_state {
+    uint32_t *ids;
+    uint32_t *lengths;
+    uint32_t *ranks[TFM__MERGE_LEVELS]; /* of the pair that the symbol at a place makes with its right neighbour */
+    size_t n_levels;
+    size_t top_size; /* of the highest level, which is at most 16 */
+} tfm__merge_state;
+
+/* Lays the state for n symbols out in memory, all ranks "none"; returns how many words of memory that takes (and only
+   that if memory is NULL). */
+static size_t tfm__merge_layout(tfm__merge_state *state, size_t n, uint32_t *memory) {
+    size_t words = 2 * n, level_size = n;
+    state->ids = memory;
+    state->lengths = memory ? memory + n : NULL;
+    state->n_levels = 0;
+    do {
+        size_t groups = (level_size + 15) / 16;
+        if (memory) {
+            state->ranks[state->n_levels] = memory + words;
+            memset(memory + words, 0xFF, groups * 16 * sizeof *memory);
+        }
+        state->n_levels++;
+        state->top_size = level_size;
+        words += groups * 16;
+        level_size = groups;
+    } while (level_size > 1);
+    return words;
+}
+
+static void tfm__merge_set_rank(tfm__merge_state *state, size_t place, uint32_t rank) {
+    size_t level, i;
+    state->ranks[0][place] = rank;
+    for (level = 1; level < state->n_levels; level++) {
+        const uint32_t *group = state->ranks[level - 1] + place / 16 * 16;
+        uint32_t lowest = group[0];
+        for (i = 1; i < 16; i++) {
+            lowest = group[i] < lowest ? group[i] : lowest;
+        }
+        place /= 16;
+        if (state->ranks[level][place] == lowest) {
+            return;
+        }
+        state->ranks[level][place] = lowest;
+    }
+}
+
+/* The leftmost place with the lowest rank. */
+static size_t tfm__merge_lowest(const tfm__merge_state *state) {
+    size_t place = 0, level = state->n_levels, size = state->top_size;
+    while (level-- > 0) {
+        const uint32_t *group = state->ranks[level] + place * 16;
+        size_t lowest = 0, i;
+        for (i = 1; i < size; i++) {
+            lowest = group[i] < group[lowest] ? i : lowest;
+        }
+        place = place * 16 + lowest;
+        size = 16;
+    }
+    return place;
+}
+
+/* Merges the n symbols in state->ids (n > 0). */
+static void tfm__merge(const tfm__bpe *bpe, tfm__merge_state *state, size_t n) {
+    size_t i;
+    for (i = 0; i < n; i++) {
+        state->lengths[i] = 1;
+    }
+    for (i = 0; i + 1 < n; i++) {
+        tfm__merge_set_rank(state, i, tfm__pairs_find(&bpe->merges, state->ids[i], state->ids[i + 1]));
+    }
+    for (;;) {
+        size_t left = tfm__merge_lowest(state), right, next;
+        uint32_t rank = state->ranks[0][left];
+        if (rank == TFM__NONE) {
+            return;
+        }
+        right = left + state->lengths[left];
+        next = right + state->lengths[right];
+        state->ids[left] = (uint32_t)bpe->source.merges[3 * (size_t)rank + 2];
+        state->lengths[left] = state->lengths[next - 1] = (uint32_t)(next - left);
+        tfm__merge_set_rank(state, right, TFM__NONE);
+        tfm__merge_set_rank(
+            state, left, next < n ? tfm__pairs_find(&bpe->merges, state->ids[left], state->ids[next]) : TFM__NONE);
+        if (left > 0) {
+            size_t before = left - state->lengths[left - 1];
+            tfm__merge_set_rank(state, before, tfm__pairs_find(&bpe->merges, state->ids[before], state->ids[left]));
+        }
+    }
+}
+
+/* ---- Encoding ---------------------------------------------------------------------------------------------------- */
+
+/* One call of tfm__bpe_encode(). */
+typedef struct tfm__bpe_encoder {
+    const tfm__bpe *bpe;
+    unsigned flags;
+    int32_t *ids; /* the caller's; at most capacity of the n_ids found so far are stored */
+    size_t capacity;
+    size_t n_ids;
+    uint32_t *memory; /* where pieces are merged: the stack, the caller's scratch memory, or `own` */
+    size_t n_words;
+    void *own;
+    tfm_error *error;
+} tfm__bpe_encoder;
+
+static void tfm__bpe_emit(tfm__bpe_encoder *encoder, int32_t id) {
+    if (encoder->n_ids < encoder->capacity) {
+        encoder->ids[encoder->n_ids] = id;
+    }
+    encoder->n_ids++;
+}
+
+/* Sees to it that n_words words of memory are there. */
+static tfm_status tfm__bpe_reserve(tfm__bpe_encoder *encoder, size_t n_words) {
+    const tfm_allocator *allocator = &encoder->bpe->allocator;
+    if (n_words <= encoder->n_words) {
+        return TFM_OK;
+    }
+    if (encoder->own) {
+        allocator->release(allocator->user, encoder->own);
+    }
+    encoder->n_words = 0;
+    encoder->memory = NULL;
+    encoder->own = allocator->allocate(allocator->user, n_words * sizeof *encoder->memory);
+    if (!encoder->own) {
+        return tfm__fail(encoder->error, TFM_ERROR_MEMORY, "tokenizer: out of memory for a long piece of text");
+    }
+    encoder->memory = (uint32_t *)encoder->own;
+    encoder->n_words = n_words;
+    return TFM_OK;
+}
+
+/* Puts the symbols of a piece into ids, and returns how many there are. */
+static size_t tfm__bpe_symbols(const tfm__bpe *bpe, const unsigned char *text, size_t size, int lead, uint32_t *ids) {
+    static const unsigned char space[1] = {' '};
+    size_t n = 0, i;
+    int unknown = 0;
+    if (lead) {
+        n = tfm__bpe_symbols(bpe, space, 1, 0, ids);
+    }
+    for (i = 0; i < size; i++) {
+        int32_t id = bpe->source.byte_ids[text[i]];
+        if (id < 0) {
+            if (bpe->source.unk_id >= 0 && !(unknown && bpe->source.fuse_unk)) {
+                ids[n++] = (uint32_t)bpe->source.unk_id;
+            }
+            unknown = 1;
+        } else {
+            ids[n++] = (uint32_t)id;
+            unknown = 0;
+        }
+    }
+    return n;
+}
+
+/* Encodes one piece of text; with `lead`, one that begins with a space that is not in the text. */
+static tfm_status tfm__bpe_encode_piece(tfm__bpe_encoder *encoder, const unsigned char *text, size_t size, int lead) {
+    const tfm__bpe *bpe = encoder->bpe;
+    tfm__merge_state state;
+    size_t n = size + (lead ? 1u : 0u), i;
+    if (bpe->words) {
+        const uint32_t *word = tfm__bpe_word_slot(bpe, text, size, lead);
+        if (word && *word != TFM__NONE) {
+            tfm__bpe_emit(encoder, (int32_t)*word);
+            return TFM_OK;
+        }
+    }
+    if (n > UINT32_MAX || n > SIZE_MAX / 16) {
+        return tfm__fail(encoder->error, TFM_ERROR_ARGUMENT, "tokenizer: a piece of text has %zu bytes without a break",
+                         size);
+    }
+    if (tfm__bpe_reserve(encoder, tfm__merge_layout(&state, n, NULL)) != TFM_OK) {
+        return TFM_ERROR_MEMORY;
+    }
+    n = tfm__bpe_symbols(bpe, text, size, lead, encoder->memory);
+    if (n == 0) {
+        return TFM_OK;
+    }
+    tfm__merge_layout(&state, n, encoder->memory);
+    tfm__merge(bpe, &state, n);
+    for (i = 0; i < n; i += state.lengths[i]) {
+        tfm__bpe_emit(encoder, (int32_t)state.ids[i]);
+    }
+    return TFM_OK;
+}
+
+/* Encodes text without added tokens (size > 0). */
+static tfm_status tfm__bpe_encode_plain(tfm__bpe_encoder *encoder, const unsigned char *text, size_t size) {
+    int lead = encoder->bpe->source.add_prefix_space && text[0] != ' ';
+    tfm_status status;
+    do {
+        size_t piece = tfm__gpt2_piece(text, size, lead);
+        status = tfm__bpe_encode_piece(encoder, text, piece, lead);
+        text += piece;
+        size -= piece;
+        lead = 0;
+    } while (size > 0 && status == TFM_OK);
+    return status;
+}
+
+/* The leftmost added token of one of the two tries from *start on, and of those there the longest: its id, or -1. */
+static int32_t tfm__bpe_find_added(const tfm__bpe *bpe, unsigned root, const unsigned char *text, size_t size,
+                                   size_t *start, size_t *end) {
+    size_t i;
+    for (; *start < size; ++*start) {
+        int32_t found = -1;
+        uint32_t node = root;
+        if (!bpe->added_first[root][text[*start]]) {
+            continue;
+        }
+        for (i = *start; i < size; i++) {
+            node = tfm__pairs_find(&bpe->added, node, text[i]);
+            if (node == TFM__NONE) {
+                break;
+            }
+            if (bpe->added_ids[node] >= 0) {
+                found = bpe->added_ids[node];
+                *end = i + 1;
+            }
+        }
+        if (found >= 0) {
+            return found;
+        }
+    }
+    return -1;
+}
+
+/* Encodes text (size > 0) in which the added tokens of the tries before `root` have been found already. As in Hugging
+   Face's tokenizers, an added token that is found and not wanted (a special one in plain text, or a single_word within
+   a word) still hides those that overlap it. */
+static tfm_status tfm__bpe_encode_text(tfm__bpe_encoder *encoder, unsigned root, const unsigned char *text,
+                                       size_t size) {
+    const tfm__bpe *bpe = encoder->bpe;
+    size_t done = 0;     /* the ids of the text before this place are out */
+    size_t stripped = 0; /* where the white space ends that the last rstrip took */
+    size_t start = 0, end = 0, used;
+    tfm_status status = TFM_OK;
+    int32_t id;
+    if (root == 2) {
+        return tfm__bpe_encode_plain(encoder, text, size);
+    }
+    for (; (id = tfm__bpe_find_added(bpe, root, text, size, &start, &end)) >= 0; start = end) {
+        unsigned flags = bpe->token_flags[id];
+        size_t token_end = end;
+        if ((flags & TFM__ADDED_SPECIAL) && !(encoder->flags & TFM_TOKENIZE_SPECIAL)) {
+            continue;
+        }
+        if ((flags & TFM__ADDED_SINGLE_WORD) &&
+            ((start > 0 && (tfm__class_before(text, start, &used) & TFM__WORD)) ||
+             (end < size && (tfm__class_at(text + end, size - end, &used) & TFM__WORD)))) {
+            continue;
+        }
+        if (flags & TFM__ADDED_LSTRIP) {
+            start = start > done ? start : done;
+            while (start > done && (tfm__class_before(text, start, &used) & TFM__SPACE)) {
+                start -= used;
+            }
+        }
+        if (flags & TFM__ADDED_RSTRIP) {
+            stripped = stripped > end ? stripped : end;
+            while (stripped < size && (tfm__class_at(text + stripped, size - stripped, &used) & TFM__SPACE)) {
+                stripped += used;
+            }
+            token_end = stripped;
+        }
+        if (start > done) {
+            status = tfm__bpe_encode_text(encoder, root + 1, text + done, start - done);
+            if (status != TFM_OK) {
+                return status;
+            }
+        }
+        if (start < token_end) { /* else an rstrip before has taken all of it, as white space */
+            tfm__bpe_emit(encoder, id);
+        }
+        done = token_end;
+    }
+    return done < size ? tfm__bpe_encode_text(encoder, root + 1, text + done, size - done) : TFM_OK;
+}
+
+/* The ids of a text. *n_ids is how many there are, even if that is more than capacity (then the first `capacity` are
+   stored; ids may be NULL if that is 0). flags: TFM_TOKENIZE_SPECIAL, TFM_TOKENIZE_PLAIN. No memory is allocated unless
+   the text has a piece of more than 300 bytes without a break and its merging takes more than the scratch memory (may
+   be NULL; aligned as for uint32_t; 13 bytes for each byte of the piece are enough). */
+static tfm_status tfm__bpe_encode(const tfm__bpe *bpe, void *scratch, size_t scratch_size, const char *text,
+                                  size_t size, unsigned flags, int32_t *ids, size_t capacity, size_t *n_ids,
+                                  tfm_error *error) {
+    uint32_t stack[TFM__MERGE_STACK];
+    tfm__bpe_encoder encoder;
+    tfm_status status = TFM_OK;
+    size_t i;
+    memset(&encoder, 0, sizeof encoder);
+    encoder.bpe = bpe;
+    encoder.flags = flags;
+    encoder.ids = ids;
+    encoder.capacity = ids ? capacity : 0;
+    encoder.memory = stack;
+    encoder.n_words = TFM__MERGE_STACK;
+    encoder.error = error;
+    if (scratch && scratch_size / sizeof *encoder.memory > encoder.n_words) {
+        encoder.memory = (uint32_t *)scratch;
+        encoder.n_words = scratch_size / sizeof *encoder.memory;
+    }
+    for (i = 0; i < bpe->source.n_prefix && !(flags & TFM_TOKENIZE_PLAIN); i++) {
+        tfm__bpe_emit(&encoder, bpe->source.prefix_ids[i]);
+    }
+    if (size > 0) {
+        status = tfm__bpe_encode_text(&encoder, 0, (const unsigned char *)text, size);
+    }
+    for (i = 0; i < bpe->source.n_suffix && !(flags & TFM_TOKENIZE_PLAIN); i++) {
+        tfm__bpe_emit(&encoder, bpe->source.suffix_ids[i]);
+    }
+    if (encoder.own) {
+        bpe->allocator.release(bpe->allocator.user, encoder.own);
+    }
+    *n_ids = encoder.n_ids;
+    return status;
+}
+/* END TOKENIZER */
+
+/* =====================================================================================================================
+ * f. THE MODEL: description + weights -> a Transformer that runs
+ * ================================================================================================================== */
+
+struct tfm_model {
+    tfm_allocator allocator;
+    tfm_file *file;
+    tfm_description description;
+    tfm_tensor token_embedding;    /* [vocab_size, d_model] */
+    tfm_tensor position_embedding; /* [n_positions + position_offset, d_model], for learned positions */
+    tfm_block *blocks;             /* [n_layers] */
+    tfm_norm final_norm;
+    tfm_linear head;               /* [vocab_size, d_model]; tied: the token embedding */
+    void *weights;                 /* what could not be used where it lies in the file */
+    uint64_t parameters, bytes_per_token;
+    int has_tokenizer;
+    tfm__bpe tokenizer;
+    const int32_t *end_ids;
+    size_t n_end_ids;
+};
+
+/* ---- the description */
+
+typedef struct tfm__reader {
+    const tfm_file *file;
+    tfm_error *error;
+    tfm_status status; /* the first failure; what is read after it is not used */
+} tfm__reader;
+
+static void tfm__reader_fail(tfm__reader *reader, const char *key, const char *expected) {
+    if (reader->status == TFM_OK)
+        reader->status = tfm__fail(reader->error, TFM_ERROR_FORMAT, "%s: metadata '%s': expected %s", reader->file->name, key,
+                                   expected);
+}
+
+/* The values of a key, or NULL: an error if it has another type, or is required and not there. */
+static const tfm_meta *tfm__read_meta(tfm__reader *reader, const char *key, tfm_meta_type type, int required,
+                                      const char *expected) {
+    const tfm_meta *meta = tfm_file_find_meta(reader->file, key);
+    if (meta ? meta->type != type : required) {
+        tfm__reader_fail(reader, key, expected);
+        return NULL;
+    }
+    return meta;
+}
+
+/* An integer from `low` to `high`; not there: `usual`, or an error if that is -1. */
+static size_t tfm__read_size(tfm__reader *reader, const char *key, int64_t low, int64_t high, int64_t usual) {
+    const tfm_meta *meta = tfm__read_meta(reader, key, TFM_META_I64, usual < 0, "an integer");
+    int64_t value = usual;
+    if (meta) {
+        char expected[64];
+        value = meta->count == 1 ? *(const int64_t *)meta->values : low - 1;
+        snprintf(expected, sizeof expected, "one integer from %lld to %lld", (long long)low, (long long)high);
+        if (value < low || value > high)
+            tfm__reader_fail(reader, key, expected);
+    }
+    return value < low || value > high ? (size_t)low : (size_t)value;
+}
+
+/* A finite number; not there: `usual`, or an error if that is NaN. */
+static float tfm__read_float(tfm__reader *reader, const char *key, size_t index, float usual) {
+    const tfm_meta *meta = tfm__read_meta(reader, key, TFM_META_F64, usual != usual, "a number");
+    double value = usual;
+    if (meta) {
+        if (meta->count != 1 && index >= meta->count) {
+            tfm__reader_fail(reader, key, "one number, or one for each layer");
+            return 0;
+        }
+        value = ((const double *)meta->values)[meta->count == 1 ? 0 : index];
+        if (!(fabs(value) <= FLT_MAX))
+            tfm__reader_fail(reader, key, "a finite number");
+    }
+    return (float)value;
+}
+
+/* One of the words: which. Not there: 0, or an error if required. */
+static int tfm__read_word(tfm__reader *reader, const char *key, const char *const *words, int required) {
+    const tfm_meta *meta = tfm__read_meta(reader, key, TFM_META_TEXT, required, "a word");
+    int i;
+    if (!meta)
+        return 0;
+    for (i = 0; words[i]; i++)
+        if (!tfm__compare_text((const char *)meta->values, meta->count, words[i], strlen(words[i])))
+            return i;
+    if (reader->status == TFM_OK)
+        reader->status = tfm__fail(reader->error, TFM_ERROR_UNSUPPORTED,
+                                   "%s: '%.*s' as %s is not supported by this version of the library", reader->file->name,
+                                   (int)TFM__MIN(meta->count, 40), (const char *)meta->values, key);
+    return 0;
+}
+
+static const char *const tfm__kind_words[] = {"decoder", NULL};
+static const char *const tfm__norm_words[] = {"layer", "rms", NULL};
+static const char *const tfm__place_words[] = {"pre", "post", NULL};
+static const char *const tfm__position_words[] = {"none", "learned", NULL};
+static const char *const tfm__head_words[] = {"none", "tied", "own", NULL};
+static const char *const tfm__ffn_words[] = {"plain", "gated", NULL};
+static const char *const tfm__activation_words[] = {"none",       "relu", "gelu", "gelu_tanh",
+                                                    "quick_gelu", "silu", "tanh", NULL};
+
+#define TFM__MAX_SIZE 0x7FFFFFFF
+
+static void tfm__read_description(tfm__reader *reader, tfm_description *d) {
+    tfm__read_word(reader, "model.kind", tfm__kind_words, 1);
+    d->vocab_size = tfm__read_size(reader, "vocab_size", 1, TFM__MAX_SIZE, -1);
+    d->d_model = tfm__read_size(reader, "d_model", 1, TFM__MAX_SIZE, -1);
+    d->embedding_scale = tfm__read_float(reader, "embedding_scale", 0, 1);
+    d->head = (tfm_head)tfm__read_word(reader, "head", tfm__head_words, 1);
+    d->n_layers = tfm__read_size(reader, "decoder.n_layers", 0, TFM__MAX_SIZE, -1);
+    d->n_heads = tfm__read_size(reader, "decoder.n_heads", 1, TFM__MAX_SIZE, -1);
+    d->n_kv_heads = tfm__read_size(reader, "decoder.n_kv_heads", 1, TFM__MAX_SIZE, (int64_t)d->n_heads);
+    d->head_dim = tfm__read_size(reader, "decoder.head_dim", 1, TFM__MAX_SIZE, -1);
+    d->d_ff = tfm__read_size(reader, "decoder.d_ff", 1, TFM__MAX_SIZE, -1);
+    d->n_positions = tfm__read_size(reader, "decoder.n_positions", 1, TFM__MAX_SIZE, -1);
+    d->position_offset = tfm__read_size(reader, "decoder.position_offset", 0, TFM__MAX_SIZE, 0);
+    d->causal = (int)tfm__read_size(reader, "decoder.causal", 0, 1, 1);
+    if (tfm__read_size(reader, "decoder.cross", 0, 1, 0))
+        tfm__reader_fail(reader, "decoder.cross", "0: this version has no cross-attention");
+    d->norm = (tfm_norm_kind)tfm__read_word(reader, "decoder.norm", tfm__norm_words, 1);
+    d->norm_place = (tfm_norm_place)tfm__read_word(reader, "decoder.norm_place", tfm__place_words, 1);
+    d->norm_eps = tfm__read_float(reader, "decoder.norm_eps", 0, NAN);
+    d->final_norm = (int)tfm__read_size(reader, "decoder.final_norm", 0, 1, 0);
+    d->positions = (tfm_positions)tfm__read_word(reader, "decoder.positions", tfm__position_words, 1);
+    d->gated = tfm__read_word(reader, "decoder.ffn", tfm__ffn_words, 1);
+    d->activation = (tfm_activation)tfm__read_word(reader, "decoder.activation", tfm__activation_words, 1);
+    if (d->n_heads % d->n_kv_heads)
+        tfm__reader_fail(reader, "decoder.n_kv_heads", "a number that divides n_heads");
+}
+
+/* ---- the weights
+ * tfm__load_weights runs twice over the same list: first it checks and adds up the memory that is needed, then it fills. */
+
+typedef struct tfm__loader {
+    tfm__reader reader;
+    tfm__threads threads;
+    tfm_dtype dtype; /* of the matrices; 0: as in the file */
+    int fill;        /* 0: first run */
+    char *memory;    /* for what can't be used where it lies */
+    size_t used;
+    uint64_t parameters;
+} tfm__loader;
+
+/* Room in the loader's memory; an address only on the second run. */
+static char *tfm__loader_take(tfm__loader *loader, size_t size) {
+    char *memory = loader->fill ? loader->memory + loader->used : NULL;
+    loader->used += tfm__round_up(size, TFM__CACHE_LINE);
+    return memory;
+}
+
+/* The entry with that name and shape ([rows, columns], or [rows] if columns is 0), NULL if it is optional and not there. */
+static const tfm_entry *tfm__load_entry(tfm__loader *loader, const char *name, size_t rows, size_t columns, int optional) {
+    tfm__reader *reader = &loader->reader;
+    const tfm_entry *entry = tfm_file_find(reader->file, name);
+    const tfm_tensor *tensor = entry ? &entry->tensor : NULL;
+    if (reader->status != TFM_OK)
+        return NULL;
+    if (!entry) {
+        if (!optional)
+            reader->status = tfm__fail(reader->error, TFM_ERROR_FORMAT, "%s: tensor '%s' is missing", reader->file->name, name);
+        return NULL;
+    }
+    if (tensor->n_dims != (columns ? 2 : 1) || tensor->shape[0] != rows || tensor->shape[1] != (columns ? columns : 1)) {
+        reader->status = tfm__fail(reader->error, TFM_ERROR_FORMAT,
+                                   "%s: tensor '%s' is [%llu, %llu], but the description makes it [%llu, %llu]",
+                                   reader->file->name, name, (unsigned long long)tensor->shape[0],
+                                   (unsigned long long)tensor->shape[1], (unsigned long long)rows,
+                                   (unsigned long long)(columns ? columns : 1));
+        return NULL;
+    }
+    loader->parameters += (uint64_t)rows * (columns ? columns : 1);
+    return entry;
+}
+
+/* A matrix for the kernels: in panels. */
+static void tfm__load_matrix(tfm__loader *loader, const char *name, size_t out, size_t in, tfm_tensor *matrix) {
+    const tfm_entry *entry = tfm__load_entry(loader, name, out, in, 0);
+    tfm_dtype dtype;
+    if (!entry)
+        return;
+    dtype = loader->dtype ? loader->dtype : entry->tensor.dtype;
+    *matrix = tfm__tensor(dtype, TFM_PANELS, out, in, entry->tensor.data);
+    if (entry->tensor.layout != TFM_PANELS || entry->tensor.dtype != dtype) {
+        char *memory = tfm__loader_take(loader, tfm_tensor_bytes(matrix));
+        if (loader->fill)
+            *matrix = tfm__pack_into(&loader->threads, &entry->tensor, dtype, memory);
+    }
+}
+
+/* A matrix that is only looked up: used where it lies. */
+static void tfm__load_table(tfm__loader *loader, const char *name, size_t rows, size_t columns, tfm_tensor *table) {
+    const tfm_entry *entry = tfm__load_entry(loader, name, rows, columns, 0);
+    if (entry)
+        *table = entry->tensor;
+}
+
+/* A vector, in fp32. */
+static void tfm__load_vector(tfm__loader *loader, const char *name, size_t n, int optional, tfm_tensor *vector) {
+    const tfm_entry *entry = tfm__load_entry(loader, name, n, 0, optional);
+    if (!entry)
+        return;
+    *vector = tfm__tensor(TFM_F32, TFM_ROWS, n, 0, entry->tensor.data);
+    if (entry->tensor.dtype != TFM_F32) {
+        float *memory = (float *)(void *)tfm__loader_take(loader, n * sizeof *memory);
+        if (loader->fill) {
+            tfm__to_floats(entry->tensor.dtype, entry->tensor.data, 1, n, memory);
+            vector->data = memory;
+        }
+    }
+}
+
+/* name.weight and name.bias */
+static void tfm__load_linear(tfm__loader *loader, const char *name, size_t out, size_t in, tfm_linear *linear) {
+    char full[128];
+    snprintf(full, sizeof full, "%s.weight", name);
+    tfm__load_matrix(loader, full, out, in, &linear->weight);
+    snprintf(full, sizeof full, "%s.bias", name);
+    tfm__load_vector(loader, full, out, 1, &linear->bias);
+}
+
+static void tfm__load_norm(tfm__loader *loader, const char *name, const tfm_description *d, tfm_norm *norm) {
+    char full[128];
+    norm->kind = d->norm;
+    norm->eps = d->norm_eps;
+    snprintf(full, sizeof full, "%s.weight", name);
+    tfm__load_vector(loader, full, d->d_model, 0, &norm->weight);
+    snprintf(full, sizeof full, "%s.bias", name);
+    tfm__load_vector(loader, full, d->d_model, 1, &norm->bias);
+}
+
+static void tfm__load_block(tfm__loader *loader, const tfm_description *d, size_t index, tfm_block *block) {
+    const size_t queries = d->n_heads * d->head_dim, keys = d->n_kv_heads * d->head_dim;
+    tfm_attention *attention = &block->attention;
+    tfm_ffn *ffn = &block->ffn;
+    char name[96];
+#define TFM__NAME(part) (snprintf(name, sizeof name, "decoder.blocks.%lu.%s", (unsigned long)index, part), name)
+    block->norm_place = d->norm_place;
+    tfm__load_norm(loader, TFM__NAME("attention_norm"), d, &block->attention_norm);
+    attention->n_heads = d->n_heads;
+    attention->n_kv_heads = d->n_kv_heads;
+    attention->head_dim = d->head_dim;
+    attention->causal = d->causal;
+    attention->scale = tfm__read_float(&loader->reader, "decoder.attention_scale", index, NAN);
+    tfm__load_linear(loader, TFM__NAME("attention.qkv"), queries + 2 * keys, d->d_model, &attention->qkv);
+    tfm__load_linear(loader, TFM__NAME("attention.out"), d->d_model, queries, &attention->out);
+    tfm__load_norm(loader, TFM__NAME("ffn_norm"), d, &block->ffn_norm);
+    ffn->activation = d->activation;
+    ffn->gated = d->gated;
+    tfm__load_linear(loader, TFM__NAME("ffn.up"), d->gated ? 2 * d->d_ff : d->d_ff, d->d_model, &ffn->up);
+    tfm__load_linear(loader, TFM__NAME("ffn.down"), d->d_model, d->d_ff, &ffn->down);
+#undef TFM__NAME
+}
+
+static void tfm__load_weights(tfm__loader *loader, tfm_model *model) {
+    const tfm_description *d = &model->description;
+    size_t i;
+    loader->used = 0;
+    loader->parameters = 0;
+    if (d->head == TFM_TIED_HEAD) {
+        tfm__load_matrix(loader, "token_embedding.weight", d->vocab_size, d->d_model, &model->token_embedding);
+        model->head.weight = model->token_embedding;
+    } else
+        tfm__load_table(loader, "token_embedding.weight", d->vocab_size, d->d_model, &model->token_embedding);
+    if (d->positions == TFM_LEARNED_POSITIONS)
+        tfm__load_table(loader, "decoder.position_embedding.weight", d->n_positions + d->position_offset, d->d_model,
+                        &model->position_embedding);
+    for (i = 0; i < d->n_layers && loader->reader.status == TFM_OK; i++)
+        tfm__load_block(loader, d, i, model->blocks + i);
+    if (d->final_norm)
+        tfm__load_norm(loader, "decoder.final_norm", d, &model->final_norm);
+    if (d->head == TFM_OWN_HEAD)
+        tfm__load_matrix(loader, "head.weight", d->vocab_size, d->d_model, &model->head.weight);
+    if (d->head != TFM_NO_HEAD)
+        tfm__load_vector(loader, "head.bias", d->vocab_size, 1, &model->head.bias);
+}
+
+/* Bytes of weights that a generated token reads. */
+static uint64_t tfm__linear_bytes(const tfm_linear *linear) {
+    return tfm_tensor_bytes(&linear->weight) + (linear->bias.data ? tfm_tensor_bytes(&linear->bias) : 0);
+}
+
+static uint64_t tfm__bytes_per_token(const tfm_model *model) {
+    uint64_t bytes = model->description.head == TFM_NO_HEAD ? 0 : tfm__linear_bytes(&model->head);
+    size_t i;
+    for (i = 0; i < model->description.n_layers; i++) {
+        const tfm_block *block = model->blocks + i;
+        bytes += tfm__linear_bytes(&block->attention.qkv) + tfm__linear_bytes(&block->attention.out) +
+                 tfm__linear_bytes(&block->ffn.up) + tfm__linear_bytes(&block->ffn.down);
+    }
+    return bytes;
+}
+
+/* ---- the tokenizer's part of the file */
+
+/* The values of an optional list, and how many: 0 if it is not there. */
+static const int32_t *tfm__read_ids(tfm__reader *reader, const char *key, size_t *n) {
+    const tfm_meta *meta = tfm__read_meta(reader, key, TFM_META_I32, 0, "a list of 32-bit integers");
+    *n = meta ? meta->count : 0;
+    return meta ? (const int32_t *)meta->values : NULL;
+}
+
+static void tfm__read_tokenizer(tfm__reader *reader, tfm_model *model) {
+    static const char *const kinds[] = {"byte_bpe", NULL}, *const patterns[] = {"gpt2", NULL};
+    const tfm_meta *tokens;
+    tfm__bpe_source source;
+    size_t n;
+    model->end_ids = tfm__read_ids(reader, "generation.eos_ids", &model->n_end_ids);
+    if (!tfm_file_find_meta(reader->file, "tokenizer.kind"))
+        return;
+    memset(&source, 0, sizeof source);
+    tfm__read_word(reader, "tokenizer.kind", kinds, 1);
+    tfm__read_word(reader, "tokenizer.pattern", patterns, 1);
+    tokens = tfm__read_meta(reader, "tokenizer.tokens", TFM_META_BYTES, 1, "bytes");
+    source.tokens = tokens ? (const unsigned char *)tokens->values : NULL;
+    source.tokens_size = tokens ? tokens->count : 0;
+    source.token_sizes = tfm__read_ids(reader, "tokenizer.token_sizes", &source.n_tokens);
+    source.merges = tfm__read_ids(reader, "tokenizer.merges", &n);
+    source.n_merges = n / 3;
+    if (n % 3)
+        tfm__reader_fail(reader, "tokenizer.merges", "three numbers for each merge");
+    source.added = tfm__read_ids(reader, "tokenizer.added", &n);
+    source.n_added = n / 2;
+    if (n % 2)
+        tfm__reader_fail(reader, "tokenizer.added", "two numbers for each token");
+    source.byte_ids = tfm__read_ids(reader, "tokenizer.byte_ids", &n);
+    if (n != 256)
+        tfm__reader_fail(reader, "tokenizer.byte_ids", "256 numbers");
+    source.prefix_ids = tfm__read_ids(reader, "tokenizer.prefix_ids", &source.n_prefix);
+    source.suffix_ids = tfm__read_ids(reader, "tokenizer.suffix_ids", &source.n_suffix);
+    source.add_prefix_space = (int)tfm__read_size(reader, "tokenizer.add_prefix_space", 0, 1, 0);
+    source.ignore_merges = (int)tfm__read_size(reader, "tokenizer.ignore_merges", 0, 1, 0);
+    if (reader->status == TFM_OK && source.n_tokens > model->description.vocab_size)
+        tfm__reader_fail(reader, "tokenizer.token_sizes", "no more tokens than vocab_size");
+    if (reader->status == TFM_OK)
+        reader->status = tfm__bpe_build(&model->tokenizer, &source, &model->allocator, reader->error);
+    model->has_tokenizer = reader->status == TFM_OK;
+}
+
+/* ---- loading */
+
+TFM_API void tfm_free(tfm_model *model) {
+    tfm_allocator allocator;
+    if (!model)
+        return;
+    allocator = model->allocator;
+    if (model->has_tokenizer)
+        tfm__bpe_free(&model->tokenizer);
+    tfm__release_aligned(&allocator, model->weights);
+    tfm__release(&allocator, model->blocks);
+    tfm_file_close(model->file);
+    tfm__release(&allocator, model);
+}
+
+static tfm_status tfm__load_model(tfm_model *model, const tfm_load_options *options, tfm_error *error) {
+    const tfm_description *d = &model->description;
+    tfm__loader loader;
+    memset(&loader, 0, sizeof loader);
+    loader.reader.file = model->file;
+    loader.reader.error = error;
+    loader.threads.count = tfm__thread_count(options->threads);
+    loader.dtype = options->dtype;
+    if ((unsigned)options->dtype >= TFM_DTYPE_COUNT || options->dtype == TFM_I8)
+        return tfm__fail(error, TFM_ERROR_UNSUPPORTED, "int8 is not there yet; there are f32, f16 and bf16");
+    if (options->verify && tfm_file_verify(model->file, error) != TFM_OK)
+        return TFM_ERROR_FORMAT;
+    tfm__read_description(&loader.reader, &model->description);
+    if (loader.reader.status == TFM_OK && d->n_layers > model->file->n_entries)
+        tfm__reader_fail(&loader.reader, "decoder.n_layers", "no more layers than there are tensors");
+    if (loader.reader.status != TFM_OK)
+        return loader.reader.status;
+    model->blocks = (tfm_block *)tfm__allocate_zeroed(&model->allocator, d->n_layers * sizeof *model->blocks);
+    if (!model->blocks)
+        return tfm__fail_memory(error, d->n_layers * sizeof *model->blocks);
+    tfm__load_weights(&loader, model);
+    if (loader.reader.status != TFM_OK)
+        return loader.reader.status;
+    if (loader.used) {
+        model->weights = tfm__allocate_aligned(&model->allocator, loader.used, TFM__HUGE_PAGE);
+        if (!model->weights)
+            return tfm__fail_memory(error, loader.used);
+        tfm__advise_huge(model->weights, loader.used);
+        loader.memory = (char *)model->weights;
+        loader.fill = 1;
+        tfm__load_weights(&loader, model);
+    }
+    model->parameters = loader.parameters;
+    model->bytes_per_token = tfm__bytes_per_token(model);
+    tfm__read_tokenizer(&loader.reader, model);
+    return loader.reader.status;
+}
+
+/* Takes the file over, whatever comes of it. */
+static tfm_model *tfm__load_from(tfm_file *file, const tfm_load_options *options, tfm_error *error) {
+    tfm_model *model;
+    if (!file)
+        return NULL;
+    model = (tfm_model *)tfm__allocate_zeroed(&file->allocator, sizeof *model);
+    if (!model) {
+        tfm_file_close(file);
+        tfm__fail_memory(error, sizeof *model);
+        return NULL;
+    }
+    model->allocator = file->allocator;
+    model->file = file;
+    if (tfm__load_model(model, options, error) == TFM_OK)
+        return model;
+    tfm_free(model);
+    return NULL;
+}
+
+#ifndef TFM_NO_STDIO
+TFM_API tfm_model *tfm_load(const char *path, const tfm_load_options *options, tfm_error *error) {
+    tfm_load_options usual;
+    memset(&usual, 0, sizeof usual);
+    if (!options)
+        options = &usual;
+    return tfm__load_from(tfm_file_open(path, &options->allocator, error), options, error);
+}
+#endif
+
+TFM_API tfm_model *tfm_load_memory(const void *data, size_t size, const tfm_load_options *options, tfm_error *error) {
+    tfm_load_options usual;
+    memset(&usual, 0, sizeof usual);
+    if (!options)
+        options = &usual;
+    return tfm__load_from(tfm_file_open_memory(data, size, NULL, &options->allocator, error), options, error);
+}
+
+TFM_API const tfm_description *tfm_model_description(const tfm_model *model) {
+    return &model->description;
+}
+
+TFM_API uint64_t tfm_model_parameters(const tfm_model *model) {
+    return model->parameters;
+}
+
+TFM_API uint64_t tfm_model_bytes_per_token(const tfm_model *model) {
+    return model->bytes_per_token;
+}
+
+TFM_API const tfm_block *tfm_model_block(const tfm_model *model, size_t index) {
+    return index < model->description.n_layers ? model->blocks + index : NULL;
+}
+
+TFM_API int tfm_has_tokenizer(const tfm_model *model) {
+    return model->has_tokenizer;
+}
+
+/* tfm_tokenize with memory for long stretches of text. */
+static tfm_status tfm__tokenize(const tfm_model *model, void *scratch, size_t scratch_size, const char *text, size_t size,
+                                unsigned flags, int32_t *ids, size_t capacity, size_t *n_ids, tfm_error *error) {
+    *n_ids = 0;
+    if (!model->has_tokenizer)
+        return tfm__fail(error, TFM_ERROR_UNSUPPORTED, "%s: the model has no tokenizer", model->file->name);
+    return tfm__bpe_encode(&model->tokenizer, scratch, scratch_size, text, size, flags, ids, capacity, n_ids, error);
+}
+
+TFM_API tfm_status tfm_tokenize(const tfm_model *model, const char *text, size_t size, unsigned flags, int32_t *ids,
+                                size_t capacity, size_t *n_ids, tfm_error *error) {
+    return tfm__tokenize(model, NULL, 0, text, size, flags, ids, capacity, n_ids, error);
+}
+
+TFM_API const char *tfm_token_text(const tfm_model *model, int32_t id, size_t *size) {
+    *size = 0;
+    return model->has_tokenizer ? (const char *)tfm__bpe_token_bytes(&model->tokenizer, id, size) : NULL;
+}
+
+/* Bytes of the longest token. */
+static size_t tfm__longest_token(const tfm_model *model) {
+    size_t longest = 0, size, i;
+    for (i = 0; model->has_tokenizer && i < model->description.vocab_size; i++) {
+        tfm__bpe_token_bytes(&model->tokenizer, (int32_t)i, &size);
+        longest = TFM__MAX(longest, size);
+    }
+    return longest;
+}
+
+TFM_API int tfm_is_end_token(const tfm_model *model, int32_t id) {
+    size_t i;
+    for (i = 0; i < model->n_end_ids; i++)
+        if (model->end_ids[i] == id)
+            return 1;
+    return 0;
+}
+
+/* =====================================================================================================================
+ * h. SESSIONS, SAMPLING, GENERATION
+ * ================================================================================================================== */
+
+struct tfm_session {
+    tfm_allocator allocator;
+    const tfm_model *model;
+    tfm_engine *engine;
+    size_t context, n_sequences, max_rows;
+    size_t n_pages;         /* pages of each sequence */
+    float *pool;            /* the sequences' keys and values */
+    uint32_t *pages;        /* [n_sequences][n_pages] */
+    tfm_kv *kv;             /* [n_sequences] */
+    int32_t *tokens;        /* [n_sequences][context]: what is in the caches */
+    tfm_span *spans;        /* [n_sequences] */
+    unsigned char *in_call; /* [n_sequences]: it has a chunk in this call */
+    float *x;               /* [max_rows][d_model]: the activations */
+    float *selected;        /* [max_rows][d_model]: those whose results are wanted */
+    int32_t *ids;           /* [max_rows]: the tokens of a pass, with their positions: */
+    int32_t *positions;     /* [max_rows] */
+    /* for generation */
+    int32_t *prompt; /* [context] */
+    float *logits;   /* [vocab_size] */
+    int32_t *work;   /* [vocab_size] */
+    char *text;      /* [text_size]: text that is held back */
+    size_t text_size;
+};
+
+/* ---- creation */
+
+/* Pieces of one allocation: first with memory NULL to add up the sizes, then again for the addresses. */
+typedef struct tfm__carver {
+    char *memory;
+    size_t used;
+} tfm__carver;
+
+static void *tfm__carve(tfm__carver *carver, size_t n, size_t size) {
+    size_t bytes = tfm__product(n, size);
+    char *piece = carver->memory ? carver->memory + carver->used : NULL;
+    bytes = bytes > SIZE_MAX / 64 ? SIZE_MAX / 64 : tfm__round_up(bytes, TFM__CACHE_LINE);
+    carver->used = carver->used > SIZE_MAX / 2 ? carver->used : carver->used + bytes;
+    return piece;
+}
+
+/* The longest stop string, and the longest character, that may have to be held back. */
+#define TFM__MAX_STOP_STRING ((size_t)1024)
+
+static void tfm__carve_session(tfm_session *session, tfm__carver *carver) {
+    const tfm_description *d = &session->model->description;
+    size_t rows = session->max_rows, sequences = session->n_sequences;
+    session->pages = (uint32_t *)tfm__carve(carver, sequences * session->n_pages, sizeof *session->pages);
+    session->kv = (tfm_kv *)tfm__carve(carver, sequences, sizeof *session->kv);
+    session->tokens = (int32_t *)tfm__carve(carver, tfm__product(sequences, session->context), sizeof *session->tokens);
+    session->spans = (tfm_span *)tfm__carve(carver, sequences, sizeof *session->spans);
+    session->in_call = (unsigned char *)tfm__carve(carver, sequences, 1);
+    session->x = (float *)tfm__carve(carver, tfm__product(rows, d->d_model), sizeof *session->x);
+    session->selected = (float *)tfm__carve(carver, tfm__product(rows, d->d_model), sizeof *session->selected);
+    session->ids = (int32_t *)tfm__carve(carver, rows, sizeof *session->ids);
+    session->positions = (int32_t *)tfm__carve(carver, rows, sizeof *session->positions);
+    session->prompt = (int32_t *)tfm__carve(carver, session->context, sizeof *session->prompt);
+    session->logits = (float *)tfm__carve(carver, d->vocab_size, sizeof *session->logits);
+    session->work = (int32_t *)tfm__carve(carver, d->vocab_size, sizeof *session->work);
+    session->text = (char *)tfm__carve(carver, session->text_size, 1);
+}
+
+static tfm_status tfm__session_memory(tfm_session *session, tfm_error *error) {
+    const tfm_description *d = &session->model->description;
+    size_t pages = tfm__product(session->n_sequences, session->n_pages), size, i;
+    tfm__carver carver = {NULL, 0};
+    tfm__carve_session(session, &carver);
+    carver.memory = (char *)tfm__allocate_aligned(&session->allocator, carver.used, TFM__CACHE_LINE);
+    if (!carver.memory)
+        return tfm__fail_memory(error, carver.used);
+    memset(carver.memory, 0, carver.used);
+    carver.used = 0;
+    tfm__carve_session(session, &carver);
+    size = tfm__product(tfm__kv_floats(d->n_layers, pages, d->n_kv_heads, d->head_dim), sizeof *session->pool);
+    session->pool = (float *)tfm__allocate_aligned(&session->allocator, size, TFM__HUGE_PAGE);
+    if (!session->pool)
+        return tfm__fail_memory(error, size);
+    for (i = 0; i < pages; i++)
+        session->pages[i] = (uint32_t)i;
+    for (i = 0; i < session->n_sequences; i++) {
+        tfm_kv *kv = session->kv + i;
+        kv->n_layers = d->n_layers;
+        kv->n_kv_heads = d->n_kv_heads;
+        kv->head_dim = d->head_dim;
+        kv->capacity = session->context;
+        kv->pages = session->pages + i * session->n_pages;
+        kv->n_pool_pages = pages;
+        kv->pool = session->pool;
+        session->spans[i].kv = kv;
+    }
+    return TFM_OK;
+}
+
+/* Scratch for the largest pass that there can be, so that tfm_eval never allocates. */
+static tfm_status tfm__session_scratch(tfm_session *session, tfm_error *error) {
+    size_t floats = 0;
+    if (session->model->description.n_layers) { /* blocks are alike */
+        session->spans[0].n_rows = session->max_rows;
+        floats = tfm__block_scratch(session->model->blocks, session->spans, session->n_sequences);
+        session->spans[0].n_rows = 0;
+    }
+    return tfm__reserve(session->engine, floats, error);
+}
+
+static tfm_status tfm__session_setup(tfm_session *session, const tfm_session_options *options, tfm_error *error) {
+    const tfm_description *d = &session->model->description;
+    tfm_status status;
+    session->context = options->context ? options->context : d->n_positions;
+    session->n_sequences = options->n_sequences ? options->n_sequences : 1;
+    if (session->context > d->n_positions)
+        return tfm__fail(error, TFM_ERROR_ARGUMENT, "a context of %lu tokens was asked for, but the model has %lu positions",
+                         (unsigned long)session->context, (unsigned long)d->n_positions);
+    session->n_pages = tfm__divide_up(session->context, TFM_KV_PAGE);
+    if (session->n_sequences > (size_t)TFM__MAX_SIZE / session->n_pages)
+        return tfm__fail(error, TFM_ERROR_ARGUMENT, "%lu sequences are too many", (unsigned long)session->n_sequences);
+    session->max_rows = options->max_rows ? options->max_rows : 512;
+    session->max_rows = TFM__MAX(session->max_rows, session->n_sequences);
+    session->max_rows = TFM__MIN(session->max_rows, tfm__product(session->context, session->n_sequences));
+    session->text_size = TFM__MAX_STOP_STRING + tfm__longest_token(session->model) + 8;
+    status = tfm__session_memory(session, error);
+    if (status != TFM_OK)
+        return status;
+    session->engine = tfm_engine_create(&options->engine, error);
+    if (!session->engine)
+        return error->status;
+    return tfm__session_scratch(session, error);
+}
+
+TFM_API tfm_session *tfm_session_create(const tfm_model *model, const tfm_session_options *options, tfm_error *error) {
+    tfm_session_options usual;
+    tfm_allocator allocator;
+    tfm_session *session;
+    tfm_error unread;
+    memset(&usual, 0, sizeof usual);
+    if (!options)
+        options = &usual;
+    error = error ? error : &unread;
+    allocator = tfm__allocator(&options->engine.allocator);
+    session = (tfm_session *)tfm__allocate_zeroed(&allocator, sizeof *session);
+    if (!session) {
+        tfm__fail_memory(error, sizeof *session);
+        return NULL;
+    }
+    session->allocator = allocator;
+    session->model = model;
+    if (tfm__session_setup(session, options, error) == TFM_OK)
+        return session;
+    tfm_session_free(session);
+    return NULL;
+}
+
+TFM_API void tfm_session_free(tfm_session *session) {
+    tfm_allocator allocator;
+    if (!session)
+        return;
+    allocator = session->allocator;
+    tfm_engine_free(session->engine);
+    tfm__release_aligned(&allocator, session->pool);
+    tfm__release_aligned(&allocator, session->pages); /* the first of the carved pieces */
+    tfm__release(&allocator, session);
+}
+
+TFM_API const tfm_model *tfm_session_model(const tfm_session *session) {
+    return session->model;
+}
+
+TFM_API tfm_engine *tfm_session_engine(tfm_session *session) {
+    return session->engine;
+}
+
+TFM_API size_t tfm_session_context(const tfm_session *session) {
+    return session->context;
+}
+
+/* ---- the forward pass */
+
+typedef struct tfm__embed_job {
+    const tfm_model *model;
+    const int32_t *ids, *positions; /* [rows] */
+    float *x;                       /* [rows][d_model] */
+} tfm__embed_job;
+
+/* x = token_embedding[id] * scale + position_embedding[position] */
+static void tfm__embed_row(void *argument, size_t row) {
+    const tfm__embed_job *job = (const tfm__embed_job *)argument;
+    const tfm_description *d = &job->model->description;
+    float *x = job->x + row * d->d_model, part[64];
+    size_t position = (size_t)job->positions[row] + d->position_offset, i, k, n;
+    tfm__matrix_row(&job->model->token_embedding, (size_t)job->ids[row], 0, d->d_model, x);
+    if (d->embedding_scale != 1)
+        for (i = 0; i < d->d_model; i++)
+            x[i] *= d->embedding_scale;
+    if (d->positions == TFM_LEARNED_POSITIONS)
+        for (k = 0; k < d->d_model; k += n) {
+            n = TFM__MIN(sizeof part / sizeof *part, d->d_model - k);
+            tfm__matrix_row(&job->model->position_embedding, position, k, n, part);
+            for (i = 0; i < n; i++)
+                x[k + i] += part[i];
+        }
+}
+
+/* One pass: the session's first `rows` ids through all blocks; the activations are in session->x. */
+static void tfm__forward(tfm_session *session, size_t rows, const tfm_span *spans, size_t n_spans) {
+    const tfm_model *model = session->model;
+    tfm__embed_job embed;
+    size_t layer;
+    embed.model = model;
+    embed.ids = session->ids;
+    embed.positions = session->positions;
+    embed.x = session->x;
+    tfm__run(session->engine, rows, 16 * model->description.d_model, tfm__embed_row, &embed);
+    for (layer = 0; layer < model->description.n_layers; layer++)
+        tfm__block(session->engine, model->blocks + layer, layer, session->x, spans, n_spans);
+}
+
+/* Final norm, and head if logits are wanted, of the n selected rows. */
+static void tfm__output(tfm_session *session, size_t n, tfm_output what, float *outputs) {
+    const tfm_model *model = session->model;
+    float *hidden = what == TFM_HIDDEN ? outputs : session->selected;
+    if (!n)
+        return;
+    if (model->description.final_norm)
+        tfm__norm(session->engine, &model->final_norm, session->selected, n, hidden);
+    else if (hidden != session->selected)
+        memcpy(hidden, session->selected, n * model->description.d_model * sizeof *hidden);
+    if (what == TFM_LOGITS)
+        tfm__linear(session->engine, &model->head, hidden, n, TFM_NO_ACTIVATION, outputs, NULL);
+}
+
+static tfm_status tfm__check_chunk(tfm_session *session, const tfm_chunk *chunk, size_t index, tfm_error *error) {
+    size_t vocab_size = session->model->description.vocab_size, n_tokens, i;
+    if (chunk->sequence >= session->n_sequences)
+        return tfm__fail(error, TFM_ERROR_ARGUMENT, "chunk %lu: sequence %lu, but the session has %lu", (unsigned long)index,
+                         (unsigned long)chunk->sequence, (unsigned long)session->n_sequences);
+    if (session->in_call[chunk->sequence])
+        return tfm__fail(error, TFM_ERROR_ARGUMENT, "chunk %lu: sequence %lu has another chunk in this call",
+                         (unsigned long)index, (unsigned long)chunk->sequence);
+    if (!chunk->n_tokens || chunk->n_outputs > chunk->n_tokens)
+        return tfm__fail(error, TFM_ERROR_ARGUMENT, "chunk %lu: %lu tokens and %lu outputs", (unsigned long)index,
+                         (unsigned long)chunk->n_tokens, (unsigned long)chunk->n_outputs);
+    n_tokens = session->kv[chunk->sequence].n_tokens;
+    if (chunk->n_tokens > session->context - n_tokens)
+        return tfm__fail(error, TFM_ERROR_CONTEXT_FULL,
+                         "the context is full: it has room for %lu tokens, %lu are taken and %lu more were given",
+                         (unsigned long)session->context, (unsigned long)n_tokens, (unsigned long)chunk->n_tokens);
+    for (i = 0; i < chunk->n_tokens; i++)
+        if (chunk->tokens[i] < 0 || (size_t)chunk->tokens[i] >= vocab_size)
+            return tfm__fail(error, TFM_ERROR_ARGUMENT, "token id %ld is out of range: the vocabulary has %lu",
+                             (long)chunk->tokens[i], (unsigned long)vocab_size);
+    session->in_call[chunk->sequence] = 1;
+    return TFM_OK;
+}
+
+static tfm_status tfm__check_chunks(tfm_session *session, const tfm_chunk *chunks, size_t n_chunks, tfm_output what,
+                                    const float *outputs, tfm_error *error) {
+    size_t wanted = 0, i;
+    tfm_status status = TFM_OK;
+    memset(session->in_call, 0, session->n_sequences);
+    for (i = 0; i < n_chunks && status == TFM_OK; i++) {
+        status = tfm__check_chunk(session, chunks + i, i, error);
+        wanted += chunks[i].n_outputs;
+    }
+    if (status == TFM_OK && wanted && !outputs)
+        status = tfm__fail(error, TFM_ERROR_ARGUMENT, "outputs are wanted, but there is no place for them");
+    if (status == TFM_OK && wanted && what == TFM_LOGITS && session->model->description.head == TFM_NO_HEAD)
+        status = tfm__fail(error, TFM_ERROR_UNSUPPORTED, "the model has no head, and so no logits");
+    return status;
+}
+
+TFM_API tfm_status tfm_eval(tfm_session *session, const tfm_chunk *chunks, size_t n_chunks, tfm_output what, float *outputs,
+                            tfm_error *error) {
+    const tfm_description *d = &session->model->description;
+    size_t output_size = what == TFM_LOGITS ? d->vocab_size : d->d_model, chunk = 0, done = 0, i;
+    tfm_status status = tfm__check_chunks(session, chunks, n_chunks, what, outputs, error);
+    if (status != TFM_OK)
+        return status;
+    while (chunk < n_chunks) { /* a pass: as many tokens as there are rows, from as many chunks as that takes */
+        size_t first = chunk, first_done = done, rows = 0, n_spans = 0, n_selected = 0;
+        for (; chunk < n_chunks && rows < session->max_rows; n_spans++) {
+            const tfm_chunk *from = chunks + chunk;
+            tfm_kv *kv = session->kv + from->sequence;
+            size_t n = TFM__MIN(from->n_tokens - done, session->max_rows - rows);
+            int32_t *tokens = session->tokens + from->sequence * session->context + kv->n_tokens;
+            memcpy(tokens, from->tokens + done, n * sizeof *tokens);
+            memcpy(session->ids + rows, tokens, n * sizeof *tokens);
+            for (i = 0; i < n; i++)
+                session->positions[rows + i] = (int32_t)(kv->n_tokens + i);
+            session->spans[n_spans].kv = kv;
+            session->spans[n_spans].n_rows = n;
+            rows += n;
+            done += n;
+            if (done == from->n_tokens)
+                chunk++, done = 0;
+        }
+        tfm__forward(session, rows, session->spans, n_spans);
+        for (i = 0, rows = 0; i < n_spans; i++, first_done = 0) {
+            const tfm_chunk *from = chunks + first + i;
+            size_t n = session->spans[i].n_rows, end = first_done + n, unwanted = from->n_tokens - from->n_outputs;
+            size_t select = end > unwanted ? TFM__MIN(end - unwanted, n) : 0;
+            memcpy(session->selected + n_selected * d->d_model, session->x + (rows + n - select) * d->d_model,
+                   select * d->d_model * sizeof *session->x);
+            n_selected += select;
+            rows += n;
+            session->spans[i].kv->n_tokens += n;
+        }
+        tfm__output(session, n_selected, what, outputs);
+        outputs += n_selected * output_size;
+    }
+    return TFM_OK;
+}
+
+/* ---- sequences */
+
+static tfm_status tfm__check_sequence(const tfm_session *session, size_t sequence, tfm_error *error) {
+    if (sequence < session->n_sequences)
+        return TFM_OK;
+    return tfm__fail(error, TFM_ERROR_ARGUMENT, "sequence %lu, but the session has %lu", (unsigned long)sequence,
+                     (unsigned long)session->n_sequences);
+}
+
+TFM_API const int32_t *tfm_sequence_tokens(const tfm_session *session, size_t sequence, size_t *n_tokens) {
+    *n_tokens = 0;
+    if (sequence >= session->n_sequences)
+        return NULL;
+    *n_tokens = session->kv[sequence].n_tokens;
+    return session->tokens + sequence * session->context;
+}
+
+TFM_API tfm_status tfm_truncate(tfm_session *session, size_t sequence, size_t n_tokens, tfm_error *error) {
+    tfm_status status = tfm__check_sequence(session, sequence, error);
+    if (status != TFM_OK)
+        return status;
+    if (n_tokens > session->kv[sequence].n_tokens)
+        return tfm__fail(error, TFM_ERROR_ARGUMENT, "the sequence has %lu tokens, %lu can't be kept",
+                         (unsigned long)session->kv[sequence].n_tokens, (unsigned long)n_tokens);
+    session->kv[sequence].n_tokens = n_tokens;
+    return TFM_OK;
+}
+
+/* A token's keys and values depend on its position and on all tokens before it, so what moves is computed anew. */
+TFM_API tfm_status tfm_shift(tfm_session *session, size_t sequence, size_t n_keep, tfm_error *error) {
+    tfm_status status = tfm__check_sequence(session, sequence, error);
+    int32_t *tokens;
+    size_t n_tokens, recent;
+    tfm_chunk chunk;
+    if (status != TFM_OK)
+        return status;
+    tokens = session->tokens + sequence * session->context;
+    n_tokens = session->kv[sequence].n_tokens;
+    if (n_keep >= n_tokens)
+        return tfm__fail(error, TFM_ERROR_ARGUMENT, "the sequence has %lu tokens: keeping the first %lu makes no room",
+                         (unsigned long)n_tokens, (unsigned long)n_keep);
+    recent = (n_tokens - n_keep) / 2;
+    memmove(tokens + n_keep, tokens + n_tokens - recent, recent * sizeof *tokens);
+    session->kv[sequence].n_tokens = n_keep;
+    if (!recent)
+        return TFM_OK;
+    chunk.sequence = sequence;
+    chunk.tokens = tokens + n_keep;
+    chunk.n_tokens = recent;
+    chunk.n_outputs = 0;
+    return tfm_eval(session, &chunk, 1, TFM_LOGITS, NULL, error);
+}
+
+/* ---- random numbers */
+
+TFM_API double tfm_random_uniform(tfm_random *random) {
+    uint32_t half[2];
+    int i;
+    for (i = 0; i < 2; i++) { /* PCG-XSH-RR */
+        uint64_t state = random->state;
+        uint32_t mixed = (uint32_t)((state >> 18 ^ state) >> 27), rotation = (uint32_t)(state >> 59);
+        random->state = state * 6364136223846793005u + 1442695040888963407u;
+        half[i] = mixed >> rotation | mixed << (-rotation & 31);
+    }
+    return ((double)(half[0] >> 5) * 67108864.0 + (double)(half[1] >> 6)) / 9007199254740992.0; /* 53 bits */
+}
+
+TFM_API void tfm_random_seed(tfm_random *random, uint64_t seed) {
+    random->state = seed + 1442695040888963407u;
+    (void)tfm_random_uniform(random);
+}
+
+/* ---- sampling */
+
+/* Likelier first; among equals the lower id. */
+static int tfm__compare_logits(const void *context, uint32_t a, uint32_t b) {
+    const float *logits = (const float *)context;
+    if (logits[a] != logits[b])
+        return logits[a] > logits[b] ? -1 : 1;
+    return (a > b) - (a < b);
+}
+
+/* Arranges items so that the first k are the k that come first in order, in any order among themselves: quickselect with
+ * the median of three as pivot. Ids differ, so no two items are equal. */
+static void tfm__select(uint32_t *items, size_t n, size_t k, tfm__compare compare, const void *context) {
+    size_t low = 0, high = n; /* the k-th is within [low, high) */
+    while (high - low > 1 && k > low && k < high) {
+        uint32_t a = items[low], b = items[low + (high - low) / 2], c = items[high - 1], pivot;
+        size_t left = low, right = high - 1;
+        if (compare(context, a, b) < 0)
+            pivot = compare(context, b, c) < 0 ? b : compare(context, a, c) < 0 ? c : a;
+        else
+            pivot = compare(context, a, c) < 0 ? a : compare(context, b, c) < 0 ? c : b;
+        for (;;) { /* Hoare's partition: [low, left) come before the pivot or are it */
+            uint32_t swap;
+            while (compare(context, items[left], pivot) < 0)
+                left++;
+            while (compare(context, items[right], pivot) > 0)
+                right--;
+            if (left >= right)
+                break;
+            swap = items[left];
+            items[left++] = items[right];
+            items[right--] = swap;
+        }
+        if (left < high && compare(context, items[left], pivot) <= 0)
+            left++;
+        if (k < left)
+            high = left;
+        else
+            low = left;
+    }
+}
+
+static tfm_status tfm__check_sampling(const tfm_sampling *sampling, size_t vocab_size, tfm_error *error) {
+    size_t i;
+    if (!(sampling->temperature >= 0) || sampling->temperature > FLT_MAX)
+        return tfm__fail(error, TFM_ERROR_ARGUMENT, "the temperature is %g, expected 0 or more",
+                         (double)sampling->temperature);
+    if (!(sampling->top_p >= 0 && sampling->top_p <= 1))
+        return tfm__fail(error, TFM_ERROR_ARGUMENT, "top_p is %g, expected 0 to 1", (double)sampling->top_p);
+    if (!(sampling->min_p >= 0 && sampling->min_p <= 1))
+        return tfm__fail(error, TFM_ERROR_ARGUMENT, "min_p is %g, expected 0 to 1", (double)sampling->min_p);
+    if (!(sampling->repeat_penalty >= 0) || sampling->repeat_penalty > FLT_MAX)
+        return tfm__fail(error, TFM_ERROR_ARGUMENT, "the repeat penalty is %g, expected more than 0",
+                         (double)sampling->repeat_penalty);
+    for (i = 0; i < sampling->n_logit_bias; i++)
+        if (sampling->logit_bias[i].token < 0 || (size_t)sampling->logit_bias[i].token >= vocab_size)
+            return tfm__fail(error, TFM_ERROR_ARGUMENT, "a logit bias is for token %ld, but the vocabulary has %lu",
+                             (long)sampling->logit_bias[i].token, (unsigned long)vocab_size);
+    return TFM_OK;
+}
+
+/* Keskar et al. 2019. A token is penalised once, however often it came: `seen` (zeroed by this function) remembers. */
+static void tfm__penalize(float penalty, float *logits, size_t vocab_size, const int32_t *history, size_t n_history,
+                          int32_t *seen) {
+    size_t i;
+    memset(seen, 0, vocab_size * sizeof *seen);
+    for (i = 0; i < n_history; i++) {
+        size_t token = (size_t)history[i];
+        if (history[i] < 0 || token >= vocab_size || seen[token])
+            continue;
+        seen[token] = 1;
+        logits[token] = logits[token] < 0 ? logits[token] * penalty : logits[token] / penalty;
+    }
+}
+
+/* The largest logit's token, the first among equals; vocab_size if every logit is NaN or -infinity. */
+static size_t tfm__likeliest(const float *logits, size_t vocab_size) {
+    size_t best = vocab_size, i;
+    for (i = 0; i < vocab_size; i++)
+        if (logits[i] > (best < vocab_size ? logits[best] : -INFINITY))
+            best = i;
+    return best;
+}
+
+/* Forbids all tokens below the k-th likeliest. */
+static void tfm__keep_top_k(size_t k, float *logits, size_t vocab_size, uint32_t *candidates) {
+    float limit = INFINITY;
+    size_t n = 0, i;
+    for (i = 0; i < vocab_size; i++)
+        if (logits[i] > -INFINITY)
+            candidates[n++] = (uint32_t)i;
+    if (k >= n)
+        return;
+    tfm__select(candidates, n, k, tfm__compare_logits, logits);
+    for (i = 0; i < k; i++)
+        limit = TFM__MIN(limit, logits[candidates[i]]);
+    for (i = 0; i < vocab_size; i++)
+        if (!(logits[i] >= limit))
+            logits[i] = -INFINITY;
+}
+
+/* Logits become exp((logit - largest) / temperature): the probabilities but for a common factor. Returns their sum. */
+static double tfm__to_weights(float temperature, float *logits, size_t vocab_size, float largest) {
+    double sum = 0;
+    size_t i;
+    for (i = 0; i < vocab_size; i++) {
+        if (logits[i] == largest)
+            logits[i] = 1; /* infinities included: they leave nothing to the others */
+        else
+            logits[i] = logits[i] > -INFINITY ? (float)exp(((double)logits[i] - (double)largest) / (double)temperature) : 0;
+        sum += (double)logits[i];
+    }
+    return sum;
+}
+
+/* Sets to 0 the weights that are not needed to reach the probability top_p. The candidates are put in order as far as is
+ * needed: the likeliest 64, then four times as many, and so on; a whole vocabulary is rarely sorted. */
+static void tfm__keep_top_p(float top_p, float *weights, size_t vocab_size, double total, uint32_t *candidates) {
+    size_t sorted = 0, n = 0, i;
+    double sum = 0;
+    for (i = 0; i < vocab_size; i++)
+        if (weights[i] > 0)
+            candidates[n++] = (uint32_t)i;
+    for (i = 0; i < n && sum < (double)top_p * total; i++) {
+        if (i == sorted) {
+            sorted = TFM__MIN(n, sorted ? 4 * sorted : 64);
+            tfm__select(candidates + i, n - i, sorted - i, tfm__compare_logits, weights);
+            tfm__sort(candidates + i, sorted - i, tfm__compare_logits, weights);
+        }
+        sum += (double)weights[candidates[i]];
+    }
+    for (; i < n; i++)
+        weights[candidates[i]] = 0;
+}
+
+/* A token, each with its probability. The walk is in the order of the ids. */
+static size_t tfm__draw(const float *weights, size_t vocab_size, size_t best, tfm_random *random) {
+    double total = 0, point;
+    size_t i;
+    for (i = 0; i < vocab_size; i++)
+        total += (double)weights[i];
+    point = tfm_random_uniform(random) * total;
+    for (i = 0; i < vocab_size; i++) {
+        point -= (double)weights[i];
+        if (point < 0)
+            return i;
+    }
+    return best; /* rounding ate the last bit */
+}
+
+TFM_API tfm_status tfm_sample(const tfm_sampling *sampling, float *logits, size_t vocab_size, const int32_t *history,
+                              size_t n_history, tfm_random *random, int32_t *work, int32_t *token, tfm_error *error) {
+    uint32_t *candidates = (uint32_t *)work;
+    double total;
+    size_t best, i;
+    tfm_status status = tfm__check_sampling(sampling, vocab_size, error);
+    if (status != TFM_OK)
+        return status;
+    for (i = 0; i < sampling->n_logit_bias; i++)
+        logits[sampling->logit_bias[i].token] += sampling->logit_bias[i].bias;
+    if (sampling->repeat_penalty > 0 && sampling->repeat_penalty != 1 && history)
+        tfm__penalize(sampling->repeat_penalty, logits, vocab_size, history, n_history, work);
+    best = tfm__likeliest(logits, vocab_size);
+    if (best == vocab_size)
+        return tfm__fail(error, TFM_ERROR_ARGUMENT, "no token can be chosen: every logit is NaN or -infinity");
+    *token = (int32_t)best;
+    if (sampling->temperature == 0)
+        return TFM_OK;
+    if (sampling->top_k)
+        tfm__keep_top_k(sampling->top_k, logits, vocab_size, candidates);
+    total = tfm__to_weights(sampling->temperature, logits, vocab_size, logits[best]);
+    if (sampling->top_p > 0 && sampling->top_p < 1)
+        tfm__keep_top_p(sampling->top_p, logits, vocab_size, total, candidates);
+    for (i = 0; i < vocab_size; i++) /* the likeliest has the weight 1 */
+        if (logits[i] < sampling->min_p)
+            logits[i] = 0;
+    *token = (int32_t)tfm__draw(logits, vocab_size, best, random);
+    return TFM_OK;
+}
+
+/* ---- text that is being generated: held back while it may be half a character or the beginning of a stop string */
+
+typedef struct tfm__stream {
+    char *text; /* [capacity] */
+    size_t size, capacity;
+    const char *const *stops;
+    size_t n_stops;
+    tfm_print print;
+    void *user;
+} tfm__stream;
+
+/* Hands on the first n bytes, with U+FFFD for what can't be UTF-8. Returns what the caller's function returned. */
+static int tfm__stream_print(tfm__stream *stream, size_t n) {
+    size_t start = 0, at = 0;
+    int stop = 0;
+    while (at < n && !stop) {
+        size_t length, size = tfm__utf8_prefix((const unsigned char *)stream->text + at, n - at, &length);
+        if (size < length) { /* one for each longest beginning of a character, as Unicode recommends and Python does */
+            size = TFM__MAX(size, 1);
+            if (at > start)
+                stop = stream->print(stream->user, stream->text + start, at - start);
+            stop = stop || stream->print(stream->user, "\xEF\xBF\xBD", 3);
+            start = at + size;
+        }
+        at += size;
+    }
+    if (n > start && !stop)
+        stop = stream->print(stream->user, stream->text + start, n - start);
+    stream->size -= n;
+    memmove(stream->text, stream->text + n, stream->size);
+    return stop;
+}
+
+/* Where the first stop string begins, or the size of the text. *held: how many bytes at the end could be the beginning
+ * of one. */
+static size_t tfm__find_stop(const tfm__stream *stream, size_t *held) {
+    size_t i, start;
+    *held = 0;
+    for (start = 0; start < stream->size; start++)
+        for (i = 0; i < stream->n_stops; i++) {
+            size_t size = strlen(stream->stops[i]), rest = stream->size - start;
+            if (size && !memcmp(stream->text + start, stream->stops[i], TFM__MIN(size, rest))) {
+                if (size <= rest)
+                    return start;
+                *held = TFM__MAX(*held, rest);
+            }
+        }
+    return stream->size;
+}
+
+/* Adds a token's text and prints what can be printed. TFM_STOP_NONE: go on. */
+static tfm_stop tfm__stream_add(tfm__stream *stream, const char *text, size_t size) {
+    size_t held, found;
+    if (!stream->print || !size)
+        return TFM_STOP_NONE;
+    memcpy(stream->text + stream->size, text, size);
+    stream->size += size;
+    found = tfm__find_stop(stream, &held);
+    if (found < stream->size) {
+        tfm_stop stop = tfm__stream_print(stream, found) ? TFM_STOP_CALLBACK : TFM_STOP_STRING;
+        stream->size = 0;
+        return stop;
+    }
+    held = TFM__MAX(held, tfm__utf8_incomplete(stream->text, stream->size));
+    return stream->size > held && tfm__stream_print(stream, stream->size - held) ? TFM_STOP_CALLBACK : TFM_STOP_NONE;
+}
+
+/* ---- generation */
+
+static tfm_status tfm__check_generate(const tfm_session *session, const tfm_generate_options *options, tfm_error *error) {
+    size_t i;
+    for (i = 0; i < options->n_stop_strings; i++)
+        if (strlen(options->stop_strings[i]) > TFM__MAX_STOP_STRING)
+            return tfm__fail(error, TFM_ERROR_ARGUMENT, "stop string %lu is longer than %lu bytes", (unsigned long)i,
+                             (unsigned long)TFM__MAX_STOP_STRING);
+    if (options->shift && options->shift_keep + 2 > session->context)
+        return tfm__fail(error, TFM_ERROR_ARGUMENT, "shift_keep is %lu, which leaves no room in a context of %lu tokens",
+                         (unsigned long)options->shift_keep, (unsigned long)session->context);
+    return tfm__check_sequence(session, options->sequence, error);
+}
+
+static int tfm__is_stop_token(const tfm_session *session, const tfm_generate_options *options, int32_t token) {
+    size_t i;
+    for (i = 0; i < options->n_stop_tokens; i++)
+        if (options->stop_tokens[i] == token)
+            return 1;
+    return !options->ignore_end && tfm_is_end_token(session->model, token);
+}
+
+/* Brings the sequence to the prompt; the logits of its last token are in session->logits. */
+static tfm_status tfm__prefill(tfm_session *session, const int32_t *prompt, size_t n_prompt,
+                               const tfm_generate_options *options, tfm_generate_stats *stats, tfm_error *error) {
+    const int32_t *tokens = session->tokens + options->sequence * session->context;
+    tfm_kv *kv = session->kv + options->sequence;
+    size_t before = options->append ? kv->n_tokens : 0, reused = 0;
+    tfm_chunk chunk;
+    if (!n_prompt)
+        return tfm__fail(error, TFM_ERROR_ARGUMENT, "the prompt is empty: there is nothing to continue");
+    if (n_prompt > session->context - before)
+        return tfm__fail(error, TFM_ERROR_CONTEXT_FULL,
+                         "the prompt has %lu tokens, but the context has room for %lu", (unsigned long)n_prompt,
+                         (unsigned long)(session->context - before));
+    if (!options->append) { /* the last token is always evaluated: its logits are wanted */
+        while (reused < TFM__MIN(kv->n_tokens, n_prompt - 1) && tokens[reused] == prompt[reused])
+            reused++;
+        kv->n_tokens = reused;
+    }
+    stats->n_prompt = n_prompt;
+    stats->n_reused = reused;
+    chunk.sequence = options->sequence;
+    chunk.tokens = prompt + reused;
+    chunk.n_tokens = n_prompt - reused;
+    chunk.n_outputs = 1;
+    return tfm_eval(session, &chunk, 1, TFM_LOGITS, session->logits, error);
+}
+
+/* Evaluates a new token; makes room for it first if it has to and may. */
+static tfm_status tfm__step(tfm_session *session, int32_t token, const tfm_generate_options *options, tfm_error *error) {
+    tfm_status status = TFM_OK;
+    tfm_chunk chunk;
+    if (options->shift && session->kv[options->sequence].n_tokens == session->context)
+        status = tfm_shift(session, options->sequence, options->shift_keep, error);
+    chunk.sequence = options->sequence;
+    chunk.tokens = &token;
+    chunk.n_tokens = 1;
+    chunk.n_outputs = 1;
+    return status == TFM_OK ? tfm_eval(session, &chunk, 1, TFM_LOGITS, session->logits, error) : status;
+}
+
+/* Chooses, prints and evaluates tokens until there is a reason to stop. */
+static tfm_status tfm__continue(tfm_session *session, const tfm_generate_options *options, tfm__stream *stream,
+                                tfm_generate_stats *stats, tfm_error *error) {
+    size_t vocab_size = session->model->description.vocab_size;
+    tfm_random random;
+    tfm_random_seed(&random, options->seed);
+    for (;;) {
+        size_t n_history, size;
+        const int32_t *history = tfm_sequence_tokens(session, options->sequence, &n_history);
+        const char *text;
+        int32_t token;
+        tfm_status status = tfm_sample(&options->sampling, session->logits, vocab_size, history, n_history, &random,
+                                       session->work, &token, error);
+        if (status != TFM_OK)
+            return status;
+        stats->n_generated++;
+        if (options->on_token && options->on_token(options->on_token_user, token))
+            stats->stop = TFM_STOP_CALLBACK;
+        else if (tfm__is_stop_token(session, options, token))
+            stats->stop = TFM_STOP_END_TOKEN;
+        else {
+            text = tfm_is_end_token(session->model, token) ? NULL : tfm_token_text(session->model, token, &size);
+            stats->stop = text ? tfm__stream_add(stream, text, size) : TFM_STOP_NONE;
+            if (stats->stop == TFM_STOP_NONE && stats->n_generated == options->max_tokens)
+                stats->stop = TFM_STOP_MAX_TOKENS;
+        }
+        if (stats->stop != TFM_STOP_NONE)
+            return TFM_OK;
+        status = tfm__step(session, token, options, error);
+        if (status == TFM_ERROR_CONTEXT_FULL)
+            stats->stop = TFM_STOP_CONTEXT;
+        if (status != TFM_OK)
+            return status;
+    }
+}
+
+TFM_API tfm_status tfm_generate_ids(tfm_session *session, const int32_t *prompt, size_t n_prompt,
+                                    const tfm_generate_options *options, tfm_print print, void *print_user,
+                                    tfm_error *error) {
+    tfm_generate_options usual;
+    tfm_generate_stats unread, *stats;
+    tfm__stream stream;
+    tfm_status status;
+    memset(&usual, 0, sizeof usual);
+    if (!options)
+        options = &usual;
+    stats = options->stats ? options->stats : &unread;
+    memset(stats, 0, sizeof *stats);
+    memset(&stream, 0, sizeof stream);
+    stream.text = session->text;
+    stream.stops = options->stop_strings;
+    stream.n_stops = options->n_stop_strings;
+    stream.print = print;
+    stream.user = print_user;
+    status = tfm__check_generate(session, options, error);
+    if (status == TFM_OK)
+        status = tfm__prefill(session, prompt, n_prompt, options, stats, error);
+    if (status != TFM_OK)
+        return status;
+    status = tfm__continue(session, options, &stream, stats, error);
+    if (stream.size && stats->stop != TFM_STOP_CALLBACK && tfm__stream_print(&stream, stream.size))
+        stats->stop = TFM_STOP_CALLBACK;
+    return status;
+}
+
+TFM_API tfm_status tfm_generate(tfm_session *session, const char *prompt, const tfm_generate_options *options,
+                                tfm_print print, void *print_user, tfm_error *error) {
+    unsigned flags = options && options->special ? TFM_TOKENIZE_SPECIAL : 0;
+    tfm_engine *engine = session->engine; /* whose scratch memory is idle */
+    size_t n_prompt;
+    tfm_status status = tfm__tokenize(session->model, engine->scratch, engine->scratch_size * sizeof *engine->scratch, prompt,
+                                      strlen(prompt), flags, session->prompt, session->context, &n_prompt, error);
+    if (status != TFM_OK)
+        return status;
+    return tfm_generate_ids(session, session->prompt, n_prompt, options, print, print_user, error);
+}
+
+#endif /* TFM_IMPLEMENTATION */
+#endif /* !TFM__TIER */
+
+/*
+MIT License
+
+Copyright (c) 2026 the tfm.h authors
+
+Permission is hereby granted, free of charge, to any person obtaining a copy of this software and associated documentation
+files (the "Software"), to deal in the Software without restriction, including without limitation the rights to use, copy,
+modify, merge, publish, distribute, sublicense, and/or sell copies of the Software, and to permit persons to whom the
+Software is furnished to do so, subject to the following conditions:
+
+The above copyright notice and this permission notice shall be included in all copies or substantial portions of the
+Software.
+
+THE SOFTWARE IS PROVIDED "AS IS", WITHOUT WARRANTY OF ANY KIND, EXPRESS OR IMPLIED, INCLUDING BUT NOT LIMITED TO THE
+WARRANTIES OF MERCHANTABILITY, FITNESS FOR A PARTICULAR PURPOSE AND NONINFRINGEMENT. IN NO EVENT SHALL THE AUTHORS OR
+COPYRIGHT HOLDERS BE LIABLE FOR ANY CLAIM, DAMAGES OR OTHER LIABILITY, WHETHER IN AN ACTION OF CONTRACT, TORT OR OTHERWISE,
+ARISING FROM, OUT OF OR IN CONNECTION WITH THE SOFTWARE OR THE USE OR OTHER DEALINGS IN THE SOFTWARE.
+*/
