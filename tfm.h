@@ -197,7 +197,8 @@ typedef enum tfm_dtype { TFM_NO_DTYPE = 0, TFM_F32, TFM_F16, TFM_BF16, TFM_I8, T
 /* How a matrix lies in memory. Its shape is [out, in] in all of them.
  *   rows    [out][in]               PyTorch's nn.Linear and nn.Embedding; also every vector
  *   cols    [in][out]               GPT-2's Conv1D
- *   panels  [ceil(out / 16)][in][16]  16 outputs side by side: what the kernels read. Outputs past the end are zero. */
+ *   panels  [ceil(out / 16)][in][16]  16 outputs side by side: what the kernels read. Outputs past the end are zero.
+ *           i8 is always in panels; see "int8" in floor b for what is in one. */
 typedef enum tfm_layout { TFM_ROWS = 0, TFM_COLS, TFM_PANELS, TFM_LAYOUT_COUNT } tfm_layout;
 
 #define TFM_MAX_DIMS 4
@@ -222,10 +223,771 @@ TFM_API tfm_tensor tfm_matrix(const float *data, size_t out, size_t in);
 /* Bytes of a tensor's data. */
 TFM_API size_t tfm_tensor_bytes(const tfm_tensor *tensor);
 
-/* Packs a matrix (any layout, f32, f16 or bf16) into panels of the given dtype, for a tfm_linear. On success `packed`
- * has memory of its own that the caller gives back with tfm_unpack. allocator NULL: the default one. */
+/* Packs a matrix (any layout and dtype) into panels of the given dtype, for a tfm_linear. On success `packed` has memory
+ * of its own that the caller gives back with tfm_unpack. allocator NULL: the default one. TFM_I8 quantizes: each weight
+ * becomes an integer q = round(w / s) from -127 to 127 with a scale s for each output and 64 inputs, |w - s q| <= s / 2,
+ * s <= 17 / 16 of the group's largest |w| / 127. TFM_ERROR_ARGUMENT if a weight to be quantized is not finite. */
 TFM_API tfm_status tfm_pack(const tfm_tensor *matrix, tfm_dtype dtype, const tfm_allocator *allocator, tfm_tensor *packed,
                             tfm_error *error);
+
+/* =====================================================================================================================
+ * IMPLEMENTATION
+ * =====================================================================================================================
+ * Floors a to h. Each calls only those above it on the page, that is: nothing is used before it was explained.
+ */
+#if defined(TFM_IMPLEMENTATION) && !defined(TFM__IMPLEMENTED)
+#define TFM__IMPLEMENTED
+
+#include <errno.h>
+#include <float.h>
+#include <math.h>
+#include <stdarg.h>
+#include <stdlib.h>
+#include <string.h>
+#ifdef TFM_NO_STDIO
+#include <stdio.h> /* vsnprintf, for error messages; no files */
+#endif
+
+/* =====================================================================================================================
+ * a. PLATFORM: compiler, memory, errors, CPU features, threads, files
+ *    All that depends on the compiler or the operating system is here and in the target lines of floor c.
+ * ================================================================================================================== */
+
+#ifndef TFM_MALLOC
+#define TFM_MALLOC(size) malloc(size)
+#define TFM_FREE(memory) free(memory)
+#endif
+
+#ifndef TFM_HEADER
+#define TFM_HEADER "tfm.h"
+#endif
+
+#if defined(__GNUC__) || defined(__clang__)
+#define TFM__PRINTF(format_index) __attribute__((format(printf, format_index, format_index + 1)))
+#define TFM__INLINE inline __attribute__((always_inline))
+#else
+#define TFM__PRINTF(format_index)
+#define TFM__INLINE inline
+#endif
+
+#if defined(__clang__)
+#define TFM__UNROLL _Pragma("unroll")
+#elif defined(__GNUC__)
+#define TFM__UNROLL _Pragma("GCC unroll 32")
+#else
+#define TFM__UNROLL
+#endif
+
+#if !defined(TFM_NO_SIMD) && (defined(__GNUC__) || defined(__clang__)) && defined(__x86_64__)
+#define TFM__X86
+#include <cpuid.h>
+#include <immintrin.h>
+#if (defined(__clang__) && __clang_major__ >= 12) || (!defined(__clang__) && __GNUC__ >= 11)
+#define TFM__HAS_AVXVNNI /* the compiler knows it */
+#endif
+#elif !defined(TFM_NO_SIMD) && (defined(__GNUC__) || defined(__clang__)) && defined(__aarch64__) && defined(__ARM_NEON)
+#define TFM__NEON
+#include <arm_neon.h>
+#ifdef __linux__
+#include <sys/auxv.h>
+#endif
+#endif
+
+#if defined(__BYTE_ORDER__) && __BYTE_ORDER__ == __ORDER_BIG_ENDIAN__
+#error "tfm.h needs a little-endian CPU"
+#endif
+
+#define TFM__MIN(a, b) ((a) < (b) ? (a) : (b))
+#define TFM__MAX(a, b) ((a) > (b) ? (a) : (b))
+
+static size_t tfm__divide_up(size_t n, size_t by) {
+    return (n + by - 1) / by;
+}
+
+static size_t tfm__round_up(size_t n, size_t to) {
+    return tfm__divide_up(n, to) * to;
+}
+
+/* ---- errors */
+
+static TFM__PRINTF(3) tfm_status tfm__fail(tfm_error *error, tfm_status status, const char *format, ...) {
+    if (error) {
+        va_list arguments;
+        error->status = status;
+        va_start(arguments, format);
+        vsnprintf(error->message, sizeof error->message, format, arguments);
+        va_end(arguments);
+    }
+    return status;
+}
+
+static tfm_status tfm__fail_memory(tfm_error *error, size_t size) {
+    return tfm__fail(error, TFM_ERROR_MEMORY, "out of memory: %lu bytes were asked for", (unsigned long)size);
+}
+
+/* ---- memory */
+
+static void *tfm__default_allocate(void *user, size_t size) {
+    (void)user;
+    return TFM_MALLOC(size);
+}
+
+static void tfm__default_release(void *user, void *memory) {
+    (void)user;
+    TFM_FREE(memory);
+}
+
+static tfm_allocator tfm__allocator(const tfm_allocator *given) {
+    tfm_allocator allocator;
+    if (given && given->allocate && given->release)
+        return *given;
+    allocator.allocate = tfm__default_allocate;
+    allocator.release = tfm__default_release;
+    allocator.user = NULL;
+    return allocator;
+}
+
+/* a * b, or SIZE_MAX where that overflows: no allocation of that size succeeds. */
+static size_t tfm__product(size_t a, size_t b) {
+    return b && a > SIZE_MAX / b ? SIZE_MAX : a * b;
+}
+
+static void *tfm__allocate(const tfm_allocator *allocator, size_t size) {
+    return size >= SIZE_MAX / 2 ? NULL : allocator->allocate(allocator->user, size ? size : 1);
+}
+
+static void *tfm__allocate_zeroed(const tfm_allocator *allocator, size_t size) {
+    void *memory = tfm__allocate(allocator, size);
+    if (memory)
+        memset(memory, 0, size);
+    return memory;
+}
+
+static void tfm__release(const tfm_allocator *allocator, void *memory) {
+    if (memory)
+        allocator->release(allocator->user, memory);
+}
+
+/* Aligned memory: cache lines for the kernels; 2 MiB for weights, which are read 15-20 % faster from huge pages. The
+ * address that the allocator gave is kept just before the aligned one. */
+#define TFM__CACHE_LINE ((size_t)64)
+#define TFM__HUGE_PAGE ((size_t)2 << 20)
+
+static void *tfm__allocate_aligned(const tfm_allocator *allocator, size_t size, size_t alignment) {
+    char *memory, *aligned;
+    if (size > SIZE_MAX / 2 - alignment - sizeof(void *))
+        return NULL;
+    memory = (char *)tfm__allocate(allocator, size + alignment + sizeof(void *));
+    if (!memory)
+        return NULL;
+    aligned = memory + sizeof(void *);
+    aligned += (alignment - (uintptr_t)aligned % alignment) % alignment;
+    memcpy(aligned - sizeof(void *), &memory, sizeof(void *));
+    return aligned;
+}
+
+static void tfm__release_aligned(const tfm_allocator *allocator, const void *aligned) {
+    void *memory;
+    if (!aligned)
+        return;
+    memcpy(&memory, (const char *)aligned - sizeof(void *), sizeof(void *));
+    allocator->release(allocator->user, memory);
+}
+
+/* ---- CPU features */
+
+static const char *const tfm__isa_names[TFM_ISA_COUNT] = {"best",   "scalar",     "avx2", "avxvnni",
+                                                          "avx512", "avx512vnni", "neon", "neondot"};
+
+TFM_API const char *tfm_isa_name(tfm_isa isa) {
+    return (unsigned)isa < TFM_ISA_COUNT ? tfm__isa_names[isa] : NULL;
+}
+
+TFM_API tfm_status tfm_isa_from_name(const char *name, tfm_isa *isa, tfm_error *error) {
+    int i;
+    for (i = 0; i < TFM_ISA_COUNT; i++)
+        if (!name || !*name || !strcmp(name, tfm__isa_names[i])) {
+            *isa = (tfm_isa)i;
+            return TFM_OK;
+        }
+    return tfm__fail(error, TFM_ERROR_ARGUMENT,
+                     "unknown instruction set '%.64s' (there are scalar, avx2, avxvnni, avx512, avx512vnni, neon, neondot)",
+                     name);
+}
+
+#ifdef TFM__HAS_AVXVNNI
+/* Not every compiler's __builtin_cpu_supports knows AVX-VNNI: leaf 7, subleaf 1, EAX bit 4. */
+static int tfm__has_avxvnni(void) {
+    unsigned a = 0, b = 0, c = 0, d = 0;
+    return __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a >> 4 & 1);
+}
+#endif
+
+/* __builtin_cpu_supports asks the CPU and the operating system (which must save the wide registers). */
+TFM_API int tfm_isa_supported(tfm_isa isa) {
+    switch (isa) {
+    case TFM_ISA_BEST:
+    case TFM_ISA_SCALAR: return 1;
+#if defined(TFM__X86)
+    case TFM_ISA_AVX2:
+        return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+    case TFM_ISA_AVX512:
+        return tfm_isa_supported(TFM_ISA_AVX2) && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+               __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+    case TFM_ISA_AVX512VNNI: return tfm_isa_supported(TFM_ISA_AVX512) && __builtin_cpu_supports("avx512vnni");
+#ifdef TFM__HAS_AVXVNNI
+    case TFM_ISA_AVXVNNI: return tfm_isa_supported(TFM_ISA_AVX2) && tfm__has_avxvnni();
+#endif
+#elif defined(TFM__NEON)
+    case TFM_ISA_NEON: return 1;
+#if defined(__linux__)
+    case TFM_ISA_NEONDOT: return getauxval(AT_HWCAP) >> 20 & 1; /* HWCAP_ASIMDDP */
+#elif defined(__APPLE__)
+    case TFM_ISA_NEONDOT: return 1; /* every 64-bit Mac */
+#endif
+#endif
+    default: return 0;
+    }
+}
+
+static tfm_isa tfm__best_isa(void) {
+    int i;
+    for (i = TFM_ISA_COUNT - 1; i > TFM_ISA_SCALAR; i--)
+        if (tfm_isa_supported((tfm_isa)i))
+            return (tfm_isa)i;
+    return TFM_ISA_SCALAR;
+}
+
+/* ---- threads: the caller's parallel-for, or OpenMP, or a plain loop */
+
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+
+typedef struct tfm__threads {
+    tfm_parallel_for parallel_for;
+    void *user;
+    int count;
+} tfm__threads;
+
+static void tfm__serial_for(void *user, size_t n, tfm_task task, void *argument) {
+    size_t i;
+    (void)user;
+    for (i = 0; i < n; i++)
+        task(argument, i);
+}
+
+#ifdef _OPENMP
+/* schedule(dynamic): whichever thread is running takes the next piece, so that a core that is busy with something else
+ * holds up one piece and not its half of the work. */
+static void tfm__openmp_for(void *user, size_t n, tfm_task task, void *argument) {
+    int count = *(const int *)user;
+    long i, end = (long)n;
+#pragma omp parallel for schedule(dynamic) num_threads(count)
+    for (i = 0; i < end; i++)
+        task(argument, (size_t)i);
+}
+#endif
+
+/* The number of threads that `count` = 0 means. */
+static int tfm__thread_count(int count) {
+#ifdef _OPENMP
+    return count > 0 ? count : omp_get_max_threads();
+#else
+    (void)count;
+    return 1;
+#endif
+}
+
+static void tfm__parallel(const tfm__threads *threads, size_t n, tfm_task task, void *argument) {
+    if (n == 1 || (threads->count == 1 && !threads->parallel_for))
+        tfm__serial_for(NULL, n, task, argument);
+    else if (threads->parallel_for)
+        threads->parallel_for(threads->user, n, task, argument);
+#ifdef _OPENMP
+    else {
+        int count = threads->count;
+        tfm__openmp_for(&count, n, task, argument);
+    }
+#endif
+}
+
+/* ---- files: a whole file as memory, mapped where the system can */
+
+#if !defined(TFM_NO_STDIO) && !defined(TFM_NO_MMAP) && (defined(__unix__) || defined(__APPLE__))
+#define TFM__MMAP
+#include <fcntl.h>
+#include <sys/mman.h>
+#include <sys/stat.h>
+#include <unistd.h>
+#endif
+
+typedef struct tfm__bytes {
+    const unsigned char *data;
+    size_t size;
+    int mapped; /* 1: give back with munmap; 0: with the allocator */
+} tfm__bytes;
+
+#ifdef TFM__MMAP
+static tfm_status tfm__map_file(const char *path, const tfm_allocator *allocator, tfm__bytes *bytes, tfm_error *error) {
+    struct stat status;
+    void *memory;
+    int descriptor = open(path, O_RDONLY);
+    (void)allocator;
+    if (descriptor < 0)
+        return tfm__fail(error, TFM_ERROR_FILE, "%.300s: %s", path, strerror(errno));
+    if (fstat(descriptor, &status) || !S_ISREG(status.st_mode)) {
+        close(descriptor);
+        return tfm__fail(error, TFM_ERROR_FILE, "%.300s: not a regular file", path);
+    }
+    if (status.st_size <= 0) {
+        close(descriptor);
+        return tfm__fail(error, TFM_ERROR_FORMAT, "%.300s: the file is empty", path);
+    }
+    memory = (uintmax_t)status.st_size > SIZE_MAX / 2
+                 ? MAP_FAILED
+                 : mmap(NULL, (size_t)status.st_size, PROT_READ, MAP_SHARED, descriptor, 0);
+    close(descriptor);
+    if (memory == MAP_FAILED)
+        return tfm__fail(error, TFM_ERROR_FILE, "%.300s: can't be mapped into memory", path);
+    bytes->data = (const unsigned char *)memory;
+    bytes->size = (size_t)status.st_size;
+    bytes->mapped = 1;
+    return TFM_OK;
+}
+#elif !defined(TFM_NO_STDIO)
+#ifdef _WIN32
+#define tfm__seek _fseeki64
+#define tfm__tell _ftelli64
+#else
+#define tfm__seek fseek
+#define tfm__tell ftell
+#endif
+static tfm_status tfm__map_file(const char *path, const tfm_allocator *allocator, tfm__bytes *bytes, tfm_error *error) {
+    FILE *file = fopen(path, "rb");
+    tfm_status status = TFM_OK;
+    long long size;
+    void *memory;
+    if (!file)
+        return tfm__fail(error, TFM_ERROR_FILE, "%.300s: %s", path, strerror(errno));
+    if (tfm__seek(file, 0, SEEK_END) || (size = tfm__tell(file)) < 0 || tfm__seek(file, 0, SEEK_SET)) {
+        fclose(file);
+        return tfm__fail(error, TFM_ERROR_FILE, "%.300s: can't be read", path);
+    }
+    memory = (unsigned long long)size > SIZE_MAX ? NULL
+                                                 : tfm__allocate_aligned(allocator, (size_t)size, TFM__CACHE_LINE);
+    if (!memory)
+        status = tfm__fail(error, TFM_ERROR_MEMORY, "%.300s: no memory for its %lld bytes", path, size);
+    else if (fread(memory, 1, (size_t)size, file) != (size_t)size)
+        status = tfm__fail(error, TFM_ERROR_FILE, "%.300s: can't be read", path);
+    fclose(file);
+    if (status != TFM_OK) {
+        tfm__release_aligned(allocator, memory);
+        return status;
+    }
+    bytes->data = (const unsigned char *)memory;
+    bytes->size = (size_t)size;
+    bytes->mapped = 0;
+    return TFM_OK;
+}
+#endif
+
+/* Asks for 2 MiB pages where the system has them for the asking. A wish: nothing depends on it. */
+static void tfm__advise_huge(void *memory, size_t size) {
+#if defined(TFM__MMAP) && defined(__linux__)
+    const int huge_page = 14; /* MADV_HUGEPAGE: strict C99 hides it, and the function */
+#ifndef __cplusplus
+    extern int madvise(void *, size_t, int);
+#endif
+    if (size >= TFM__HUGE_PAGE)
+        (void)madvise(memory, size / TFM__HUGE_PAGE * TFM__HUGE_PAGE, huge_page);
+#else
+    (void)memory;
+    (void)size;
+#endif
+}
+
+#ifndef TFM_NO_STDIO
+static void tfm__unmap_file(const tfm_allocator *allocator, tfm__bytes *bytes) {
+#ifdef TFM__MMAP
+    if (bytes->mapped && bytes->data)
+        munmap((void *)(uintptr_t)bytes->data, bytes->size);
+#endif
+    if (!bytes->mapped)
+        tfm__release_aligned(allocator, bytes->data);
+    bytes->data = NULL;
+}
+#endif
+
+/* CRC-32 as in zlib (reflected polynomial 0xEDB88320), sliced by 8: eight tables take eight bytes in one step. The
+ * tables are made by the caller, on the stack, so that the library keeps no state. */
+typedef struct tfm__crc_tables {
+    uint32_t table[8][256];
+} tfm__crc_tables;
+
+static void tfm__crc_prepare(tfm__crc_tables *crc) {
+    uint32_t i, j;
+    for (i = 0; i < 256; i++) {
+        uint32_t value = i;
+        for (j = 0; j < 8; j++)
+            value = value & 1 ? value >> 1 ^ 0xEDB88320u : value >> 1;
+        crc->table[0][i] = value;
+    }
+    for (j = 1; j < 8; j++)
+        for (i = 0; i < 256; i++)
+            crc->table[j][i] = crc->table[j - 1][i] >> 8 ^ crc->table[0][crc->table[j - 1][i] & 255];
+}
+
+static uint32_t tfm__crc(const tfm__crc_tables *crc, uint32_t value, const void *data, size_t size) {
+    const unsigned char *p = (const unsigned char *)data;
+    value = ~value;
+    for (; size >= 8; size -= 8, p += 8) {
+        uint32_t low, high;
+        memcpy(&low, p, 4);
+        memcpy(&high, p + 4, 4);
+        low ^= value;
+        value = crc->table[7][low & 255] ^ crc->table[6][low >> 8 & 255] ^ crc->table[5][low >> 16 & 255] ^
+                crc->table[4][low >> 24] ^ crc->table[3][high & 255] ^ crc->table[2][high >> 8 & 255] ^
+                crc->table[1][high >> 16 & 255] ^ crc->table[0][high >> 24];
+    }
+    for (; size; size--, p++)
+        value = value >> 8 ^ crc->table[0][(value ^ *p) & 255];
+    return ~value;
+}
+
+/* =====================================================================================================================
+ * b. TENSORS: types, 16-bit floats, panels
+ * ================================================================================================================== */
+
+/* Outputs side by side in a panel: one AVX-512 register of fp32, two of AVX2, four of NEON. */
+#define TFM__PANEL ((size_t)16)
+
+static const char *const tfm__dtype_names[TFM_DTYPE_COUNT] = {NULL, "f32", "f16", "bf16", "i8"};
+static const size_t tfm__dtype_sizes[TFM_DTYPE_COUNT] = {0, 4, 2, 2, 1};
+
+TFM_API const char *tfm_dtype_name(tfm_dtype dtype) {
+    return (unsigned)dtype < TFM_DTYPE_COUNT ? tfm__dtype_names[dtype] : NULL;
+}
+
+TFM_API tfm_status tfm_dtype_from_name(const char *name, tfm_dtype *dtype, tfm_error *error) {
+    int i;
+    for (i = 1; i < TFM_DTYPE_COUNT; i++)
+        if (!strcmp(name, tfm__dtype_names[i]) || (i == TFM_I8 && !strcmp(name, "int8"))) {
+            *dtype = (tfm_dtype)i;
+            return TFM_OK;
+        }
+    return tfm__fail(error, TFM_ERROR_ARGUMENT, "unknown type '%.64s' (there are f32, f16, bf16, int8)", name);
+}
+
+static tfm_tensor tfm__tensor(tfm_dtype dtype, tfm_layout layout, size_t rows, size_t columns, const void *data) {
+    tfm_tensor tensor;
+    tensor.dtype = dtype;
+    tensor.layout = layout;
+    tensor.n_dims = columns ? 2 : 1;
+    tensor.shape[0] = rows;
+    tensor.shape[1] = columns ? columns : 1;
+    tensor.shape[2] = tensor.shape[3] = 1;
+    tensor.data = data;
+    return tensor;
+}
+
+TFM_API tfm_tensor tfm_vector(const float *data, size_t n) {
+    return tfm__tensor(TFM_F32, TFM_ROWS, n, 0, data);
+}
+
+TFM_API tfm_tensor tfm_matrix(const float *data, size_t out, size_t in) {
+    return tfm__tensor(TFM_F32, TFM_ROWS, out, in, data);
+}
+
+static int tfm__is_float(tfm_dtype dtype) {
+    return dtype == TFM_F32 || dtype == TFM_F16 || dtype == TFM_BF16;
+}
+
+/* Whether a matrix may have that type: i8 has no other layout than panels. */
+static int tfm__is_matrix_dtype(tfm_dtype dtype, tfm_layout layout) {
+    return tfm__is_float(dtype) || (dtype == TFM_I8 && layout == TFM_PANELS);
+}
+
+/* ---- int8
+ * A weight is s q: q an integer from -127 to 127, s the scale of its output and its group of 64 inputs. (One scale for
+ * a whole row is not enough: real models have channels that are 20 to 100 times larger than the rest.) A scale takes one
+ * byte: it is the float with the bits base + code * 2^19, base for each output, so that a step of the code is 1/16 to
+ * 1/32 of the scale and the codes reach 16 octaves below the output's largest. A panel is
+ *     int32 base[16]              the outputs' bases
+ *     uint8 code[groups][16]      padded to a multiple of 64 bytes
+ *     uint8 q[groups * 16][16][4] q + 128, the four bytes of one output side by side: what the dot-product
+ *                                 instructions take. Inputs past the last are q = 0. */
+#define TFM__GROUP ((size_t)64)
+#define TFM__CODE_STEP 19
+
+static size_t tfm__groups(size_t in) {
+    return tfm__divide_up(in, TFM__GROUP);
+}
+
+/* Where the integers begin in an i8 panel. */
+static size_t tfm__integers_at(size_t groups) {
+    return TFM__CACHE_LINE + tfm__round_up(groups * TFM__PANEL, TFM__CACHE_LINE);
+}
+
+/* Bytes of a panel of a matrix with that many inputs. */
+static size_t tfm__panel_bytes(tfm_dtype dtype, size_t in) {
+    size_t groups = tfm__groups(in);
+    if (dtype == TFM_I8)
+        return tfm__integers_at(groups) + groups * TFM__GROUP * TFM__PANEL;
+    return tfm__product(in, TFM__PANEL * tfm__dtype_sizes[dtype]);
+}
+
+TFM_API size_t tfm_tensor_bytes(const tfm_tensor *tensor) {
+    size_t elements = tfm__product(tensor->shape[0], tensor->shape[1]);
+    if (tensor->layout == TFM_PANELS)
+        return tfm__product(tfm__divide_up(tensor->shape[0], TFM__PANEL), tfm__panel_bytes(tensor->dtype, tensor->shape[1]));
+    elements = tfm__product(elements, tfm__product(tensor->shape[2], tensor->shape[3]));
+    return tfm__product(elements, tfm__dtype_sizes[tensor->dtype]);
+}
+
+/* ---- 16-bit floats */
+
+static float tfm__float_from_bits(uint32_t bits) {
+    float value;
+    memcpy(&value, &bits, sizeof value);
+    return value;
+}
+
+static uint32_t tfm__float_bits(float value) {
+    uint32_t bits;
+    memcpy(&bits, &value, sizeof bits);
+    return bits;
+}
+
+/* Shifting the half's exponent and mantissa into a float's place makes a value that is 2^-112 too small, subnormals
+ * included; multiplying by 2^112 is exact. */
+static float tfm__from_f16(uint16_t half) {
+    uint32_t sign = (uint32_t)(half & 0x8000) << 16, magnitude = half & 0x7FFFu;
+    if (magnitude >= 0x7C00) /* infinity, NaN */
+        return tfm__float_from_bits(sign | 0x7F800000u | (magnitude & 0x3FF) << 13);
+    return tfm__float_from_bits(sign | tfm__float_bits(tfm__float_from_bits(magnitude << 13) * 5192296858534827628530496329220096.0f));
+}
+
+/* Rounds to nearest, ties to even: adding a power of two that makes the wanted last bit the float's last lets the
+ * addition round. */
+static uint16_t tfm__to_f16(float value) {
+    uint32_t bits = tfm__float_bits(value), sign = bits >> 16 & 0x8000, magnitude = bits & 0x7FFFFFFFu;
+    if (magnitude > 0x7F800000u)
+        return (uint16_t)(sign | 0x7E00); /* NaN */
+    if (magnitude >= 0x477FF000u)
+        return (uint16_t)(sign | 0x7C00); /* rounds to infinity */
+    if (magnitude < 0x38800000u)          /* subnormal halves count in steps of 2^-24 */
+        return (uint16_t)(sign | (tfm__float_bits(tfm__float_from_bits(magnitude) + 0.5f) - 0x3F000000u));
+    magnitude += 0xFFF + (magnitude >> 13 & 1);
+    return (uint16_t)(sign | ((magnitude >> 13) - (112u << 10)));
+}
+
+static float tfm__from_bf16(uint16_t half) {
+    return tfm__float_from_bits((uint32_t)half << 16);
+}
+
+static uint16_t tfm__to_bf16(float value) {
+    uint32_t bits = tfm__float_bits(value);
+    if ((bits & 0x7FFFFFFFu) > 0x7F800000u)
+        return (uint16_t)(bits >> 16 | 0x40); /* NaN stays one */
+    return (uint16_t)((bits + 0x7FFF + (bits >> 16 & 1)) >> 16);
+}
+
+/* n numbers, `stride` elements apart in the source, to fp32. */
+static void tfm__to_floats(tfm_dtype dtype, const void *source, size_t stride, size_t n, float *floats) {
+    const uint16_t *halves = (const uint16_t *)source;
+    size_t i;
+    if (dtype == TFM_F32)
+        for (i = 0; i < n; i++)
+            floats[i] = ((const float *)source)[i * stride];
+    else if (dtype == TFM_F16)
+        for (i = 0; i < n; i++)
+            floats[i] = tfm__from_f16(halves[i * stride]);
+    else
+        for (i = 0; i < n; i++)
+            floats[i] = tfm__from_bf16(halves[i * stride]);
+}
+
+static void tfm__from_floats(tfm_dtype dtype, const float *floats, size_t n, void *target) {
+    uint16_t *halves = (uint16_t *)target;
+    size_t i;
+    if (dtype == TFM_F32)
+        memcpy(target, floats, n * sizeof *floats);
+    else if (dtype == TFM_F16)
+        for (i = 0; i < n; i++)
+            halves[i] = tfm__to_f16(floats[i]);
+    else
+        for (i = 0; i < n; i++)
+            halves[i] = tfm__to_bf16(floats[i]);
+}
+
+/* ---- panels */
+
+static const void *tfm__at(const void *data, tfm_dtype dtype, size_t element) {
+    return (const char *)data + element * tfm__dtype_sizes[dtype];
+}
+
+/* n weights of one output of an i8 panel, from input `first` on. */
+static void tfm__from_i8(const unsigned char *panel, size_t groups, size_t lane, size_t first, size_t n, float *floats) {
+    const unsigned char *codes = panel + TFM__CACHE_LINE, *integers = panel + tfm__integers_at(groups);
+    int32_t base;
+    size_t i, k;
+    memcpy(&base, panel + lane * sizeof base, sizeof base);
+    for (i = 0, k = first; i < n; i++, k++) {
+        uint32_t code = codes[k / TFM__GROUP * TFM__PANEL + lane];
+        float scale = tfm__float_from_bits((uint32_t)base + (code << TFM__CODE_STEP));
+        floats[i] = scale * (float)(integers[(k / 4 * TFM__PANEL + lane) * 4 + k % 4] - 128);
+    }
+}
+
+/* n numbers from a row of a matrix of any layout, the first from column `column`, as fp32. */
+static void tfm__matrix_row(const tfm_tensor *matrix, size_t index, size_t column, size_t n, float *row) {
+    size_t out = matrix->shape[0], in = matrix->shape[1], first, stride;
+    const char *data = (const char *)matrix->data;
+    if (matrix->layout == TFM_ROWS)
+        first = index * in, stride = 1;
+    else if (matrix->layout == TFM_COLS)
+        first = index, stride = out;
+    else {
+        data += index / TFM__PANEL * tfm__panel_bytes(matrix->dtype, in);
+        first = index % TFM__PANEL, stride = TFM__PANEL;
+    }
+    if (matrix->dtype == TFM_I8)
+        tfm__from_i8((const unsigned char *)data, tfm__groups(in), first, column, n, row);
+    else
+        tfm__to_floats(matrix->dtype, tfm__at(data, matrix->dtype, first + column * stride), stride, n, row);
+}
+
+typedef struct tfm__pack_job {
+    const tfm_tensor *from; /* [out, in] */
+    tfm_dtype dtype;
+    char *panels; /* [ceil(out / 16)] panels */
+} tfm__pack_job;
+
+/* The inputs [first, first + n) of the 16 outputs of a panel: part[n][16]. n <= TFM__PACK_STEP. */
+#define TFM__PACK_STEP ((size_t)128)
+static void tfm__read_part(const tfm_tensor *from, size_t panel, size_t first, size_t n, float *part) {
+    size_t out = from->shape[0], base = panel * TFM__PANEL, lanes = TFM__MIN(TFM__PANEL, out - base), k, lane;
+    float row[TFM__PACK_STEP];
+    if (lanes < TFM__PANEL)
+        memset(part, 0, n * TFM__PANEL * sizeof *part);
+    if (from->layout == TFM_COLS) /* contiguous across outputs */
+        for (k = 0; k < n; k++)
+            tfm__to_floats(from->dtype, tfm__at(from->data, from->dtype, (first + k) * out + base), 1, lanes,
+                           part + k * TFM__PANEL);
+    else
+        for (lane = 0; lane < lanes; lane++) {
+            tfm__matrix_row(from, base + lane, first, n, row);
+            for (k = 0; k < n; k++)
+                part[k * TFM__PANEL + lane] = row[k];
+        }
+}
+
+static void tfm__pack_panel(void *argument, size_t panel) {
+    const tfm__pack_job *job = (const tfm__pack_job *)argument;
+    size_t in = job->from->shape[1], first, n;
+    char *target = job->panels + panel * tfm__panel_bytes(job->dtype, in);
+    float part[TFM__PACK_STEP * TFM__PANEL];
+    for (first = 0; first < in; first += n) {
+        n = TFM__MIN(TFM__PACK_STEP, in - first);
+        tfm__read_part(job->from, panel, first, n, part);
+        tfm__from_floats(job->dtype, part, n * TFM__PANEL, target);
+        target += n * TFM__PANEL * tfm__dtype_sizes[job->dtype];
+    }
+}
+
+/* The bits of the smallest scale with which `largest` is at most 127. */
+static uint32_t tfm__scale_bits(float largest) {
+    return tfm__float_bits(largest / 127);
+}
+
+/* What stands as the base of an output that can't be quantized because a weight is not finite. */
+#define TFM__NOT_FINITE INT32_MIN
+
+/* The bases: the largest scale of an output gets the code 255. */
+static void tfm__quantize_bases(const tfm_tensor *from, size_t panel, int32_t *bases) {
+    const uint32_t step = (uint32_t)1 << TFM__CODE_STEP, reach = 255 * step;
+    float part[TFM__GROUP * TFM__PANEL], largest[16] = {0};
+    size_t in = from->shape[1], first, n, i;
+    uint32_t bits, not_finite = 0;
+    for (first = 0; first < in; first += n) {
+        n = TFM__MIN(TFM__GROUP, in - first);
+        tfm__read_part(from, panel, first, n, part);
+        for (i = 0; i < n * TFM__PANEL; i++) {
+            float size = fabsf(part[i]);
+            largest[i % TFM__PANEL] = size > largest[i % TFM__PANEL] ? size : largest[i % TFM__PANEL];
+            not_finite |= (uint32_t)!(size <= FLT_MAX) << i % TFM__PANEL;
+        }
+    }
+    for (i = 0; i < TFM__PANEL; i++) {
+        bits = (tfm__scale_bits(largest[i]) + step - 1) / step * step;
+        bases[i] = not_finite >> i & 1 ? TFM__NOT_FINITE : bits < reach ? 0 : (int32_t)(bits - reach);
+    }
+}
+
+/* One group of a panel: part[64][16] -> code[16], q[16][16][4]. */
+static void tfm__quantize_group(const float *part, const int32_t *bases, unsigned char *codes, unsigned char *integers) {
+    size_t lane, k;
+    for (lane = 0; lane < TFM__PANEL; lane++) {
+        float largest = 0, scale;
+        uint32_t bits, code;
+        for (k = 0; k < TFM__GROUP; k++)
+            largest = fabsf(part[k * TFM__PANEL + lane]) > largest ? fabsf(part[k * TFM__PANEL + lane]) : largest;
+        bits = tfm__scale_bits(largest);
+        code = bits <= (uint32_t)bases[lane] ? 0 : (bits - (uint32_t)bases[lane] + ((1u << TFM__CODE_STEP) - 1)) >> TFM__CODE_STEP;
+        codes[lane] = (unsigned char)TFM__MIN(code, 255);
+        scale = tfm__float_from_bits((uint32_t)bases[lane] + ((uint32_t)codes[lane] << TFM__CODE_STEP));
+        for (k = 0; k < TFM__GROUP; k++) {
+            float q = scale > 0 ? rintf(part[k * TFM__PANEL + lane] / scale) : 0;
+            integers[(k / 4 * TFM__PANEL + lane) * 4 + k % 4] = (unsigned char)(128 + (int)TFM__MAX(-127, TFM__MIN(127, q)));
+        }
+    }
+}
+
+static void tfm__quantize_panel(void *argument, size_t panel) {
+    const tfm__pack_job *job = (const tfm__pack_job *)argument;
+    size_t in = job->from->shape[1], groups = tfm__groups(in), g, n;
+    unsigned char *target = (unsigned char *)job->panels + panel * tfm__panel_bytes(TFM_I8, in);
+    unsigned char *codes = target + TFM__CACHE_LINE, *integers = target + tfm__integers_at(groups);
+    float part[TFM__GROUP * TFM__PANEL];
+    int32_t bases[16];
+    tfm__quantize_bases(job->from, panel, bases);
+    memset(target, 0, tfm__integers_at(groups));
+    memcpy(target, bases, sizeof bases);
+    for (g = 0; g < TFM__PANEL; g++)
+        if (bases[g] == TFM__NOT_FINITE)
+            return;
+    for (g = 0; g < groups; g++) {
+        n = TFM__MIN(TFM__GROUP, in - g * TFM__GROUP);
+        memset(part, 0, sizeof part);
+        tfm__read_part(job->from, panel, g * TFM__GROUP, n, part);
+        tfm__quantize_group(part, bases, codes + g * TFM__PANEL, integers + g * TFM__GROUP * TFM__PANEL);
+    }
+}
+
+/* 1 if some weight could not be quantized. */
+static int tfm__is_not_finite(const tfm_tensor *packed) {
+    size_t bytes = tfm__panel_bytes(packed->dtype, packed->shape[1]), i;
+    for (i = 0; packed->dtype == TFM_I8 && i < packed->shape[0]; i++) {
+        int32_t base;
+        memcpy(&base, (const char *)packed->data + i / TFM__PANEL * bytes + i % TFM__PANEL * sizeof base, sizeof base);
+        if (base == TFM__NOT_FINITE)
+            return 1;
+    }
+    return 0;
+}
+
+/* Packs a matrix into memory of tfm_tensor_bytes(the panels). See tfm__is_not_finite. */
+static tfm_tensor tfm__pack_into(const tfm__threads *threads, const tfm_tensor *matrix, tfm_dtype dtype, void *memory) {
+    tfm__pack_job job;
+    job.from = matrix;
+    job.dtype = dtype;
+    job.panels = (char *)memory;
+    tfm__parallel(threads, tfm__divide_up(matrix->shape[0], TFM__PANEL),
+                  dtype == TFM_I8 ? tfm__quantize_panel : tfm__pack_panel, &job);
+    return tfm__tensor(dtype, TFM_PANELS, matrix->shape[0], matrix->shape[1], memory);
+}
+
 TFM_API void tfm_unpack(tfm_tensor *packed, const tfm_allocator *allocator);
 
 /* ------------------------------------------------------------------------------------------------------------- layers
@@ -233,7 +995,10 @@ TFM_API void tfm_unpack(tfm_tensor *packed, const tfm_allocator *allocator);
  * or take them from a loaded model. They own nothing. Every forward function takes its activations in fp32, row-major,
  * one token a row, and may grow the engine's scratch memory (TFM_ERROR_MEMORY). */
 
-/* y = x W^T + b.  weight [out, in] in panels; bias [out] or absent. */
+/* y = x W^T + b.  weight [out, in] in panels; bias [out] or absent.
+ * With an i8 weight x is quantized too, when it comes (dynamic quantization): for each row and 64 inputs a scale
+ * t = largest |x| / 127 and integers round(x / t). Integers are multiplied and added exactly, in 32 bits; then
+ * y = sum over groups of s t (integer sum). The error of one product x w is at most (s |x| + t |w|) / 2 + s t / 4. */
 typedef struct tfm_linear {
     tfm_tensor weight;
     tfm_tensor bias;
@@ -614,606 +1379,6 @@ TFM_API tfm_status tfm_generate_ids(tfm_session *session, const int32_t *prompt,
 
 #endif /* TFM_H */
 
-/* =====================================================================================================================
- * IMPLEMENTATION
- * =====================================================================================================================
- * Floors a to h. Each calls only those above it on the page, that is: nothing is used before it was explained.
- */
-#if defined(TFM_IMPLEMENTATION) && !defined(TFM__IMPLEMENTED)
-#define TFM__IMPLEMENTED
-
-#include <errno.h>
-#include <float.h>
-#include <math.h>
-#include <stdarg.h>
-#include <stdlib.h>
-#include <string.h>
-#ifdef TFM_NO_STDIO
-#include <stdio.h> /* vsnprintf, for error messages; no files */
-#endif
-
-/* =====================================================================================================================
- * a. PLATFORM: compiler, memory, errors, CPU features, threads, files
- *    All that depends on the compiler or the operating system is here and in the target lines of floor c.
- * ================================================================================================================== */
-
-#ifndef TFM_MALLOC
-#define TFM_MALLOC(size) malloc(size)
-#define TFM_FREE(memory) free(memory)
-#endif
-
-#ifndef TFM_HEADER
-#define TFM_HEADER "tfm.h"
-#endif
-
-#if defined(__GNUC__) || defined(__clang__)
-#define TFM__PRINTF(format_index) __attribute__((format(printf, format_index, format_index + 1)))
-#define TFM__INLINE inline __attribute__((always_inline))
-#else
-#define TFM__PRINTF(format_index)
-#define TFM__INLINE inline
-#endif
-
-#if defined(__clang__)
-#define TFM__UNROLL _Pragma("unroll")
-#elif defined(__GNUC__)
-#define TFM__UNROLL _Pragma("GCC unroll 32")
-#else
-#define TFM__UNROLL
-#endif
-
-#if !defined(TFM_NO_SIMD) && (defined(__GNUC__) || defined(__clang__)) && defined(__x86_64__)
-#define TFM__X86
-#include <immintrin.h>
-#elif !defined(TFM_NO_SIMD) && (defined(__GNUC__) || defined(__clang__)) && defined(__aarch64__) && defined(__ARM_NEON)
-#define TFM__NEON
-#include <arm_neon.h>
-#endif
-
-#if defined(__BYTE_ORDER__) && __BYTE_ORDER__ == __ORDER_BIG_ENDIAN__
-#error "tfm.h needs a little-endian CPU"
-#endif
-
-#define TFM__MIN(a, b) ((a) < (b) ? (a) : (b))
-#define TFM__MAX(a, b) ((a) > (b) ? (a) : (b))
-
-static size_t tfm__divide_up(size_t n, size_t by) {
-    return (n + by - 1) / by;
-}
-
-static size_t tfm__round_up(size_t n, size_t to) {
-    return tfm__divide_up(n, to) * to;
-}
-
-/* ---- errors */
-
-static TFM__PRINTF(3) tfm_status tfm__fail(tfm_error *error, tfm_status status, const char *format, ...) {
-    if (error) {
-        va_list arguments;
-        error->status = status;
-        va_start(arguments, format);
-        vsnprintf(error->message, sizeof error->message, format, arguments);
-        va_end(arguments);
-    }
-    return status;
-}
-
-static tfm_status tfm__fail_memory(tfm_error *error, size_t size) {
-    return tfm__fail(error, TFM_ERROR_MEMORY, "out of memory: %lu bytes were asked for", (unsigned long)size);
-}
-
-/* ---- memory */
-
-static void *tfm__default_allocate(void *user, size_t size) {
-    (void)user;
-    return TFM_MALLOC(size);
-}
-
-static void tfm__default_release(void *user, void *memory) {
-    (void)user;
-    TFM_FREE(memory);
-}
-
-static tfm_allocator tfm__allocator(const tfm_allocator *given) {
-    tfm_allocator allocator;
-    if (given && given->allocate && given->release)
-        return *given;
-    allocator.allocate = tfm__default_allocate;
-    allocator.release = tfm__default_release;
-    allocator.user = NULL;
-    return allocator;
-}
-
-/* a * b, or SIZE_MAX where that overflows: no allocation of that size succeeds. */
-static size_t tfm__product(size_t a, size_t b) {
-    return b && a > SIZE_MAX / b ? SIZE_MAX : a * b;
-}
-
-static void *tfm__allocate(const tfm_allocator *allocator, size_t size) {
-    return size >= SIZE_MAX / 2 ? NULL : allocator->allocate(allocator->user, size ? size : 1);
-}
-
-static void *tfm__allocate_zeroed(const tfm_allocator *allocator, size_t size) {
-    void *memory = tfm__allocate(allocator, size);
-    if (memory)
-        memset(memory, 0, size);
-    return memory;
-}
-
-static void tfm__release(const tfm_allocator *allocator, void *memory) {
-    if (memory)
-        allocator->release(allocator->user, memory);
-}
-
-/* Aligned memory: cache lines for the kernels; 2 MiB for weights, which are read 15-20 % faster from huge pages. The
- * address that the allocator gave is kept just before the aligned one. */
-#define TFM__CACHE_LINE ((size_t)64)
-#define TFM__HUGE_PAGE ((size_t)2 << 20)
-
-static void *tfm__allocate_aligned(const tfm_allocator *allocator, size_t size, size_t alignment) {
-    char *memory, *aligned;
-    if (size > SIZE_MAX / 2 - alignment - sizeof(void *))
-        return NULL;
-    memory = (char *)tfm__allocate(allocator, size + alignment + sizeof(void *));
-    if (!memory)
-        return NULL;
-    aligned = memory + sizeof(void *);
-    aligned += (alignment - (uintptr_t)aligned % alignment) % alignment;
-    memcpy(aligned - sizeof(void *), &memory, sizeof(void *));
-    return aligned;
-}
-
-static void tfm__release_aligned(const tfm_allocator *allocator, const void *aligned) {
-    void *memory;
-    if (!aligned)
-        return;
-    memcpy(&memory, (const char *)aligned - sizeof(void *), sizeof(void *));
-    allocator->release(allocator->user, memory);
-}
-
-/* ---- CPU features */
-
-static const char *const tfm__isa_names[TFM_ISA_COUNT] = {"best",   "scalar",     "avx2", "avxvnni",
-                                                          "avx512", "avx512vnni", "neon", "neondot"};
-
-TFM_API const char *tfm_isa_name(tfm_isa isa) {
-    return (unsigned)isa < TFM_ISA_COUNT ? tfm__isa_names[isa] : NULL;
-}
-
-TFM_API tfm_status tfm_isa_from_name(const char *name, tfm_isa *isa, tfm_error *error) {
-    int i;
-    for (i = 0; i < TFM_ISA_COUNT; i++)
-        if (!name || !*name || !strcmp(name, tfm__isa_names[i])) {
-            *isa = (tfm_isa)i;
-            return TFM_OK;
-        }
-    return tfm__fail(error, TFM_ERROR_ARGUMENT,
-                     "unknown instruction set '%.64s' (there are scalar, avx2, avxvnni, avx512, avx512vnni, neon, neondot)",
-                     name);
-}
-
-/* __builtin_cpu_supports asks the CPU and the operating system (which must save the wide registers). */
-TFM_API int tfm_isa_supported(tfm_isa isa) {
-    switch (isa) {
-    case TFM_ISA_BEST:
-    case TFM_ISA_SCALAR: return 1;
-#if defined(TFM__X86)
-    case TFM_ISA_AVX2:
-        return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
-    case TFM_ISA_AVX512:
-        return tfm_isa_supported(TFM_ISA_AVX2) && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-               __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-#elif defined(TFM__NEON)
-    case TFM_ISA_NEON: return 1;
-#endif
-    default: return 0;
-    }
-}
-
-static tfm_isa tfm__best_isa(void) {
-    int i;
-    for (i = TFM_ISA_COUNT - 1; i > TFM_ISA_SCALAR; i--)
-        if (tfm_isa_supported((tfm_isa)i))
-            return (tfm_isa)i;
-    return TFM_ISA_SCALAR;
-}
-
-/* ---- threads: the caller's parallel-for, or OpenMP, or a plain loop */
-
-#ifdef _OPENMP
-#include <omp.h>
-#endif
-
-typedef struct tfm__threads {
-    tfm_parallel_for parallel_for;
-    void *user;
-    int count;
-} tfm__threads;
-
-static void tfm__serial_for(void *user, size_t n, tfm_task task, void *argument) {
-    size_t i;
-    (void)user;
-    for (i = 0; i < n; i++)
-        task(argument, i);
-}
-
-#ifdef _OPENMP
-/* schedule(dynamic): whichever thread is running takes the next piece, so that a core that is busy with something else
- * holds up one piece and not its half of the work. */
-static void tfm__openmp_for(void *user, size_t n, tfm_task task, void *argument) {
-    int count = *(const int *)user;
-    long i, end = (long)n;
-#pragma omp parallel for schedule(dynamic) num_threads(count)
-    for (i = 0; i < end; i++)
-        task(argument, (size_t)i);
-}
-#endif
-
-/* The number of threads that `count` = 0 means. */
-static int tfm__thread_count(int count) {
-#ifdef _OPENMP
-    return count > 0 ? count : omp_get_max_threads();
-#else
-    (void)count;
-    return 1;
-#endif
-}
-
-static void tfm__parallel(const tfm__threads *threads, size_t n, tfm_task task, void *argument) {
-    if (n == 1 || (threads->count == 1 && !threads->parallel_for))
-        tfm__serial_for(NULL, n, task, argument);
-    else if (threads->parallel_for)
-        threads->parallel_for(threads->user, n, task, argument);
-#ifdef _OPENMP
-    else {
-        int count = threads->count;
-        tfm__openmp_for(&count, n, task, argument);
-    }
-#endif
-}
-
-/* ---- files: a whole file as memory, mapped where the system can */
-
-#if !defined(TFM_NO_STDIO) && !defined(TFM_NO_MMAP) && (defined(__unix__) || defined(__APPLE__))
-#define TFM__MMAP
-#include <fcntl.h>
-#include <sys/mman.h>
-#include <sys/stat.h>
-#include <unistd.h>
-#endif
-
-typedef struct tfm__bytes {
-    const unsigned char *data;
-    size_t size;
-    int mapped; /* 1: give back with munmap; 0: with the allocator */
-} tfm__bytes;
-
-#ifdef TFM__MMAP
-static tfm_status tfm__map_file(const char *path, const tfm_allocator *allocator, tfm__bytes *bytes, tfm_error *error) {
-    struct stat status;
-    void *memory;
-    int descriptor = open(path, O_RDONLY);
-    (void)allocator;
-    if (descriptor < 0)
-        return tfm__fail(error, TFM_ERROR_FILE, "%.300s: %s", path, strerror(errno));
-    if (fstat(descriptor, &status) || !S_ISREG(status.st_mode)) {
-        close(descriptor);
-        return tfm__fail(error, TFM_ERROR_FILE, "%.300s: not a regular file", path);
-    }
-    if (status.st_size <= 0) {
-        close(descriptor);
-        return tfm__fail(error, TFM_ERROR_FORMAT, "%.300s: the file is empty", path);
-    }
-    memory = (uintmax_t)status.st_size > SIZE_MAX / 2
-                 ? MAP_FAILED
-                 : mmap(NULL, (size_t)status.st_size, PROT_READ, MAP_SHARED, descriptor, 0);
-    close(descriptor);
-    if (memory == MAP_FAILED)
-        return tfm__fail(error, TFM_ERROR_FILE, "%.300s: can't be mapped into memory", path);
-    bytes->data = (const unsigned char *)memory;
-    bytes->size = (size_t)status.st_size;
-    bytes->mapped = 1;
-    return TFM_OK;
-}
-#elif !defined(TFM_NO_STDIO)
-#ifdef _WIN32
-#define tfm__seek _fseeki64
-#define tfm__tell _ftelli64
-#else
-#define tfm__seek fseek
-#define tfm__tell ftell
-#endif
-static tfm_status tfm__map_file(const char *path, const tfm_allocator *allocator, tfm__bytes *bytes, tfm_error *error) {
-    FILE *file = fopen(path, "rb");
-    tfm_status status = TFM_OK;
-    long long size;
-    void *memory;
-    if (!file)
-        return tfm__fail(error, TFM_ERROR_FILE, "%.300s: %s", path, strerror(errno));
-    if (tfm__seek(file, 0, SEEK_END) || (size = tfm__tell(file)) < 0 || tfm__seek(file, 0, SEEK_SET)) {
-        fclose(file);
-        return tfm__fail(error, TFM_ERROR_FILE, "%.300s: can't be read", path);
-    }
-    memory = (unsigned long long)size > SIZE_MAX ? NULL
-                                                 : tfm__allocate_aligned(allocator, (size_t)size, TFM__CACHE_LINE);
-    if (!memory)
-        status = tfm__fail(error, TFM_ERROR_MEMORY, "%.300s: no memory for its %lld bytes", path, size);
-    else if (fread(memory, 1, (size_t)size, file) != (size_t)size)
-        status = tfm__fail(error, TFM_ERROR_FILE, "%.300s: can't be read", path);
-    fclose(file);
-    if (status != TFM_OK) {
-        tfm__release_aligned(allocator, memory);
-        return status;
-    }
-    bytes->data = (const unsigned char *)memory;
-    bytes->size = (size_t)size;
-    bytes->mapped = 0;
-    return TFM_OK;
-}
-#endif
-
-/* Asks for 2 MiB pages where the system has them for the asking. A wish: nothing depends on it. */
-static void tfm__advise_huge(void *memory, size_t size) {
-#if defined(TFM__MMAP) && defined(__linux__)
-    const int huge_page = 14; /* MADV_HUGEPAGE: strict C99 hides it, and the function */
-#ifndef __cplusplus
-    extern int madvise(void *, size_t, int);
-#endif
-    if (size >= TFM__HUGE_PAGE)
-        (void)madvise(memory, size / TFM__HUGE_PAGE * TFM__HUGE_PAGE, huge_page);
-#else
-    (void)memory;
-    (void)size;
-#endif
-}
-
-#ifndef TFM_NO_STDIO
-static void tfm__unmap_file(const tfm_allocator *allocator, tfm__bytes *bytes) {
-#ifdef TFM__MMAP
-    if (bytes->mapped && bytes->data)
-        munmap((void *)(uintptr_t)bytes->data, bytes->size);
-#endif
-    if (!bytes->mapped)
-        tfm__release_aligned(allocator, bytes->data);
-    bytes->data = NULL;
-}
-#endif
-
-/* CRC-32 as in zlib (reflected polynomial 0xEDB88320), sliced by 8: eight tables take eight bytes in one step. The
- * tables are made by the caller, on the stack, so that the library keeps no state. */
-typedef struct tfm__crc_tables {
-    uint32_t table[8][256];
-} tfm__crc_tables;
-
-static void tfm__crc_prepare(tfm__crc_tables *crc) {
-    uint32_t i, j;
-    for (i = 0; i < 256; i++) {
-        uint32_t value = i;
-        for (j = 0; j < 8; j++)
-            value = value & 1 ? value >> 1 ^ 0xEDB88320u : value >> 1;
-        crc->table[0][i] = value;
-    }
-    for (j = 1; j < 8; j++)
-        for (i = 0; i < 256; i++)
-            crc->table[j][i] = crc->table[j - 1][i] >> 8 ^ crc->table[0][crc->table[j - 1][i] & 255];
-}
-
-static uint32_t tfm__crc(const tfm__crc_tables *crc, uint32_t value, const void *data, size_t size) {
-    const unsigned char *p = (const unsigned char *)data;
-    value = ~value;
-    for (; size >= 8; size -= 8, p += 8) {
-        uint32_t low, high;
-        memcpy(&low, p, 4);
-        memcpy(&high, p + 4, 4);
-        low ^= value;
-        value = crc->table[7][low & 255] ^ crc->table[6][low >> 8 & 255] ^ crc->table[5][low >> 16 & 255] ^
-                crc->table[4][low >> 24] ^ crc->table[3][high & 255] ^ crc->table[2][high >> 8 & 255] ^
-                crc->table[1][high >> 16 & 255] ^ crc->table[0][high >> 24];
-    }
-    for (; size; size--, p++)
-        value = value >> 8 ^ crc->table[0][(value ^ *p) & 255];
-    return ~value;
-}
-
-/* =====================================================================================================================
- * b. TENSORS: types, 16-bit floats, panels
- * ================================================================================================================== */
-
-/* Outputs side by side in a panel: one AVX-512 register of fp32, two of AVX2, four of NEON. */
-#define TFM__PANEL ((size_t)16)
-
-static const char *const tfm__dtype_names[TFM_DTYPE_COUNT] = {NULL, "f32", "f16", "bf16", "i8"};
-static const size_t tfm__dtype_sizes[TFM_DTYPE_COUNT] = {0, 4, 2, 2, 1};
-
-TFM_API const char *tfm_dtype_name(tfm_dtype dtype) {
-    return (unsigned)dtype < TFM_DTYPE_COUNT ? tfm__dtype_names[dtype] : NULL;
-}
-
-TFM_API tfm_status tfm_dtype_from_name(const char *name, tfm_dtype *dtype, tfm_error *error) {
-    int i;
-    for (i = 1; i < TFM_DTYPE_COUNT; i++)
-        if (!strcmp(name, tfm__dtype_names[i]) || (i == TFM_I8 && !strcmp(name, "int8"))) {
-            *dtype = (tfm_dtype)i;
-            return TFM_OK;
-        }
-    return tfm__fail(error, TFM_ERROR_ARGUMENT, "unknown type '%.64s' (there are f32, f16, bf16, int8)", name);
-}
-
-static tfm_tensor tfm__tensor(tfm_dtype dtype, tfm_layout layout, size_t rows, size_t columns, const void *data) {
-    tfm_tensor tensor;
-    tensor.dtype = dtype;
-    tensor.layout = layout;
-    tensor.n_dims = columns ? 2 : 1;
-    tensor.shape[0] = rows;
-    tensor.shape[1] = columns ? columns : 1;
-    tensor.shape[2] = tensor.shape[3] = 1;
-    tensor.data = data;
-    return tensor;
-}
-
-TFM_API tfm_tensor tfm_vector(const float *data, size_t n) {
-    return tfm__tensor(TFM_F32, TFM_ROWS, n, 0, data);
-}
-
-TFM_API tfm_tensor tfm_matrix(const float *data, size_t out, size_t in) {
-    return tfm__tensor(TFM_F32, TFM_ROWS, out, in, data);
-}
-
-TFM_API size_t tfm_tensor_bytes(const tfm_tensor *tensor) {
-    size_t rows = tensor->layout == TFM_PANELS ? tfm__round_up(tensor->shape[0], TFM__PANEL) : tensor->shape[0];
-    size_t elements = tfm__product(tfm__product(rows, tensor->shape[1]), tfm__product(tensor->shape[2], tensor->shape[3]));
-    return tfm__product(elements, tfm__dtype_sizes[tensor->dtype]);
-}
-
-static int tfm__is_float(tfm_dtype dtype) {
-    return dtype == TFM_F32 || dtype == TFM_F16 || dtype == TFM_BF16;
-}
-
-/* ---- 16-bit floats */
-
-static float tfm__float_from_bits(uint32_t bits) {
-    float value;
-    memcpy(&value, &bits, sizeof value);
-    return value;
-}
-
-static uint32_t tfm__float_bits(float value) {
-    uint32_t bits;
-    memcpy(&bits, &value, sizeof bits);
-    return bits;
-}
-
-/* Shifting the half's exponent and mantissa into a float's place makes a value that is 2^-112 too small, subnormals
- * included; multiplying by 2^112 is exact. */
-static float tfm__from_f16(uint16_t half) {
-    uint32_t sign = (uint32_t)(half & 0x8000) << 16, magnitude = half & 0x7FFFu;
-    if (magnitude >= 0x7C00) /* infinity, NaN */
-        return tfm__float_from_bits(sign | 0x7F800000u | (magnitude & 0x3FF) << 13);
-    return tfm__float_from_bits(sign | tfm__float_bits(tfm__float_from_bits(magnitude << 13) * 5192296858534827628530496329220096.0f));
-}
-
-/* Rounds to nearest, ties to even: adding a power of two that makes the wanted last bit the float's last lets the
- * addition round. */
-static uint16_t tfm__to_f16(float value) {
-    uint32_t bits = tfm__float_bits(value), sign = bits >> 16 & 0x8000, magnitude = bits & 0x7FFFFFFFu;
-    if (magnitude > 0x7F800000u)
-        return (uint16_t)(sign | 0x7E00); /* NaN */
-    if (magnitude >= 0x477FF000u)
-        return (uint16_t)(sign | 0x7C00); /* rounds to infinity */
-    if (magnitude < 0x38800000u)          /* subnormal halves count in steps of 2^-24 */
-        return (uint16_t)(sign | (tfm__float_bits(tfm__float_from_bits(magnitude) + 0.5f) - 0x3F000000u));
-    magnitude += 0xFFF + (magnitude >> 13 & 1);
-    return (uint16_t)(sign | ((magnitude >> 13) - (112u << 10)));
-}
-
-static float tfm__from_bf16(uint16_t half) {
-    return tfm__float_from_bits((uint32_t)half << 16);
-}
-
-static uint16_t tfm__to_bf16(float value) {
-    uint32_t bits = tfm__float_bits(value);
-    if ((bits & 0x7FFFFFFFu) > 0x7F800000u)
-        return (uint16_t)(bits >> 16 | 0x40); /* NaN stays one */
-    return (uint16_t)((bits + 0x7FFF + (bits >> 16 & 1)) >> 16);
-}
-
-/* n numbers, `stride` elements apart in the source, to fp32. */
-static void tfm__to_floats(tfm_dtype dtype, const void *source, size_t stride, size_t n, float *floats) {
-    const uint16_t *halves = (const uint16_t *)source;
-    size_t i;
-    if (dtype == TFM_F32)
-        for (i = 0; i < n; i++)
-            floats[i] = ((const float *)source)[i * stride];
-    else if (dtype == TFM_F16)
-        for (i = 0; i < n; i++)
-            floats[i] = tfm__from_f16(halves[i * stride]);
-    else
-        for (i = 0; i < n; i++)
-            floats[i] = tfm__from_bf16(halves[i * stride]);
-}
-
-static void tfm__from_floats(tfm_dtype dtype, const float *floats, size_t n, void *target) {
-    uint16_t *halves = (uint16_t *)target;
-    size_t i;
-    if (dtype == TFM_F32)
-        memcpy(target, floats, n * sizeof *floats);
-    else if (dtype == TFM_F16)
-        for (i = 0; i < n; i++)
-            halves[i] = tfm__to_f16(floats[i]);
-    else
-        for (i = 0; i < n; i++)
-            halves[i] = tfm__to_bf16(floats[i]);
-}
-
-/* ---- panels */
-
-static const void *tfm__at(const void *data, tfm_dtype dtype, size_t element) {
-    return (const char *)data + element * tfm__dtype_sizes[dtype];
-}
-
-/* n numbers from a row of a matrix of any layout, the first from column `column`, as fp32. */
-static void tfm__matrix_row(const tfm_tensor *matrix, size_t index, size_t column, size_t n, float *row) {
-    size_t out = matrix->shape[0], in = matrix->shape[1], first, stride;
-    if (matrix->layout == TFM_ROWS)
-        first = index * in, stride = 1;
-    else if (matrix->layout == TFM_COLS)
-        first = index, stride = out;
-    else
-        first = index / TFM__PANEL * in * TFM__PANEL + index % TFM__PANEL, stride = TFM__PANEL;
-    tfm__to_floats(matrix->dtype, tfm__at(matrix->data, matrix->dtype, first + column * stride), stride, n, row);
-}
-
-typedef struct tfm__pack_job {
-    const tfm_tensor *from; /* [out, in] */
-    tfm_dtype dtype;
-    char *panels; /* [ceil(out / 16)][in][16] */
-} tfm__pack_job;
-
-/* Packs the inputs [first, first + n) of one panel, by way of fp32. n <= TFM__PACK_STEP. */
-#define TFM__PACK_STEP ((size_t)128)
-static void tfm__pack_part(const tfm__pack_job *job, size_t panel, size_t first, size_t n) {
-    const tfm_tensor *from = job->from;
-    size_t out = from->shape[0], in = from->shape[1], base = panel * TFM__PANEL, k, lane;
-    size_t lanes = TFM__MIN(TFM__PANEL, out - base);
-    float row[TFM__PACK_STEP], packed[TFM__PACK_STEP * TFM__PANEL]; /* packed [n][16] */
-    void *target = job->panels + (panel * in + first) * TFM__PANEL * tfm__dtype_sizes[job->dtype];
-    if (from->layout == TFM_PANELS) /* contiguous already */
-        tfm__to_floats(from->dtype, tfm__at(from->data, from->dtype, (panel * in + first) * TFM__PANEL), 1, n * TFM__PANEL,
-                       packed);
-    else {
-        if (lanes < TFM__PANEL)
-            memset(packed, 0, sizeof packed);
-        if (from->layout == TFM_COLS)
-            for (k = 0; k < n; k++)
-                tfm__to_floats(from->dtype, tfm__at(from->data, from->dtype, (first + k) * out + base), 1, lanes,
-                               packed + k * TFM__PANEL);
-        else
-            for (lane = 0; lane < lanes; lane++) {
-                tfm__to_floats(from->dtype, tfm__at(from->data, from->dtype, (base + lane) * in + first), 1, n, row);
-                for (k = 0; k < n; k++)
-                    packed[k * TFM__PANEL + lane] = row[k];
-            }
-    }
-    tfm__from_floats(job->dtype, packed, n * TFM__PANEL, target);
-}
-
-static void tfm__pack_panel(void *argument, size_t panel) {
-    const tfm__pack_job *job = (const tfm__pack_job *)argument;
-    size_t in = job->from->shape[1], first;
-    for (first = 0; first < in; first += TFM__PACK_STEP)
-        tfm__pack_part(job, panel, first, TFM__MIN(TFM__PACK_STEP, in - first));
-}
-
-/* Packs a matrix into memory of tfm_tensor_bytes(the panels). */
-static tfm_tensor tfm__pack_into(const tfm__threads *threads, const tfm_tensor *matrix, tfm_dtype dtype, void *memory) {
-    tfm__pack_job job;
-    job.from = matrix;
-    job.dtype = dtype;
-    job.panels = (char *)memory;
-    tfm__parallel(threads, tfm__divide_up(matrix->shape[0], TFM__PANEL), tfm__pack_panel, &job);
-    return tfm__tensor(dtype, TFM_PANELS, matrix->shape[0], matrix->shape[1], memory);
-}
-
 TFM_API tfm_status tfm_pack(const tfm_tensor *matrix, tfm_dtype dtype, const tfm_allocator *allocator, tfm_tensor *packed,
                             tfm_error *error) {
     tfm_allocator memory = tfm__allocator(allocator);
@@ -1222,14 +1387,18 @@ TFM_API tfm_status tfm_pack(const tfm_tensor *matrix, tfm_dtype dtype, const tfm
     void *panels;
     if (matrix->n_dims != 2 || !matrix->shape[0] || !matrix->shape[1] || !matrix->data)
         return tfm__fail(error, TFM_ERROR_ARGUMENT, "tfm_pack: expected a matrix");
-    if (!tfm__is_float(matrix->dtype) || !tfm__is_float(dtype))
-        return tfm__fail(error, TFM_ERROR_UNSUPPORTED, "tfm_pack: expected f32, f16 or bf16");
+    if (!tfm__is_matrix_dtype(matrix->dtype, matrix->layout) || !tfm__is_matrix_dtype(dtype, TFM_PANELS))
+        return tfm__fail(error, TFM_ERROR_UNSUPPORTED, "tfm_pack: expected f32, f16, bf16, or i8 in panels");
     *packed = tfm__tensor(dtype, TFM_PANELS, matrix->shape[0], matrix->shape[1], NULL);
     size = tfm_tensor_bytes(packed);
     panels = tfm__allocate_aligned(&memory, size, TFM__CACHE_LINE);
     if (!panels)
         return tfm__fail_memory(error, size);
     *packed = tfm__pack_into(&alone, matrix, dtype, panels);
+    if (tfm__is_not_finite(packed)) {
+        tfm_unpack(packed, allocator);
+        return tfm__fail(error, TFM_ERROR_ARGUMENT, "tfm_pack: a weight is not finite, and so can't be quantized");
+    }
     return TFM_OK;
 }
 
@@ -1251,15 +1420,23 @@ TFM_API void tfm_unpack(tfm_tensor *packed, const tfm_allocator *allocator) {
  *    what makes results independent of batching, of chunking and of threads.
  * ================================================================================================================== */
 
+/* Activations as int8 weights take them: for each row and group of 64 a scale t, with x about t q. */
+typedef struct tfm__quantized {
+    int8_t *q;        /* [n_rows][groups * 64]: -127 to 127, 0 past the last input */
+    float *scales;    /* [n_rows][groups] */
+    int32_t *offsets; /* [n_rows][groups]: -128 * the sum of the q: takes away the 128 that weights are stored with */
+} tfm__quantized;
+
 /* y[n_rows][n] (+)= x[n_rows][k] W^T.  W: panels of 16 outputs, panel_bytes from one to the next. */
 typedef struct tfm__matmul {
-    const float *x;
+    const float *x; /* not for i8 */
     size_t x_stride, n_rows;
+    tfm__quantized quantized; /* only for i8 */
     const void *w;
     size_t panel_bytes, n, k;
     float *y;
     size_t y_stride;
-    int add; /* 1: y += */
+    int add; /* 1: y +=. Not for i8. */
 } tfm__matmul;
 
 /* What happens to the product while it is in the cache: y = activation(y + bias), and then, if there is a residual,
@@ -1282,6 +1459,8 @@ typedef struct tfm__softmax {
 typedef struct tfm__kernels {
     tfm_isa isa;
     void (*matmul[TFM_DTYPE_COUNT])(const tfm__matmul *job);
+    /* x[n] of one row -> its q, scales and offsets */
+    void (*quantize)(const float *x, size_t n, const tfm__quantized *row);
     void (*finish)(const tfm__finish *job);
     /* y[n] = norm(x[n]) */
     void (*norm[2])(const float *x, size_t n, const float *weight, const float *bias, float eps, float *y);
@@ -1327,6 +1506,53 @@ static void tfm__scalar_matmul_f16(const tfm__matmul *job) {
 
 static void tfm__scalar_matmul_bf16(const tfm__matmul *job) {
     tfm__scalar_matmul(TFM_BF16, job);
+}
+
+static void tfm__scalar_matmul_i8(const tfm__matmul *job) {
+    size_t groups = tfm__groups(job->k), row, column, g, k;
+    for (row = 0; row < job->n_rows; row++)
+        for (column = 0; column < job->n; column++) {
+            const unsigned char *panel = (const unsigned char *)job->w + column / TFM__PANEL * job->panel_bytes;
+            const unsigned char *codes = panel + TFM__CACHE_LINE, *w = panel + tfm__integers_at(groups);
+            const int8_t *q = job->quantized.q + row * groups * TFM__GROUP;
+            size_t lane = column % TFM__PANEL;
+            float y = 0, scale;
+            int32_t base;
+            memcpy(&base, panel + lane * sizeof base, sizeof base);
+            for (g = 0; g < groups; g++) {
+                int32_t sum = 0;
+                for (k = g * TFM__GROUP; k < (g + 1) * TFM__GROUP; k++)
+                    sum += (w[(k / 4 * TFM__PANEL + lane) * 4 + k % 4] - 128) * q[k];
+                scale = tfm__float_from_bits((uint32_t)base + ((uint32_t)codes[g * TFM__PANEL + lane] << TFM__CODE_STEP));
+                y += (float)sum * (scale * job->quantized.scales[row * groups + g]);
+            }
+            job->y[row * job->y_stride + column] = y;
+        }
+}
+
+/* The largest |x| of a group is found on the bits, in whose order NaN comes last: so a NaN makes the scale, and every
+ * result, NaN. Adding 1.5 * 2^23 rounds to the nearest integer, which then stands in the low bits. */
+static void tfm__scalar_quantize(const float *x, size_t n, const tfm__quantized *row) {
+    size_t g, k;
+    for (g = 0; g < tfm__groups(n); g++) {
+        size_t first = g * TFM__GROUP, end = TFM__MIN(first + TFM__GROUP, n);
+        uint32_t largest = 0;
+        int32_t sum = 0;
+        float inverse;
+        for (k = first; k < end; k++)
+            largest = TFM__MAX(largest, tfm__float_bits(x[k]) & 0x7FFFFFFFu);
+        inverse = largest ? 127 / tfm__float_from_bits(largest) : 0;
+        if (inverse > FLT_MAX) /* |x| < 4e-37: so small that it may as well be 0 */
+            inverse = 0;
+        memset(row->q + first, 0, TFM__GROUP);
+        for (k = first; k < end; k++) {
+            float product = x[k] * inverse;
+            row->q[k] = (int8_t)(tfm__float_bits(product + 12582912.0f) & 255);
+            sum += row->q[k];
+        }
+        row->scales[g] = tfm__float_from_bits(largest) / 127;
+        row->offsets[g] = -128 * sum;
+    }
 }
 
 static float tfm__scalar_activation(tfm_activation activation, float x) {
@@ -1409,7 +1635,8 @@ static void tfm__scalar_multiply(float *gate, const float *up, size_t n) {
 
 static const tfm__kernels tfm__scalar_kernels = {
     TFM_ISA_SCALAR,
-    {NULL, tfm__scalar_matmul_f32, tfm__scalar_matmul_f16, tfm__scalar_matmul_bf16, NULL},
+    {NULL, tfm__scalar_matmul_f32, tfm__scalar_matmul_f16, tfm__scalar_matmul_bf16, tfm__scalar_matmul_i8},
+    tfm__scalar_quantize,
     tfm__scalar_finish,
     {tfm__scalar_layer_norm, tfm__scalar_rms_norm},
     tfm__scalar_softmax_block,
@@ -1420,15 +1647,26 @@ static const tfm__kernels tfm__scalar_kernels = {
 /* ---- the vector kernels: this file once more for each instruction set, which compiles the part below */
 
 #ifdef TFM__X86
-#define TFM__TIER 2
+#define TFM__TIER 20 /* AVX2 */
 #include TFM_HEADER
 #undef TFM__TIER
-#define TFM__TIER 512
+#ifdef TFM__HAS_AVXVNNI
+#define TFM__TIER 21 /* AVX-VNNI: AVX2 with another int8 product */
+#include TFM_HEADER
+#undef TFM__TIER
+#endif
+#define TFM__TIER 50 /* AVX-512 */
+#include TFM_HEADER
+#undef TFM__TIER
+#define TFM__TIER 51 /* AVX-512 VNNI: AVX-512 with another int8 product */
 #include TFM_HEADER
 #undef TFM__TIER
 #endif
 #ifdef TFM__NEON
-#define TFM__TIER 128
+#define TFM__TIER 10 /* NEON */
+#include TFM_HEADER
+#undef TFM__TIER
+#define TFM__TIER 11 /* NEON dot-product: NEON with another int8 product */
 #include TFM_HEADER
 #undef TFM__TIER
 #endif
@@ -1445,10 +1683,17 @@ static const tfm__kernels tfm__scalar_kernels = {
  *   AVX-512: 32 registers: 8 rows x 48 outputs = 24 accumulators + 3 weights + 1 broadcast. 97 % of the multiplier's peak.
  *   AVX2:    16 registers: 6 rows x 16 outputs = 12 accumulators + 2 weights + 1 broadcast.
  *   NEON:    32 registers: 6 rows x 16 outputs = 24 accumulators + 4 weights + 1 broadcast. */
-#if TFM__TIER == 2
+#if TFM__TIER == 20 || TFM__TIER == 21
+#if TFM__TIER == 20
 #define TFM__FN(name) tfm__avx2_##name
 #define TFM__TARGET __attribute__((target("avx2,fma,f16c")))
 #define TFM__ISA TFM_ISA_AVX2
+#else
+#define TFM__FN(name) tfm__avxvnni_##name
+#define TFM__TARGET __attribute__((target("avx2,fma,f16c,avxvnni")))
+#define TFM__ISA TFM_ISA_AVXVNNI
+#endif
+#define TFM__BASE(name) tfm__avx2_##name
 #define TFM__LANES 8
 #define TFM__ROWS 6
 #define TFM__PANELS 1
@@ -1467,15 +1712,35 @@ static const tfm__kernels tfm__scalar_kernels = {
 #define vf_load_bf16(p)                                                                                                \
     _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)(p))), 16))
 #define vf_abs(a) _mm256_andnot_ps(_mm256_set1_ps(-0.0f), a)
+/* the larger of two floats that are not negative, by their bits: NaN is the largest */
+#define vf_max_bits(a, b)                                                                                              \
+    _mm256_castsi256_ps(_mm256_max_epi32(_mm256_castps_si256(a), _mm256_castps_si256(b)))
 /* a < b ? yes : no */
 #define vf_if_less(a, b, yes, no) _mm256_blendv_ps(no, yes, _mm256_cmp_ps(a, b, _CMP_LT_OQ))
 /* a times two to the n, for n = the low bits of t */
 #define vf_times_2_to(a, t)                                                                                            \
     _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(a), _mm256_slli_epi32(_mm256_castps_si256(t), 23)))
-#elif TFM__TIER == 512
+#define TFM__ROWS_I8 3
+#define TFM__PANELS_I8 1
+#define vi __m256i
+#define vi_load(p) _mm256_loadu_si256((const __m256i *)(p))
+#define vi_set1 _mm256_set1_epi32
+#define vi_to_floats _mm256_cvtepi32_ps
+/* floats with the bits base[i] + code[i] * 2^19 */
+#define vi_scales(base, code)                                                                                          \
+    _mm256_castsi256_ps(_mm256_add_epi32(                                                                              \
+        vi_load(base), _mm256_slli_epi32(_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)(code))), 19)))
+#elif TFM__TIER == 50 || TFM__TIER == 51
+#if TFM__TIER == 50
 #define TFM__FN(name) tfm__avx512_##name
 #define TFM__TARGET __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")))
 #define TFM__ISA TFM_ISA_AVX512
+#else
+#define TFM__FN(name) tfm__avx512vnni_##name
+#define TFM__TARGET __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c")))
+#define TFM__ISA TFM_ISA_AVX512VNNI
+#endif
+#define TFM__BASE(name) tfm__avx512_##name
 #define TFM__LANES 16
 #define TFM__ROWS 8
 #define TFM__PANELS 3
@@ -1494,13 +1759,35 @@ static const tfm__kernels tfm__scalar_kernels = {
 #define vf_load_bf16(p)                                                                                                \
     _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)(p))), 16))
 #define vf_abs(a) _mm512_abs_ps(a)
+#define vf_max_bits(a, b)                                                                                              \
+    _mm512_castsi512_ps(_mm512_max_epi32(_mm512_castps_si512(a), _mm512_castps_si512(b)))
 #define vf_if_less(a, b, yes, no) _mm512_mask_blend_ps(_mm512_cmp_ps_mask(a, b, _CMP_LT_OQ), no, yes)
 #define vf_times_2_to(a, t)                                                                                            \
     _mm512_castsi512_ps(_mm512_add_epi32(_mm512_castps_si512(a), _mm512_slli_epi32(_mm512_castps_si512(t), 23)))
-#elif TFM__TIER == 128
+#define TFM__ROWS_I8 4
+#define TFM__PANELS_I8 3
+#define vi __m512i
+#define vi_load(p) _mm512_loadu_si512(p)
+#define vi_set1 _mm512_set1_epi32
+#define vi_to_floats _mm512_cvtepi32_ps
+#define vi_scales(base, code)                                                                                          \
+    _mm512_castsi512_ps(_mm512_add_epi32(                                                                              \
+        vi_load(base), _mm512_slli_epi32(_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)(code))), 19)))
+#elif TFM__TIER == 10 || TFM__TIER == 11
+#if TFM__TIER == 10
 #define TFM__FN(name) tfm__neon_##name
 #define TFM__TARGET
 #define TFM__ISA TFM_ISA_NEON
+#else
+#define TFM__FN(name) tfm__neondot_##name
+#ifdef __clang__
+#define TFM__TARGET __attribute__((target("dotprod")))
+#else
+#define TFM__TARGET __attribute__((target("arch=armv8.2-a+dotprod")))
+#endif
+#define TFM__ISA TFM_ISA_NEONDOT
+#endif
+#define TFM__BASE(name) tfm__neon_##name
 #define TFM__LANES 4
 #define TFM__ROWS 6
 #define TFM__PANELS 1
@@ -1518,13 +1805,23 @@ static const tfm__kernels tfm__scalar_kernels = {
 #define vf_load_f16(p) vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16((const uint16_t *)(p))))
 #define vf_load_bf16(p) vreinterpretq_f32_u32(vshll_n_u16(vld1_u16((const uint16_t *)(p)), 16))
 #define vf_abs vabsq_f32
+#define vf_max_bits(a, b) vreinterpretq_f32_s32(vmaxq_s32(vreinterpretq_s32_f32(a), vreinterpretq_s32_f32(b)))
 #define vf_if_less(a, b, yes, no) vbslq_f32(vcltq_f32(a, b), yes, no)
 #define vf_times_2_to(a, t)                                                                                            \
     vreinterpretq_f32_s32(vaddq_s32(vreinterpretq_s32_f32(a), vshlq_n_s32(vreinterpretq_s32_f32(t), 23)))
+#define TFM__ROWS_I8 3
+#define TFM__PANELS_I8 1
+#define vi int32x4_t
+#define vi_load(p) vld1q_s32((const int32_t *)(const void *)(p))
+#define vi_set1 vdupq_n_s32
+#define vi_to_floats vcvtq_f32_s32
+#define vi_scales(base, code) vreinterpretq_f32_s32(vaddq_s32(vi_load(base), TFM__FN(codes)(code)))
 #endif
 
 /* Registers in a panel, and so in a v16. */
 #define TFM__PARTS (16 / TFM__LANES)
+
+#if TFM__TIER % 10 == 0 /* what the tiers of one register have in common */
 
 /* ---- the matrix product */
 
@@ -1654,6 +1951,7 @@ TFM__LIFT(div16, vf_div(a.part[i], b.part[i]), v16 a, v16 b)
 TFM__LIFT(max16, vf_max(a.part[i], b.part[i]), v16 a, v16 b)
 TFM__LIFT(min16, vf_min(a.part[i], b.part[i]), v16 a, v16 b)
 TFM__LIFT(abs16, vf_abs(a.part[i]), v16 a)
+TFM__LIFT(max_bits16, vf_max_bits(a.part[i], b.part[i]), v16 a, v16 b)
 TFM__LIFT(fma16, vf_fma(a.part[i], b.part[i], c.part[i]), v16 a, v16 b, v16 c)
 TFM__LIFT(if_less16, vf_if_less(a.part[i], b.part[i], yes.part[i], no.part[i]), v16 a, v16 b, v16 yes, v16 no)
 TFM__LIFT(times_2_to16, vf_times_2_to(a.part[i], t.part[i]), v16 a, v16 t)
@@ -1894,17 +2192,202 @@ static TFM__TARGET void TFM__FN(multiply)(float *gate, const float *up, size_t n
                                                      TFM__FN(load_part)(up + i, n - i, 0)), n - i);
 }
 
+/* ---- quantization of activations: as the plain C one, to the bit */
+
+static TFM__TARGET void TFM__FN(quantize)(const float *x, size_t n, const tfm__quantized *row) {
+    const v16 magic = TFM__FN(set16)(12582912.0f);
+    size_t g, i, k, groups = tfm__groups(n);
+    for (g = 0; g < groups; g++) {
+        size_t first = g * TFM__GROUP, left = TFM__MIN(TFM__GROUP, n - first);
+        v16 largest = TFM__FN(set16)(0), sum = TFM__FN(set16)(0), scaled;
+        float lane[TFM__GROUP], inverse;
+        uint32_t bits = 0;
+        for (i = 0; i < left; i += 16)
+            largest = TFM__FN(max_bits16)(largest, TFM__FN(abs16)(TFM__FN(load_part)(x + first + i, left - i, 0)));
+        TFM__FN(store16)(lane, largest);
+        for (i = 0; i < 16; i++)
+            bits = TFM__MAX(bits, tfm__float_bits(lane[i]));
+        inverse = bits ? 127 / tfm__float_from_bits(bits) : 0;
+        if (inverse > FLT_MAX)
+            inverse = 0;
+        for (i = 0; i < TFM__GROUP; i += 16) {
+            v16 part = i < left ? TFM__FN(load_part)(x + first + i, left - i, 0) : TFM__FN(set16)(0);
+            scaled = TFM__FN(add16)(TFM__FN(mul16)(part, TFM__FN(set16)(inverse)), magic);
+            TFM__FN(store16)(lane + i, scaled);
+            sum = TFM__FN(add16)(sum, TFM__FN(sub16)(scaled, magic)); /* integers below 2^13: exact */
+        }
+        for (k = 0; k < TFM__GROUP; k++)
+            row->q[first + k] = (int8_t)(tfm__float_bits(lane[k]) & 255);
+        row->scales[g] = tfm__float_from_bits(bits) / 127;
+        row->offsets[g] = -128 * (int32_t)TFM__FN(sum_lanes)(sum);
+    }
+}
+
+#endif /* what the tiers of one register have in common */
+
+/* ---- the int8 product
+ * vi_dot(sum, w, a): to each 32-bit sum add the products of its four weights with the four activations in `a`. Weights
+ * come as w + 128, which is what VNNI's u8 x s8 takes; the 128 is taken away at the start of each group, where the sums
+ * begin at -128 * (sum of the activations) instead of 0 (TFM__BIASED). The others flip the top bit, which makes w itself.
+ *   AVX2 and AVX-512 without VNNI: maddubs adds two products in 16 bits and saturates at 32767, so it gets |a| and
+ *   w sign(a), both at most 127: 2 * 127 * 127 = 32258 fits.
+ *   VNNI as inline assembly: from the intrinsic GCC 12 makes code that spills the accumulators, at half the speed. */
+#if TFM__TIER == 51
+#define TFM__BIASED 1
+static TFM__TARGET TFM__INLINE vi TFM__FN(dot)(vi sum, vi w, vi a) {
+    __asm__("vpdpbusd {%2, %1, %0|%0, %1, %2}" : "+v"(sum) : "v"(w), "v"(a));
+    return sum;
+}
+#elif TFM__TIER == 21
+#define TFM__BIASED 1
+static TFM__TARGET TFM__INLINE vi TFM__FN(dot)(vi sum, vi w, vi a) {
+    return _mm256_dpbusd_avx_epi32(sum, w, a);
+}
+#elif TFM__TIER == 20
+#define TFM__BIASED 0
+static TFM__TARGET TFM__INLINE vi TFM__FN(dot)(vi sum, vi w, vi a) {
+    vi signed_w = _mm256_sign_epi8(_mm256_xor_si256(w, _mm256_set1_epi8(-128)), a);
+    vi pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(a), signed_w);
+    return _mm256_add_epi32(sum, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+}
+#elif TFM__TIER == 50
+#define TFM__BIASED 0
+static TFM__TARGET TFM__INLINE vi TFM__FN(dot)(vi sum, vi w, vi a) {
+    vi plain = _mm512_xor_si512(w, _mm512_set1_epi8(-128));
+    vi signed_w = _mm512_mask_sub_epi8(plain, _mm512_movepi8_mask(a), _mm512_setzero_si512(), plain);
+    vi pairs = _mm512_maddubs_epi16(_mm512_abs_epi8(a), signed_w);
+    return _mm512_add_epi32(sum, _mm512_madd_epi16(pairs, _mm512_set1_epi16(1)));
+}
+#elif TFM__TIER == 10
+#define TFM__BIASED 0
+static TFM__TARGET TFM__INLINE vi TFM__FN(dot)(vi sum, vi w, vi a) {
+    int8x16_t plain = vreinterpretq_s8_u8(veorq_u8(vreinterpretq_u8_s32(w), vdupq_n_u8(128)));
+    int8x16_t bytes = vreinterpretq_s8_s32(a);
+    int16x8_t low = vmull_s8(vget_low_s8(plain), vget_low_s8(bytes)), high = vmull_high_s8(plain, bytes);
+    return vpadalq_s16(sum, vpaddq_s16(low, high)); /* two products fit 16 bits, as above */
+}
+#elif TFM__TIER == 11
+#define TFM__BIASED 0
+static TFM__TARGET TFM__INLINE vi TFM__FN(dot)(vi sum, vi w, vi a) {
+    int8x16_t plain = vreinterpretq_s8_u8(veorq_u8(vreinterpretq_u8_s32(w), vdupq_n_u8(128)));
+    return vdotq_s32(sum, plain, vreinterpretq_s8_s32(a));
+}
+#endif
+
+#if TFM__TIER / 10 == 1
+/* code[i] * 2^19 */
+static TFM__TARGET TFM__INLINE int32x4_t TFM__FN(codes)(const unsigned char *code) {
+    uint32_t four;
+    memcpy(&four, code, sizeof four);
+    return vreinterpretq_s32_u32(
+        vshlq_n_u32(vmovl_u16(vget_low_u16(vmovl_u8(vreinterpret_u8_u32(vdup_n_u32(four))))), TFM__CODE_STEP));
+}
+#endif
+
+/* One tile: rows x (16 * panels) of y. For each group of 64 inputs the integer sums become floats, times both scales, and
+ * are added to the float sums: 2 x 12 accumulators for 4 rows x 48 outputs on AVX-512, all in registers. */
+static TFM__TARGET TFM__INLINE void TFM__FN(tile_i8)(const int rows, const int panels, const tfm__matmul *job, size_t row,
+                                                     const unsigned char *w, float *y, size_t y_stride) {
+    const int columns = panels * TFM__PARTS;
+    const size_t groups = tfm__groups(job->k), panel_bytes = job->panel_bytes, q_stride = groups * TFM__GROUP;
+    const unsigned char *integers = w + tfm__integers_at(groups), *codes = w + TFM__CACHE_LINE;
+    const int8_t *q = job->quantized.q + row * q_stride;
+    const float *scales = job->quantized.scales + row * groups;
+    const int32_t *offsets = job->quantized.offsets + row * groups;
+    vf sum[TFM__ROWS_I8][TFM__PANELS_I8 * TFM__PARTS];
+    size_t g;
+    int r, c, step;
+    TFM__UNROLL
+    for (r = 0; r < rows; r++)
+        TFM__UNROLL
+        for (c = 0; c < columns; c++)
+            sum[r][c] = vf_set1(0);
+    for (g = 0; g < groups; g++) {
+        vi part[TFM__ROWS_I8][TFM__PANELS_I8 * TFM__PARTS], weights[TFM__PANELS_I8 * TFM__PARTS];
+        TFM__UNROLL
+        for (r = 0; r < rows; r++)
+            TFM__UNROLL
+            for (c = 0; c < columns; c++)
+                part[r][c] = vi_set1(TFM__BIASED ? offsets[(size_t)r * groups + g] : 0);
+        for (step = 0; step < 16; step++) {
+            TFM__UNROLL
+            for (c = 0; c < columns; c++)
+                weights[c] = vi_load(integers + (size_t)(c / TFM__PARTS) * panel_bytes + (g * 16 + (size_t)step) * 64 +
+                                     (size_t)(c % TFM__PARTS * TFM__LANES * 4));
+            TFM__UNROLL
+            for (r = 0; r < rows; r++) {
+                int32_t four;
+                vi inputs;
+                memcpy(&four, q + (size_t)r * q_stride + g * 64 + (size_t)step * 4, sizeof four);
+                inputs = vi_set1(four);
+                TFM__UNROLL
+                for (c = 0; c < columns; c++)
+                    part[r][c] = TFM__FN(dot)(part[r][c], weights[c], inputs);
+            }
+        }
+        TFM__UNROLL
+        for (c = 0; c < columns; c++) {
+            const unsigned char *panel = w + (size_t)(c / TFM__PARTS) * panel_bytes;
+            const size_t lane = (size_t)(c % TFM__PARTS * TFM__LANES);
+            const vf scale = vi_scales(panel + lane * 4, codes + (size_t)(c / TFM__PARTS) * panel_bytes + g * 16 + lane);
+            TFM__UNROLL
+            for (r = 0; r < rows; r++)
+                sum[r][c] = vf_fma(vi_to_floats(part[r][c]), vf_mul(scale, vf_set1(scales[(size_t)r * groups + g])), sum[r][c]);
+        }
+    }
+    TFM__UNROLL
+    for (r = 0; r < rows; r++)
+        TFM__UNROLL
+        for (c = 0; c < columns; c++)
+            vf_store(y + (size_t)r * y_stride + c * TFM__LANES, sum[r][c]);
+}
+
+static TFM__TARGET TFM__INLINE void TFM__FN(tile_rows_i8)(size_t rows, const int panels, const tfm__matmul *job, size_t row,
+                                                          const unsigned char *w, float *y, size_t y_stride) {
+    switch (rows) {
+    case 1: TFM__FN(tile_i8)(1, panels, job, row, w, y, y_stride); break;
+    case 2: TFM__FN(tile_i8)(2, panels, job, row, w, y, y_stride); break;
+#if TFM__ROWS_I8 == 4
+    case 3: TFM__FN(tile_i8)(3, panels, job, row, w, y, y_stride); break;
+#endif
+    default: TFM__FN(tile_i8)(TFM__ROWS_I8, panels, job, row, w, y, y_stride);
+    }
+}
+
+static TFM__TARGET void TFM__FN(matmul_i8)(const tfm__matmul *job) {
+    size_t column = 0, row, step, r;
+    for (; column < job->n; column += step) {
+        const unsigned char *w = (const unsigned char *)job->w + column / 16 * job->panel_bytes;
+        step = TFM__PANELS_I8 > 1 && column + 16 * TFM__PANELS_I8 <= job->n ? 16 * TFM__PANELS_I8 : 16;
+        for (row = 0; row < job->n_rows; row += TFM__ROWS_I8) {
+            float *y = job->y + row * job->y_stride + column, side[TFM__ROWS_I8 * 16];
+            size_t rows = TFM__MIN(job->n_rows - row, (size_t)TFM__ROWS_I8);
+            if (step > 16)
+                TFM__FN(tile_rows_i8)(rows, TFM__PANELS_I8, job, row, w, y, job->y_stride);
+            else if (column + 16 <= job->n)
+                TFM__FN(tile_rows_i8)(rows, 1, job, row, w, y, job->y_stride);
+            else { /* the last panel when n is not a multiple of 16 */
+                TFM__FN(tile_rows_i8)(rows, 1, job, row, w, side, 16);
+                for (r = 0; r < rows; r++)
+                    memcpy(y + r * job->y_stride, side + r * 16, (job->n - column) * sizeof *y);
+            }
+        }
+    }
+}
+
 static const tfm__kernels TFM__FN(kernels) = {
     TFM__ISA,
-    {NULL, TFM__FN(matmul_f32), TFM__FN(matmul_f16), TFM__FN(matmul_bf16), NULL},
-    TFM__FN(finish),
-    {TFM__FN(layer_norm), TFM__FN(rms_norm)},
-    TFM__FN(softmax_block),
-    TFM__FN(scale),
-    TFM__FN(multiply),
+    {NULL, TFM__BASE(matmul_f32), TFM__BASE(matmul_f16), TFM__BASE(matmul_bf16), TFM__FN(matmul_i8)},
+    TFM__BASE(quantize),
+    TFM__BASE(finish),
+    {TFM__BASE(layer_norm), TFM__BASE(rms_norm)},
+    TFM__BASE(softmax_block),
+    TFM__BASE(scale),
+    TFM__BASE(multiply),
 };
 
 #undef TFM__FN
+#undef TFM__BASE
 #undef TFM__TARGET
 #undef TFM__ISA
 #undef TFM__LANES
@@ -1926,8 +2409,17 @@ static const tfm__kernels TFM__FN(kernels) = {
 #undef vf_load_f16
 #undef vf_load_bf16
 #undef vf_abs
+#undef vf_max_bits
 #undef vf_if_less
 #undef vf_times_2_to
+#undef TFM__ROWS_I8
+#undef TFM__PANELS_I8
+#undef TFM__BIASED
+#undef vi
+#undef vi_load
+#undef vi_set1
+#undef vi_to_floats
+#undef vi_scales
 
 #endif /* TFM__TIER */
 
@@ -1939,9 +2431,14 @@ static const tfm__kernels TFM__FN(kernels) = {
 static const tfm__kernels *tfm__kernels_of(tfm_isa isa) {
     switch (isa) {
 #if defined(TFM__X86)
+    case TFM_ISA_AVX512VNNI: return &tfm__avx512vnni_kernels;
     case TFM_ISA_AVX512: return &tfm__avx512_kernels;
+#ifdef TFM__HAS_AVXVNNI
+    case TFM_ISA_AVXVNNI: return &tfm__avxvnni_kernels;
+#endif
     case TFM_ISA_AVX2: return &tfm__avx2_kernels;
 #elif defined(TFM__NEON)
+    case TFM_ISA_NEONDOT: return &tfm__neondot_kernels;
     case TFM_ISA_NEON: return &tfm__neon_kernels;
 #endif
     default: return &tfm__scalar_kernels;
@@ -2042,13 +2539,55 @@ static void tfm__run(const tfm_engine *engine, size_t n, size_t work, tfm_task t
 typedef struct tfm__linear_job {
     const tfm_engine *engine;
     const tfm_linear *linear;
-    const float *x; /* [n_rows][in] */
+    const float *x;           /* [n_rows][in] */
+    tfm__quantized quantized; /* the same, for i8 weights */
     size_t n_rows;
     tfm_activation activation;
     float *y;        /* [n_rows][out] */
     float *residual; /* [n_rows][out] or NULL */
     size_t row_blocks;
 } tfm__linear_job;
+
+static tfm__quantized tfm__quantized_row(const tfm__quantized *x, size_t row, size_t in) {
+    tfm__quantized at = *x;
+    if (at.q) {
+        at.q += row * tfm__groups(in) * TFM__GROUP;
+        at.scales += row * tfm__groups(in);
+        at.offsets += row * tfm__groups(in);
+    }
+    return at;
+}
+
+/* Scratch for the quantized input of an i8 layer, which lives while the layer is computed. */
+static size_t tfm__linear_scratch(const tfm_linear *linear, size_t n_rows) {
+    size_t groups = tfm__groups(linear->weight.shape[1]);
+    if (linear->weight.dtype != TFM_I8)
+        return 0;
+    return tfm__scratch_floats(n_rows, groups * TFM__GROUP / sizeof(float)) + 2 * tfm__scratch_floats(n_rows, groups);
+}
+
+static tfm__quantized tfm__take_quantized(tfm_engine *engine, const tfm_linear *linear, size_t n_rows) {
+    size_t groups = tfm__groups(linear->weight.shape[1]);
+    tfm__quantized quantized = {NULL, NULL, NULL};
+    if (linear->weight.dtype == TFM_I8) {
+        quantized.q = (int8_t *)(void *)tfm__take(engine, n_rows, groups * TFM__GROUP / sizeof(float));
+        quantized.scales = tfm__take(engine, n_rows, groups);
+        quantized.offsets = (int32_t *)(void *)tfm__take(engine, n_rows, groups);
+    }
+    return quantized;
+}
+
+#define TFM__QUANTIZE_ROWS ((size_t)8)
+
+static void tfm__quantize_piece(void *argument, size_t index) {
+    const tfm__linear_job *job = (const tfm__linear_job *)argument;
+    size_t in = job->linear->weight.shape[1], row = index * TFM__QUANTIZE_ROWS;
+    size_t end = TFM__MIN(row + TFM__QUANTIZE_ROWS, job->n_rows);
+    for (; row < end; row++) {
+        const tfm__quantized at = tfm__quantized_row(&job->quantized, row, in);
+        job->engine->kernels->quantize(job->x + row * in, in, &at);
+    }
+}
 
 /* A piece: 3 panels of outputs (48: the widest tile) x at most 256 rows. The rows of one column group are neighbours in
  * the order of the pieces, so that its weights are read from memory once. */
@@ -2064,9 +2603,10 @@ static void tfm__linear_piece(void *argument, size_t index) {
     tfm__finish finish;
     product.x = job->x + row * in;
     product.x_stride = in;
+    product.quantized = tfm__quantized_row(&job->quantized, row, in);
     product.n_rows = TFM__MIN(TFM__LINEAR_ROWS, job->n_rows - row);
-    product.w = tfm__at(weight->data, weight->dtype, column * in);
-    product.panel_bytes = TFM__PANEL * in * tfm__dtype_sizes[weight->dtype];
+    product.panel_bytes = tfm__panel_bytes(weight->dtype, in);
+    product.w = (const char *)weight->data + column / TFM__PANEL * product.panel_bytes;
     product.n = TFM__MIN(TFM__LINEAR_COLUMNS, out - column);
     product.k = in;
     product.y = job->y + row * out + column;
@@ -2087,10 +2627,10 @@ static void tfm__linear_piece(void *argument, size_t index) {
 }
 
 /* y = activation(x W^T + b); then, if there is one, residual += y. */
-static void tfm__linear(const tfm_engine *engine, const tfm_linear *linear, const float *x, size_t n_rows,
+static void tfm__linear(tfm_engine *engine, const tfm_linear *linear, const float *x, size_t n_rows,
                         tfm_activation activation, float *y, float *residual) {
     tfm__linear_job job;
-    size_t column_blocks = tfm__divide_up(linear->weight.shape[0], TFM__LINEAR_COLUMNS);
+    size_t column_blocks = tfm__divide_up(linear->weight.shape[0], TFM__LINEAR_COLUMNS), mark = engine->scratch_used;
     job.engine = engine;
     job.linear = linear;
     job.x = x;
@@ -2099,13 +2639,19 @@ static void tfm__linear(const tfm_engine *engine, const tfm_linear *linear, cons
     job.y = y;
     job.residual = residual;
     job.row_blocks = tfm__divide_up(n_rows, TFM__LINEAR_ROWS);
+    job.quantized = tfm__take_quantized(engine, linear, n_rows);
+    if (job.quantized.q)
+        tfm__run(engine, tfm__divide_up(n_rows, TFM__QUANTIZE_ROWS), TFM__QUANTIZE_ROWS * linear->weight.shape[1],
+                 tfm__quantize_piece, &job);
     tfm__run(engine, column_blocks * job.row_blocks,
              TFM__MIN(n_rows, TFM__LINEAR_ROWS) * TFM__LINEAR_COLUMNS * linear->weight.shape[1], tfm__linear_piece, &job);
+    engine->scratch_used = mark;
 }
 
 static tfm_status tfm__check_linear(const tfm_linear *linear, const char *name, size_t out, size_t in, tfm_error *error) {
     const tfm_tensor *weight = &linear->weight, *bias = &linear->bias;
-    if (!weight->data || weight->n_dims != 2 || weight->layout != TFM_PANELS || !tfm__is_float(weight->dtype))
+    if (!weight->data || weight->n_dims != 2 || weight->layout != TFM_PANELS ||
+        !tfm__is_matrix_dtype(weight->dtype, TFM_PANELS))
         return tfm__fail(error, TFM_ERROR_ARGUMENT, "%s: the weight is not a packed matrix (see tfm_pack)", name);
     if ((out && weight->shape[0] != out) || (in && weight->shape[1] != in))
         return tfm__fail(error, TFM_ERROR_ARGUMENT, "%s: the weight is [%lu, %lu], expected [%lu, %lu]", name,
@@ -2120,6 +2666,8 @@ static tfm_status tfm__check_linear(const tfm_linear *linear, const char *name, 
 TFM_API tfm_status tfm_linear_forward(tfm_engine *engine, const tfm_linear *linear, const float *x, size_t n_rows, float *y,
                                       tfm_error *error) {
     tfm_status status = tfm__check_linear(linear, "tfm_linear_forward", 0, 0, error);
+    if (status == TFM_OK)
+        status = tfm__reserve(engine, tfm__linear_scratch(linear, n_rows), error);
     if (status == TFM_OK && n_rows)
         tfm__linear(engine, linear, x, n_rows, TFM_NO_ACTIVATION, y, NULL);
     return status;
@@ -2438,7 +2986,7 @@ static size_t tfm__attention_scratch(const tfm_attention *attention, const tfm_s
     for (i = 0; i < n_spans; i++)
         floats += tfm__scratch_floats(
             1, tfm__kv_floats(1, tfm__uncached_pages(spans + i), attention->n_kv_heads, attention->head_dim));
-    return floats;
+    return floats + TFM__MAX(tfm__linear_scratch(&attention->qkv, rows), tfm__linear_scratch(&attention->out, rows));
 }
 
 /* Caches, on the scratch stack, for the spans that have none. They live for one call, so that every layer has the same
@@ -2557,7 +3105,8 @@ static void tfm__gate_piece(void *argument, size_t row) {
 
 static size_t tfm__ffn_scratch(const tfm_ffn *ffn, size_t n_rows) {
     size_t hidden = tfm__scratch_floats(n_rows, ffn->down.weight.shape[1]);
-    return hidden + (ffn->gated ? tfm__scratch_floats(n_rows, ffn->up.weight.shape[0]) : 0);
+    size_t quantized = TFM__MAX(tfm__linear_scratch(&ffn->up, n_rows), tfm__linear_scratch(&ffn->down, n_rows));
+    return hidden + quantized + (ffn->gated ? tfm__scratch_floats(n_rows, ffn->up.weight.shape[0]) : 0);
 }
 
 /* y[n_rows][d_model] = ffn(x[n_rows][d_model]); then, if there is one, residual += y. */
@@ -2786,12 +3335,15 @@ static tfm_status tfm__parse_entry(const tfm_file *file, const unsigned char *p,
     tensor->layout = (tfm_layout)tfm__u32(p + 8);
     tensor->n_dims = (int)TFM__MIN(tfm__u32(p + 12), 255);
     entry->crc = tfm__u32(p + 64);
-    if (!tfm__is_float(tensor->dtype))
+    if (!tfm__is_float(tensor->dtype) && tensor->dtype != TFM_I8)
         return tfm__fail(error, TFM_ERROR_UNSUPPORTED, "%s: tensor '%.*s' has the unknown type %lu", file->name, name_size,
                          entry->name, (unsigned long)tfm__u32(p + 4));
     if ((unsigned)tensor->layout >= TFM_LAYOUT_COUNT)
         return tfm__fail(error, TFM_ERROR_UNSUPPORTED, "%s: tensor '%.*s' has the unknown layout %lu", file->name,
                          name_size, entry->name, (unsigned long)tfm__u32(p + 8));
+    if (!tfm__is_matrix_dtype(tensor->dtype, tensor->layout))
+        return tfm__fail(error, TFM_ERROR_FORMAT, "%s: tensor '%.*s' is i8, but not in panels", file->name, name_size,
+                         entry->name);
     if (tensor->n_dims < 1 || tensor->n_dims > TFM_MAX_DIMS || (tensor->layout != TFM_ROWS && tensor->n_dims != 2))
         return tfm__fail(error, TFM_ERROR_FORMAT, "%s: tensor '%.*s' has %d dimensions", file->name, name_size, entry->name,
                          tensor->n_dims);
@@ -3059,8 +3611,9 @@ static tfm_status tfm__write_padding(const tfm__rewrite *rewrite, size_t to, tfm
 }
 
 /* Converts and writes one tensor, and notes its checksum in the directory at `directory`. */
-static tfm_status tfm__rewrite_tensor(tfm__rewrite *rewrite, const tfm__crc_tables *crc, const tfm_tensor *tensor,
+static tfm_status tfm__rewrite_tensor(tfm__rewrite *rewrite, const tfm__crc_tables *crc, const tfm_entry *entry,
                                       unsigned char *directory, tfm_error *error) {
+    const tfm_tensor *tensor = &entry->tensor;
     tfm_tensor target = tfm__rewritten(rewrite, tensor);
     size_t offset = (size_t)tfm__u64(directory + 48), size = tfm_tensor_bytes(&target);
     const tfm_quantize_options *options = rewrite->options;
@@ -3071,6 +3624,11 @@ static tfm_status tfm__rewrite_tensor(tfm__rewrite *rewrite, const tfm__crc_tabl
         if (!memory)
             return tfm__fail_memory(error, size);
         target = tfm__pack_into(&rewrite->threads, tensor, target.dtype, memory);
+        if (tfm__is_not_finite(&target)) {
+            tfm__release_aligned(&rewrite->allocator, memory);
+            return tfm__fail(error, TFM_ERROR_FORMAT, "%s: a weight of tensor '%.*s' is not finite, and can't be quantized",
+                             rewrite->from->name, (int)TFM__MIN(entry->name_size, 100), entry->name);
+        }
     }
     tfm__put_u32(directory + 64, tfm__crc(crc, 0, target.data, size));
     status = tfm__write_padding(rewrite, offset, error);
@@ -3114,7 +3672,7 @@ static tfm_status tfm__rewrite_file(tfm__rewrite *rewrite, tfm_error *error) {
     rewrite->size = rewrite->head_size;
     for (i = 0; status == TFM_OK && i < rewrite->from->n_entries; i++) {
         const tfm_entry *entry = rewrite->from->entries + i;
-        status = tfm__rewrite_tensor(rewrite, &crc, &entry->tensor, directory, error);
+        status = tfm__rewrite_tensor(rewrite, &crc, entry, directory, error);
         directory += 72 + tfm__round_up(entry->name_size, 8);
     }
     if (status != TFM_OK)
@@ -3154,8 +3712,8 @@ TFM_API tfm_status tfm_quantize(const char *in_path, const char *out_path, const
     memset(&rewrite, 0, sizeof rewrite);
     error = error ? error : &unread;
     rewrite.options = options ? options : &usual;
-    if (rewrite.options->dtype && !tfm__is_float(rewrite.options->dtype))
-        return tfm__fail(error, TFM_ERROR_UNSUPPORTED, "int8 is not there yet; there are f32, f16 and bf16");
+    if ((unsigned)rewrite.options->dtype >= TFM_DTYPE_COUNT)
+        return tfm__fail(error, TFM_ERROR_ARGUMENT, "unknown type %d", (int)rewrite.options->dtype);
     rewrite.allocator = tfm__allocator(&rewrite.options->allocator);
     rewrite.threads.count = tfm__thread_count(rewrite.options->threads);
     from = tfm_file_open(in_path, &rewrite.allocator, error);
@@ -4475,6 +5033,7 @@ static const tfm_entry *tfm__load_entry(tfm__loader *loader, const char *name, s
 /* A matrix for the kernels: in panels. */
 static void tfm__load_matrix(tfm__loader *loader, const char *name, size_t out, size_t in, tfm_tensor *matrix) {
     const tfm_entry *entry = tfm__load_entry(loader, name, out, in, 0);
+    tfm__reader *reader = &loader->reader;
     tfm_dtype dtype;
     if (!entry)
         return;
@@ -4484,6 +5043,10 @@ static void tfm__load_matrix(tfm__loader *loader, const char *name, size_t out, 
         char *memory = tfm__loader_take(loader, tfm_tensor_bytes(matrix));
         if (loader->fill)
             *matrix = tfm__pack_into(&loader->threads, &entry->tensor, dtype, memory);
+        if (loader->fill && tfm__is_not_finite(matrix) && reader->status == TFM_OK)
+            reader->status = tfm__fail(reader->error, TFM_ERROR_FORMAT,
+                                       "%s: a weight of tensor '%s' is not finite, and can't be quantized",
+                                       reader->file->name, name);
     }
 }
 
@@ -4659,8 +5222,8 @@ static tfm_status tfm__load_model(tfm_model *model, const tfm_load_options *opti
     loader.reader.error = error;
     loader.threads.count = tfm__thread_count(options->threads);
     loader.dtype = options->dtype;
-    if ((unsigned)options->dtype >= TFM_DTYPE_COUNT || options->dtype == TFM_I8)
-        return tfm__fail(error, TFM_ERROR_UNSUPPORTED, "int8 is not there yet; there are f32, f16 and bf16");
+    if ((unsigned)options->dtype >= TFM_DTYPE_COUNT)
+        return tfm__fail(error, TFM_ERROR_ARGUMENT, "unknown type %d", (int)options->dtype);
     if (options->verify && tfm_file_verify(model->file, error) != TFM_OK)
         return TFM_ERROR_FORMAT;
     tfm__read_description(&loader.reader, &model->description);
@@ -4887,6 +5450,8 @@ static tfm_status tfm__session_scratch(tfm_session *session, tfm_error *error) {
         floats = tfm__block_scratch(session->model->blocks, session->spans, session->n_sequences);
         session->spans[0].n_rows = 0;
     }
+    if (session->model->head.weight.data)
+        floats = TFM__MAX(floats, tfm__linear_scratch(&session->model->head, session->max_rows));
     return tfm__reserve(session->engine, floats, error);
 }
 
@@ -5179,35 +5744,34 @@ static int tfm__compare_logits(const void *context, uint32_t a, uint32_t b) {
     return (a > b) - (a < b);
 }
 
-/* Arranges items so that the first k are the k that come first in order, in any order among themselves: quickselect with
- * the median of three as pivot. Ids differ, so no two items are equal. */
+/* Arranges items so that the first k are the k that come first in order, in any order among themselves: Hoare's FIND with
+ * the median of three as pivot. Each round leaves out at least the two that it swapped or found in place. */
 static void tfm__select(uint32_t *items, size_t n, size_t k, tfm__compare compare, const void *context) {
-    size_t low = 0, high = n; /* the k-th is within [low, high) */
-    while (high - low > 1 && k > low && k < high) {
-        uint32_t a = items[low], b = items[low + (high - low) / 2], c = items[high - 1], pivot;
-        size_t left = low, right = high - 1;
+    ptrdiff_t low = 0, high = (ptrdiff_t)n - 1, wanted = (ptrdiff_t)k;
+    while (low < high && wanted <= high) {
+        uint32_t a = items[low], b = items[low + (high - low) / 2], c = items[high], pivot;
+        ptrdiff_t left = low, right = high;
         if (compare(context, a, b) < 0)
             pivot = compare(context, b, c) < 0 ? b : compare(context, a, c) < 0 ? c : a;
         else
             pivot = compare(context, a, c) < 0 ? a : compare(context, b, c) < 0 ? c : b;
-        for (;;) { /* Hoare's partition: [low, left) come before the pivot or are it */
-            uint32_t swap;
+        while (left <= right) { /* [low, left) do not come after the pivot, (right, high] do not come before it */
             while (compare(context, items[left], pivot) < 0)
                 left++;
             while (compare(context, items[right], pivot) > 0)
                 right--;
-            if (left >= right)
-                break;
-            swap = items[left];
-            items[left++] = items[right];
-            items[right--] = swap;
+            if (left <= right) {
+                uint32_t swap = items[left];
+                items[left++] = items[right];
+                items[right--] = swap;
+            }
         }
-        if (left < high && compare(context, items[left], pivot) <= 0)
-            left++;
-        if (k < left)
-            high = left;
-        else
+        if (wanted <= right)
+            high = right;
+        else if (wanted >= left)
             low = left;
+        else
+            return;
     }
 }
 
