@@ -41,7 +41,7 @@ build/tests: $(TESTS:tests/%.c=build/test_objects/%.o)
 	$(CC) $(CFLAGS) $(THREADS) $^ -o $@ -lm
 
 test: all build/tests
-	@build/tests
+	@sh tests/run.sh
 
 clean:
 	rm -rf build

@@ -2194,13 +2194,30 @@ static TFM__TARGET void TFM__FN(multiply)(float *gate, const float *up, size_t n
 
 /* ---- quantization of activations: as the plain C one, to the bit */
 
+/* The lowest byte of each lane's bits. */
+static TFM__TARGET TFM__INLINE void TFM__FN(store_bytes)(int8_t *p, v16 a) {
+#if TFM__LANES == 16
+    _mm_storeu_si128((__m128i *)p, _mm512_cvtepi32_epi8(_mm512_castps_si512(a.part[0])));
+#elif TFM__LANES == 8
+    const __m256i low = _mm256_set1_epi32(255);
+    __m256i first = _mm256_and_si256(_mm256_castps_si256(a.part[0]), low);
+    __m256i last = _mm256_and_si256(_mm256_castps_si256(a.part[1]), low);
+    __m256i words = _mm256_permute4x64_epi64(_mm256_packus_epi32(first, last), 0xD8); /* packing works by halves */
+    _mm_storeu_si128((__m128i *)p, _mm_packus_epi16(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1)));
+#else
+    uint16x8_t first = vcombine_u16(vmovn_u32(vreinterpretq_u32_f32(a.part[0])), vmovn_u32(vreinterpretq_u32_f32(a.part[1])));
+    uint16x8_t last = vcombine_u16(vmovn_u32(vreinterpretq_u32_f32(a.part[2])), vmovn_u32(vreinterpretq_u32_f32(a.part[3])));
+    vst1q_u8((uint8_t *)p, vcombine_u8(vmovn_u16(first), vmovn_u16(last)));
+#endif
+}
+
 static TFM__TARGET void TFM__FN(quantize)(const float *x, size_t n, const tfm__quantized *row) {
     const v16 magic = TFM__FN(set16)(12582912.0f);
-    size_t g, i, k, groups = tfm__groups(n);
+    size_t g, i, groups = tfm__groups(n);
     for (g = 0; g < groups; g++) {
         size_t first = g * TFM__GROUP, left = TFM__MIN(TFM__GROUP, n - first);
         v16 largest = TFM__FN(set16)(0), sum = TFM__FN(set16)(0), scaled;
-        float lane[TFM__GROUP], inverse;
+        float lane[16], inverse;
         uint32_t bits = 0;
         for (i = 0; i < left; i += 16)
             largest = TFM__FN(max_bits16)(largest, TFM__FN(abs16)(TFM__FN(load_part)(x + first + i, left - i, 0)));
@@ -2213,11 +2230,9 @@ static TFM__TARGET void TFM__FN(quantize)(const float *x, size_t n, const tfm__q
         for (i = 0; i < TFM__GROUP; i += 16) {
             v16 part = i < left ? TFM__FN(load_part)(x + first + i, left - i, 0) : TFM__FN(set16)(0);
             scaled = TFM__FN(add16)(TFM__FN(mul16)(part, TFM__FN(set16)(inverse)), magic);
-            TFM__FN(store16)(lane + i, scaled);
+            TFM__FN(store_bytes)(row->q + first + i, scaled);
             sum = TFM__FN(add16)(sum, TFM__FN(sub16)(scaled, magic)); /* integers below 2^13: exact */
         }
-        for (k = 0; k < TFM__GROUP; k++)
-            row->q[first + k] = (int8_t)(tfm__float_bits(lane[k]) & 255);
         row->scales[g] = tfm__float_from_bits(bits) / 127;
         row->offsets[g] = -128 * (int32_t)TFM__FN(sum_lanes)(sum);
     }
