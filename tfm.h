@@ -592,15 +592,30 @@ static tfm_status tfm__map_file(const char *path, const tfm_allocator *allocator
 }
 #endif
 
+#if defined(TFM__MMAP) && defined(__linux__) && !defined(__cplusplus)
+extern int madvise(void *, size_t, int); /* strict C99 hides it */
+#endif
+
 /* Asks for 2 MiB pages where the system has them for the asking. A wish: nothing depends on it. */
 static void tfm__advise_huge(void *memory, size_t size) {
 #if defined(TFM__MMAP) && defined(__linux__)
-    const int huge_page = 14; /* MADV_HUGEPAGE: strict C99 hides it, and the function */
-#ifndef __cplusplus
-    extern int madvise(void *, size_t, int);
-#endif
+    const int huge_page = 14; /* MADV_HUGEPAGE */
     if (size >= TFM__HUGE_PAGE)
         (void)madvise(memory, size / TFM__HUGE_PAGE * TFM__HUGE_PAGE, huge_page);
+#else
+    (void)memory;
+    (void)size;
+#endif
+}
+
+/* The pages that lie wholly within this part of a mapped file may leave memory; they come back when they are read. */
+static void tfm__advise_unneeded(const void *memory, size_t size) {
+#if defined(TFM__MMAP) && defined(__linux__)
+    const int dont_need = 4; /* MADV_DONTNEED */
+    const size_t page = (size_t)1 << 16; /* no system has larger ones */
+    uintptr_t start = ((uintptr_t)memory + page - 1) / page * page, end = ((uintptr_t)memory + size) / page * page;
+    if (start < end)
+        (void)madvise((void *)start, end - start, dont_need);
 #else
     (void)memory;
     (void)size;
@@ -977,14 +992,24 @@ static int tfm__is_not_finite(const tfm_tensor *packed) {
     return 0;
 }
 
+static void tfm__copy_panel(void *argument, size_t panel) {
+    const tfm__pack_job *job = (const tfm__pack_job *)argument;
+    size_t bytes = tfm__panel_bytes(job->dtype, job->from->shape[1]);
+    memcpy(job->panels + panel * bytes, (const char *)job->from->data + panel * bytes, bytes);
+}
+
 /* Packs a matrix into memory of tfm_tensor_bytes(the panels). See tfm__is_not_finite. */
 static tfm_tensor tfm__pack_into(const tfm__threads *threads, const tfm_tensor *matrix, tfm_dtype dtype, void *memory) {
+    int same = matrix->layout == TFM_PANELS && matrix->dtype == dtype;
     tfm__pack_job job;
     job.from = matrix;
     job.dtype = dtype;
     job.panels = (char *)memory;
     tfm__parallel(threads, tfm__divide_up(matrix->shape[0], TFM__PANEL),
-                  dtype == TFM_I8 ? tfm__quantize_panel : tfm__pack_panel, &job);
+                  same              ? tfm__copy_panel
+                  : dtype == TFM_I8 ? tfm__quantize_panel
+                                    : tfm__pack_panel,
+                  &job);
     return tfm__tensor(dtype, TFM_PANELS, matrix->shape[0], matrix->shape[1], memory);
 }
 
@@ -1201,6 +1226,8 @@ typedef struct tfm_model tfm_model;
 typedef struct tfm_load_options {
     tfm_dtype dtype;  /* the matrices' type in memory; 0: as in the file */
     int verify;       /* 1: compare the checksum of every tensor (reads the whole file) */
+    int copy;         /* 1: copy weights into memory, in 2 MiB pages where the system has them, instead of using the mapped
+                       * file in place: they are read faster, but loading takes time and nothing is shared */
     int threads;      /* for packing, as in tfm_engine_options */
     tfm_allocator allocator;
 } tfm_load_options;
@@ -2149,18 +2176,19 @@ static TFM__TARGET void TFM__FN(rms_norm)(const float *x, size_t n, const float 
 
 /* ---- softmax and the rest of attention */
 
+/* score * scale + mask of sixteen keys; past the last, -infinity. */
+static TFM__TARGET TFM__INLINE v16 TFM__FN(scores16)(const float *scores, size_t n, float scale, const float *mask) {
+    v16 s = TFM__FN(mul16)(TFM__FN(load_part)(scores, n, -INFINITY), TFM__FN(set16)(scale));
+    return mask ? TFM__FN(add16)(s, TFM__FN(load_part)(mask, n, 0)) : s;
+}
+
 static TFM__TARGET float TFM__FN(softmax_block)(tfm__softmax *softmax, float *scores, size_t n, float scale,
                                                 const float *mask) {
     v16 largest = TFM__FN(set16)(-INFINITY), sum = TFM__FN(set16)(0);
     float max, correction;
     size_t i;
-    for (i = 0; i < n; i += 16) {
-        v16 s = TFM__FN(mul16)(TFM__FN(load_part)(scores + i, n - i, 0), TFM__FN(set16)(scale));
-        if (mask)
-            s = TFM__FN(add16)(s, TFM__FN(load_part)(mask + i, n - i, 0));
-        TFM__FN(store_part)(scores + i, s, n - i);
-        largest = TFM__FN(max16)(largest, TFM__FN(load_part)(scores + i, n - i, -INFINITY));
-    }
+    for (i = 0; i < n; i += 16)
+        largest = TFM__FN(max16)(largest, TFM__FN(scores16)(scores + i, n - i, scale, mask ? mask + i : NULL));
     max = TFM__FN(max_lanes)(largest);
     max = softmax->max > max ? softmax->max : max;
     if (max == -INFINITY) { /* nothing seen yet, and nothing here: -inf - -inf would be NaN */
@@ -2168,7 +2196,7 @@ static TFM__TARGET float TFM__FN(softmax_block)(tfm__softmax *softmax, float *sc
         return 1;
     }
     for (i = 0; i < n; i += 16) {
-        v16 s = TFM__FN(load_part)(scores + i, n - i, -INFINITY);
+        v16 s = TFM__FN(scores16)(scores + i, n - i, scale, mask ? mask + i : NULL);
         s = TFM__FN(exp16)(TFM__FN(sub16)(s, TFM__FN(set16)(max)));
         sum = TFM__FN(add16)(sum, s);
         TFM__FN(store_part)(scores + i, s, n - i);
@@ -3059,6 +3087,8 @@ static tfm_status tfm__check_attention(const tfm_attention *attention, const cha
                          "%s: n_heads must be a multiple of n_kv_heads, and they and head_dim greater than 0", name);
     if (heads > SIZE_MAX / 8 / dim || kv_heads > SIZE_MAX / 8 / dim)
         return tfm__fail(error, TFM_ERROR_ARGUMENT, "%s: too many heads", name);
+    if (!(attention->scale > 0))
+        return tfm__fail(error, TFM_ERROR_ARGUMENT, "%s: the scale must be greater than 0", name);
     status = tfm__check_linear(&attention->qkv, name, tfm__qkv_width(attention), d_model, error);
     return status == TFM_OK ? tfm__check_linear(&attention->out, name, d_model, heads * dim, error) : status;
 }
@@ -3566,6 +3596,13 @@ TFM_API const tfm_meta *tfm_file_find_meta(const tfm_file *file, const char *key
     return NULL;
 }
 
+/* The tensor's data in the mapped file is not needed again soon: lets the system take the memory back, so that a file
+ * that is read through once need not fit in memory. */
+static void tfm__file_forget(const tfm_file *file, const tfm_tensor *tensor) {
+    if (file->bytes.mapped)
+        tfm__advise_unneeded(tensor->data, tfm_tensor_bytes(tensor));
+}
+
 TFM_API tfm_status tfm_file_verify(const tfm_file *file, tfm_error *error) {
     tfm__crc_tables crc;
     size_t i;
@@ -3650,6 +3687,7 @@ static tfm_status tfm__rewrite_tensor(tfm__rewrite *rewrite, const tfm__crc_tabl
     if (status == TFM_OK)
         status = tfm__write(rewrite, target.data, size, error);
     tfm__release_aligned(&rewrite->allocator, memory);
+    tfm__file_forget(rewrite->from, tensor);
     rewrite->size = offset + size;
     rewrite->read += tfm_tensor_bytes(tensor);
     if (status == TFM_OK && options->progress && options->progress(options->progress_user, rewrite->read, rewrite->total))
@@ -5008,6 +5046,7 @@ typedef struct tfm__loader {
     tfm__reader reader;
     tfm__threads threads;
     tfm_dtype dtype; /* of the matrices; 0: as in the file */
+    int copy;        /* 1: nothing is used where it lies */
     int fill;        /* 0: first run */
     char *memory;    /* for what can't be used where it lies */
     size_t used;
@@ -5054,10 +5093,12 @@ static void tfm__load_matrix(tfm__loader *loader, const char *name, size_t out, 
         return;
     dtype = loader->dtype ? loader->dtype : entry->tensor.dtype;
     *matrix = tfm__tensor(dtype, TFM_PANELS, out, in, entry->tensor.data);
-    if (entry->tensor.layout != TFM_PANELS || entry->tensor.dtype != dtype) {
+    if (loader->copy || entry->tensor.layout != TFM_PANELS || entry->tensor.dtype != dtype) {
         char *memory = tfm__loader_take(loader, tfm_tensor_bytes(matrix));
-        if (loader->fill)
+        if (loader->fill) {
             *matrix = tfm__pack_into(&loader->threads, &entry->tensor, dtype, memory);
+            tfm__file_forget(loader->reader.file, &entry->tensor);
+        }
         if (loader->fill && tfm__is_not_finite(matrix) && reader->status == TFM_OK)
             reader->status = tfm__fail(reader->error, TFM_ERROR_FORMAT,
                                        "%s: a weight of tensor '%s' is not finite, and can't be quantized",
@@ -5119,6 +5160,8 @@ static void tfm__load_block(tfm__loader *loader, const tfm_description *d, size_
     attention->head_dim = d->head_dim;
     attention->causal = d->causal;
     attention->scale = tfm__read_float(&loader->reader, "decoder.attention_scale", index, NAN);
+    if (!(attention->scale > 0))
+        tfm__reader_fail(&loader->reader, "decoder.attention_scale", "numbers greater than 0");
     tfm__load_linear(loader, TFM__NAME("attention.qkv"), queries + 2 * keys, d->d_model, &attention->qkv);
     tfm__load_linear(loader, TFM__NAME("attention.out"), d->d_model, queries, &attention->out);
     tfm__load_norm(loader, TFM__NAME("ffn_norm"), d, &block->ffn_norm);
@@ -5237,6 +5280,7 @@ static tfm_status tfm__load_model(tfm_model *model, const tfm_load_options *opti
     loader.reader.error = error;
     loader.threads.count = tfm__thread_count(options->threads);
     loader.dtype = options->dtype;
+    loader.copy = options->copy;
     if ((unsigned)options->dtype >= TFM_DTYPE_COUNT)
         return tfm__fail(error, TFM_ERROR_ARGUMENT, "unknown type %d", (int)options->dtype);
     if (options->verify && tfm_file_verify(model->file, error) != TFM_OK)
