@@ -458,16 +458,40 @@ static tfm_isa tfm__best_isa(void) {
     return TFM_ISA_SCALAR;
 }
 
-/* ---- threads: the caller's parallel-for, or OpenMP, or a plain loop */
+/* ---- threads: the caller's parallel-for, or OpenMP, or a plain loop
+ * OpenMP's own loops wait for each other with barriers that spin for milliseconds. A forward pass has dozens of short
+ * loops, and if another process holds up one thread, the other spins on its core while the system could have moved the
+ * first one there. So OpenMP only lends its threads, once for a whole pass, and the pass hands out the work itself:
+ * tfm__team. Pieces are small, and whichever thread is running takes the next one. */
 
-#ifdef _OPENMP
+#if defined(_OPENMP) && (defined(__GNUC__) || defined(__clang__))
+#define TFM__TEAM
 #include <omp.h>
+#include <sched.h>
+#if defined(__unix__) || defined(__APPLE__)
+#include <sys/select.h>
+#endif
+
+typedef struct tfm__team {
+    /* Jobs, by the lowest bit of their generation: who has taken a piece keeps its job from being replaced. */
+    tfm_task task[2];
+    void *argument[2];
+    uint32_t n[2];
+    char apart1[64];
+    uint64_t ticket; /* atomic: generation << 32 | pieces that nobody has taken yet */
+    char apart2[64]; /* in cache lines of their own: waiting for one must not disturb the other */
+    uint32_t finished; /* atomic: pieces of this generation that are done */
+    uint32_t over;     /* atomic: 1: no more jobs */
+} tfm__team;
 #endif
 
 typedef struct tfm__threads {
     tfm_parallel_for parallel_for;
     void *user;
     int count;
+#ifdef TFM__TEAM
+    tfm__team *team; /* the threads that wait for work, or NULL */
+#endif
 } tfm__threads;
 
 static void tfm__serial_for(void *user, size_t n, tfm_task task, void *argument) {
@@ -477,21 +501,9 @@ static void tfm__serial_for(void *user, size_t n, tfm_task task, void *argument)
         task(argument, i);
 }
 
-#ifdef _OPENMP
-/* schedule(dynamic): whichever thread is running takes the next piece, so that a core that is busy with something else
- * holds up one piece and not its half of the work. */
-static void tfm__openmp_for(void *user, size_t n, tfm_task task, void *argument) {
-    int count = *(const int *)user;
-    long i, end = (long)n;
-#pragma omp parallel for schedule(dynamic) num_threads(count)
-    for (i = 0; i < end; i++)
-        task(argument, (size_t)i);
-}
-#endif
-
 /* The number of threads that `count` = 0 means. */
 static int tfm__thread_count(int count) {
-#ifdef _OPENMP
+#ifdef TFM__TEAM
     return count > 0 ? count : omp_get_max_threads();
 #else
     (void)count;
@@ -499,17 +511,123 @@ static int tfm__thread_count(int count) {
 #endif
 }
 
-static void tfm__parallel(const tfm__threads *threads, size_t n, tfm_task task, void *argument) {
-    if (n == 1 || (threads->count == 1 && !threads->parallel_for))
-        tfm__serial_for(NULL, n, task, argument);
-    else if (threads->parallel_for)
-        threads->parallel_for(threads->user, n, task, argument);
-#ifdef _OPENMP
-    else {
-        int count = threads->count;
-        tfm__openmp_for(&count, n, task, argument);
+#ifdef TFM__TEAM
+/* Waits a moment: at first without leaving the core, for jobs follow each other within microseconds; after about 100 of
+ * these asleep, so that the system may run the thread that is being waited for on this core. */
+static void tfm__pause(unsigned *waited) {
+    if (++*waited < 5000) {
+#if defined(__x86_64__) || defined(__i386__)
+        __builtin_ia32_pause();
+#elif defined(__aarch64__)
+        __asm__ volatile("isb");
+#endif
+        return;
+    }
+#if defined(__unix__) || defined(__APPLE__)
+    {
+        struct timeval nap;
+        nap.tv_sec = 0;
+        nap.tv_usec = 20;
+        (void)select(0, NULL, NULL, NULL, &nap);
     }
 #endif
+}
+
+/* Takes pieces as long as there are any. */
+static void tfm__team_work(tfm__team *team) {
+    uint64_t ticket = __atomic_load_n(&team->ticket, __ATOMIC_ACQUIRE);
+    while ((uint32_t)ticket) {
+        unsigned job = (unsigned)(ticket >> 32) & 1;
+        if (!__atomic_compare_exchange_n(&team->ticket, &ticket, ticket - 1, 0, __ATOMIC_ACQ_REL, __ATOMIC_ACQUIRE))
+            continue; /* `ticket` is now what it was found to be */
+        team->task[job](team->argument[job], team->n[job] - (uint32_t)ticket);
+        __atomic_fetch_add(&team->finished, 1, __ATOMIC_RELEASE);
+        ticket = __atomic_load_n(&team->ticket, __ATOMIC_ACQUIRE);
+    }
+}
+
+static void tfm__team_wait(tfm__team *team) {
+    unsigned waited = 0;
+    while (!__atomic_load_n(&team->over, __ATOMIC_ACQUIRE)) {
+        if ((uint32_t)__atomic_load_n(&team->ticket, __ATOMIC_ACQUIRE)) {
+            tfm__team_work(team);
+            waited = 0;
+        } else
+            tfm__pause(&waited);
+    }
+}
+
+/* A job for the team, by the thread that leads it. n < 2^32. */
+static void tfm__team_for(tfm__team *team, size_t n, tfm_task task, void *argument) {
+    uint64_t generation = (__atomic_load_n(&team->ticket, __ATOMIC_RELAXED) >> 32) + 1;
+    unsigned waited = 0;
+    team->task[generation & 1] = task;
+    team->argument[generation & 1] = argument;
+    team->n[generation & 1] = (uint32_t)n;
+    __atomic_store_n(&team->finished, 0, __ATOMIC_RELAXED);
+    __atomic_store_n(&team->ticket, generation << 32 | n, __ATOMIC_RELEASE);
+    tfm__team_work(team);
+    while (__atomic_load_n(&team->finished, __ATOMIC_ACQUIRE) != n)
+        tfm__pause(&waited);
+}
+#endif
+
+/* Runs body(argument) on this thread, with the other threads at hand for the tfm__parallel calls within. */
+static void tfm__with_threads(tfm__threads *threads, void (*body)(void *argument), void *argument) {
+#ifdef TFM__TEAM
+    if (!threads->parallel_for && threads->count > 1 && !threads->team) {
+        tfm__team team;
+        memset(&team, 0, sizeof team);
+#pragma omp parallel num_threads(threads->count) default(none) shared(team, threads, body, argument)
+        {
+            if (omp_get_thread_num())
+                tfm__team_wait(&team);
+            else {
+                threads->team = omp_get_num_threads() > 1 ? &team : NULL;
+                body(argument);
+                threads->team = NULL;
+                __atomic_store_n(&team.over, 1, __ATOMIC_RELEASE);
+            }
+        }
+        return;
+    }
+#endif
+    (void)threads;
+    body(argument);
+}
+
+/* One loop, as a body for tfm__with_threads. */
+typedef struct tfm__loop {
+    tfm__threads *threads;
+    size_t n;
+    tfm_task task;
+    void *argument;
+} tfm__loop;
+
+static void tfm__run_loop(void *argument) {
+    tfm__loop *loop = (tfm__loop *)argument;
+#ifdef TFM__TEAM
+    if (loop->threads->team) {
+        tfm__team_for(loop->threads->team, loop->n, loop->task, loop->argument);
+        return;
+    }
+#endif
+    tfm__serial_for(NULL, loop->n, loop->task, loop->argument);
+}
+
+/* task(argument, i) for every i < n, on all threads. */
+static void tfm__parallel(tfm__threads *threads, size_t n, tfm_task task, void *argument) {
+    tfm__loop loop;
+    loop.threads = threads;
+    loop.n = n;
+    loop.task = task;
+    loop.argument = argument;
+    if (n == 1)
+        task(argument, 0);
+    else if (threads->parallel_for)
+        threads->parallel_for(threads->user, n, task, argument);
+    else
+        tfm__with_threads(threads, tfm__run_loop, &loop);
 }
 
 /* ---- files: a whole file as memory, mapped where the system can */
@@ -999,7 +1117,7 @@ static void tfm__copy_panel(void *argument, size_t panel) {
 }
 
 /* Packs a matrix into memory of tfm_tensor_bytes(the panels). See tfm__is_not_finite. */
-static tfm_tensor tfm__pack_into(const tfm__threads *threads, const tfm_tensor *matrix, tfm_dtype dtype, void *memory) {
+static tfm_tensor tfm__pack_into(tfm__threads *threads, const tfm_tensor *matrix, tfm_dtype dtype, void *memory) {
     int same = matrix->layout == TFM_PANELS && matrix->dtype == dtype;
     tfm__pack_job job;
     job.from = matrix;
@@ -1409,9 +1527,11 @@ TFM_API tfm_status tfm_generate_ids(tfm_session *session, const int32_t *prompt,
 TFM_API tfm_status tfm_pack(const tfm_tensor *matrix, tfm_dtype dtype, const tfm_allocator *allocator, tfm_tensor *packed,
                             tfm_error *error) {
     tfm_allocator memory = tfm__allocator(allocator);
-    tfm__threads alone = {NULL, NULL, 1};
+    tfm__threads alone;
     size_t size;
     void *panels;
+    memset(&alone, 0, sizeof alone);
+    alone.count = 1;
     if (matrix->n_dims != 2 || !matrix->shape[0] || !matrix->shape[1] || !matrix->data)
         return tfm__fail(error, TFM_ERROR_ARGUMENT, "tfm_pack: expected a matrix");
     if (!tfm__is_matrix_dtype(matrix->dtype, matrix->layout) || !tfm__is_matrix_dtype(dtype, TFM_PANELS))
@@ -2570,7 +2690,7 @@ static float *tfm__take(tfm_engine *engine, size_t a, size_t b) {
 }
 
 /* Runs n pieces of about `work` multiplications each; not worth other threads if it is over in microseconds. */
-static void tfm__run(const tfm_engine *engine, size_t n, size_t work, tfm_task task, void *argument) {
+static void tfm__run(tfm_engine *engine, size_t n, size_t work, tfm_task task, void *argument) {
     if (n > 1 && tfm__product(n, work) < 32768)
         tfm__serial_for(NULL, n, task, argument);
     else if (n)
@@ -2737,7 +2857,7 @@ static void tfm__norm_piece(void *argument, size_t index) {
                                                (const float *)norm->bias.data, norm->eps, job->y + row * n);
 }
 
-static void tfm__norm(const tfm_engine *engine, const tfm_norm *norm, const float *x, size_t n_rows, float *y) {
+static void tfm__norm(tfm_engine *engine, const tfm_norm *norm, const float *x, size_t n_rows, float *y) {
     tfm__norm_job job;
     job.engine = engine;
     job.norm = norm;
@@ -5679,45 +5799,83 @@ static tfm_status tfm__check_chunks(tfm_session *session, const tfm_chunk *chunk
     return status;
 }
 
+/* Checked chunks on their way through the passes. */
+typedef struct tfm__evaluation {
+    tfm_session *session;
+    const tfm_chunk *chunks;
+    size_t n_chunks;
+    tfm_output what;
+    float *outputs;
+    size_t chunk, done; /* where the next pass begins: this chunk, after so many of its tokens */
+} tfm__evaluation;
+
+/* Gathers a pass: as many tokens as there are rows, from as many chunks as that takes. Returns the number of rows. */
+static size_t tfm__gather(tfm__evaluation *e, size_t *n_spans) {
+    tfm_session *session = e->session;
+    size_t rows = 0, i;
+    for (*n_spans = 0; e->chunk < e->n_chunks && rows < session->max_rows; ++*n_spans) {
+        const tfm_chunk *from = e->chunks + e->chunk;
+        tfm_kv *kv = session->kv + from->sequence;
+        size_t n = TFM__MIN(from->n_tokens - e->done, session->max_rows - rows);
+        int32_t *tokens = session->tokens + from->sequence * session->context + kv->n_tokens;
+        memmove(tokens, from->tokens + e->done, n * sizeof *tokens); /* tfm_shift gives the sequence's own */
+        memcpy(session->ids + rows, tokens, n * sizeof *tokens);
+        for (i = 0; i < n; i++)
+            session->positions[rows + i] = (int32_t)(kv->n_tokens + i);
+        session->spans[*n_spans].kv = kv;
+        session->spans[*n_spans].n_rows = n;
+        rows += n;
+        e->done += n;
+        if (e->done == from->n_tokens)
+            e->chunk++, e->done = 0;
+    }
+    return rows;
+}
+
+/* Copies the rows whose results are wanted to session->selected, and counts the pass's tokens as cached. */
+static size_t tfm__select_rows(tfm__evaluation *e, size_t first_chunk, size_t first_done, size_t n_spans) {
+    tfm_session *session = e->session;
+    size_t d_model = session->model->description.d_model, row = 0, n_selected = 0, i;
+    for (i = 0; i < n_spans; i++, first_done = 0) {
+        const tfm_chunk *from = e->chunks + first_chunk + i;
+        size_t n = session->spans[i].n_rows, end = first_done + n, unwanted = from->n_tokens - from->n_outputs;
+        size_t select = end > unwanted ? TFM__MIN(end - unwanted, n) : 0;
+        memcpy(session->selected + n_selected * d_model, session->x + (row + n - select) * d_model,
+               select * d_model * sizeof *session->x);
+        n_selected += select;
+        row += n;
+        session->spans[i].kv->n_tokens += n;
+    }
+    return n_selected;
+}
+
+static void tfm__evaluate(void *argument) {
+    tfm__evaluation *e = (tfm__evaluation *)argument;
+    const tfm_description *d = &e->session->model->description;
+    size_t output_size = e->what == TFM_LOGITS ? d->vocab_size : d->d_model;
+    while (e->chunk < e->n_chunks) {
+        size_t first_chunk = e->chunk, first_done = e->done, n_spans, n_selected, rows = tfm__gather(e, &n_spans);
+        tfm__forward(e->session, rows, e->session->spans, n_spans);
+        n_selected = tfm__select_rows(e, first_chunk, first_done, n_spans);
+        tfm__output(e->session, n_selected, e->what, e->outputs);
+        if (n_selected) /* without any, outputs may be NULL */
+            e->outputs += n_selected * output_size;
+    }
+}
+
 TFM_API tfm_status tfm_eval(tfm_session *session, const tfm_chunk *chunks, size_t n_chunks, tfm_output what, float *outputs,
                             tfm_error *error) {
-    const tfm_description *d = &session->model->description;
-    size_t output_size = what == TFM_LOGITS ? d->vocab_size : d->d_model, chunk = 0, done = 0, i;
+    tfm__evaluation evaluation;
     tfm_status status = tfm__check_chunks(session, chunks, n_chunks, what, outputs, error);
     if (status != TFM_OK)
         return status;
-    while (chunk < n_chunks) { /* a pass: as many tokens as there are rows, from as many chunks as that takes */
-        size_t first = chunk, first_done = done, rows = 0, n_spans = 0, n_selected = 0;
-        for (; chunk < n_chunks && rows < session->max_rows; n_spans++) {
-            const tfm_chunk *from = chunks + chunk;
-            tfm_kv *kv = session->kv + from->sequence;
-            size_t n = TFM__MIN(from->n_tokens - done, session->max_rows - rows);
-            int32_t *tokens = session->tokens + from->sequence * session->context + kv->n_tokens;
-            memcpy(tokens, from->tokens + done, n * sizeof *tokens);
-            memcpy(session->ids + rows, tokens, n * sizeof *tokens);
-            for (i = 0; i < n; i++)
-                session->positions[rows + i] = (int32_t)(kv->n_tokens + i);
-            session->spans[n_spans].kv = kv;
-            session->spans[n_spans].n_rows = n;
-            rows += n;
-            done += n;
-            if (done == from->n_tokens)
-                chunk++, done = 0;
-        }
-        tfm__forward(session, rows, session->spans, n_spans);
-        for (i = 0, rows = 0; i < n_spans; i++, first_done = 0) {
-            const tfm_chunk *from = chunks + first + i;
-            size_t n = session->spans[i].n_rows, end = first_done + n, unwanted = from->n_tokens - from->n_outputs;
-            size_t select = end > unwanted ? TFM__MIN(end - unwanted, n) : 0;
-            memcpy(session->selected + n_selected * d->d_model, session->x + (rows + n - select) * d->d_model,
-                   select * d->d_model * sizeof *session->x);
-            n_selected += select;
-            rows += n;
-            session->spans[i].kv->n_tokens += n;
-        }
-        tfm__output(session, n_selected, what, outputs);
-        outputs += n_selected * output_size;
-    }
+    evaluation.session = session;
+    evaluation.chunks = chunks;
+    evaluation.n_chunks = n_chunks;
+    evaluation.what = what;
+    evaluation.outputs = outputs;
+    evaluation.chunk = evaluation.done = 0;
+    tfm__with_threads(&session->engine->threads, tfm__evaluate, &evaluation);
     return TFM_OK;
 }
 
