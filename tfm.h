@@ -229,6 +229,398 @@ TFM_API size_t tfm_tensor_bytes(const tfm_tensor *tensor);
  * s <= 17 / 16 of the group's largest |w| / 127. TFM_ERROR_ARGUMENT if a weight to be quantized is not finite. */
 TFM_API tfm_status tfm_pack(const tfm_tensor *matrix, tfm_dtype dtype, const tfm_allocator *allocator, tfm_tensor *packed,
                             tfm_error *error);
+TFM_API void tfm_unpack(tfm_tensor *packed, const tfm_allocator *allocator);
+
+/* ------------------------------------------------------------------------------------------------------------- layers
+ * The parts of a Transformer. The structs are plain: fill them by hand (weights packed by tfm_pack, vectors in fp32)
+ * or take them from a loaded model. They own nothing. Every forward function takes its activations in fp32, row-major,
+ * one token a row, and may grow the engine's scratch memory (TFM_ERROR_MEMORY). */
+
+/* y = x W^T + b.  weight [out, in] in panels; bias [out] or absent.
+ * With an i8 weight x is quantized too, when it comes (dynamic quantization): for each row and 64 inputs a scale
+ * t = largest |x| / 127 and integers round(x / t). Integers are multiplied and added exactly, in 32 bits; then
+ * y = sum over groups of s t (integer sum). The error of one product x w is at most (s |x| + t |w|) / 2 + s t / 4. */
+typedef struct tfm_linear {
+    tfm_tensor weight;
+    tfm_tensor bias;
+} tfm_linear;
+
+typedef enum tfm_norm_kind {
+    TFM_LAYER_NORM = 0, /* y = (x - mean) / sqrt(variance + eps) * weight + bias      (Ba et al. 2016) */
+    TFM_RMS_NORM        /* y = x / sqrt(mean of squares + eps) * weight               (Zhang, Sennrich 2019) */
+} tfm_norm_kind;
+
+typedef struct tfm_norm {
+    tfm_norm_kind kind;
+    float eps;
+    tfm_tensor weight; /* [d_model] */
+    tfm_tensor bias;   /* [d_model] or absent */
+} tfm_norm;
+
+typedef enum tfm_activation {
+    TFM_NO_ACTIVATION = 0,
+    TFM_RELU,
+    TFM_GELU,       /* x * (1 + erf(x / sqrt 2)) / 2                                  (Hendrycks, Gimpel 2016) */
+    TFM_GELU_TANH,  /* x * (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3))) / 2: GPT-2's "gelu_new" */
+    TFM_QUICK_GELU, /* x * sigmoid(1.702 x) */
+    TFM_SILU,       /* x * sigmoid(x) */
+    TFM_TANH,
+    TFM_ACTIVATION_COUNT
+} tfm_activation;
+
+/* Multi-head attention (Vaswani et al. 2017): for each head softmax(q k^T scale + mask) v; the heads' results side by
+ * side through `out`. With n_kv_heads < n_heads, n_heads / n_kv_heads query heads share one head of keys and values
+ * (Ainslie et al. 2023). */
+typedef struct tfm_attention {
+    size_t n_heads, n_kv_heads, head_dim;
+    int causal;     /* 1: a token sees itself and the tokens before it */
+    float scale;    /* mostly 1 / sqrt(head_dim) */
+    tfm_linear qkv; /* [(n_heads + 2 n_kv_heads) head_dim, d_model]: all queries, all keys, all values */
+    tfm_linear out; /* [d_model, n_heads head_dim] */
+} tfm_attention;
+
+/* Position-wise feed-forward: plain  down(act(up(x)));  gated  down(act(gate(x)) * up(x))  (Shazeer 2020). */
+typedef struct tfm_ffn {
+    tfm_activation activation;
+    int gated;
+    tfm_linear up;   /* [d_ff, d_model]; gated: [2 d_ff, d_model], the gate's rows first */
+    tfm_linear down; /* [d_model, d_ff] */
+} tfm_ffn;
+
+typedef enum tfm_norm_place {
+    TFM_PRE_NORM = 0, /* x += attention(norm(x));     x += ffn(norm(x))       (GPT-2, T5, LLaMA) */
+    TFM_POST_NORM     /* x = norm(x + attention(x));  x = norm(x + ffn(x))    (the paper, BERT) */
+} tfm_norm_place;
+
+typedef struct tfm_block {
+    tfm_norm_place norm_place;
+    tfm_norm attention_norm;
+    tfm_attention attention;
+    tfm_norm ffn_norm;
+    tfm_ffn ffn;
+} tfm_block;
+
+/* Keys and values of one sequence for all blocks of a stack. Memory is cut into pages of TFM_KV_PAGE tokens, so that
+ * sequences of different lengths share one pool; within a page each head's keys and values are contiguous, in the
+ * panels that the matrix kernels read. Make one with tfm_kv_create, or let a session manage them. */
+#define TFM_KV_PAGE 128
+typedef struct tfm_kv {
+    size_t n_layers, n_kv_heads, head_dim;
+    size_t capacity;       /* tokens that there are pages for */
+    size_t n_tokens;       /* tokens that are in it. The caller moves it on, after the last block of a step. */
+    const uint32_t *pages; /* which page of the pool holds tokens [i * TFM_KV_PAGE, ...); NULL: page i */
+    size_t n_pool_pages;
+    float *pool; /* [n_layers][n_pool_pages][2: keys, values][n_kv_heads][TFM_KV_PAGE * head_dim rounded up to 16] */
+} tfm_kv;
+
+/* Makes an empty cache with its own pool. Free with tfm_kv_free and the same allocator (NULL: the default one). */
+TFM_API tfm_status tfm_kv_create(tfm_kv *kv, size_t n_layers, size_t n_kv_heads, size_t head_dim, size_t capacity,
+                                 const tfm_allocator *allocator, tfm_error *error);
+TFM_API void tfm_kv_free(tfm_kv *kv, const tfm_allocator *allocator);
+
+/* Consecutive rows of x that are consecutive tokens of one sequence; one step may run several spans, and tokens attend
+ * only within their own. */
+typedef struct tfm_span {
+    size_t n_rows;     /* tokens of this span: rows of x, after those of the spans before it */
+    tfm_kv *kv;        /* the tokens before this span; this span's keys and values are added behind them (n_tokens stays).
+                        * NULL: the span is the whole sequence and nothing is kept. */
+    const float *mask; /* [n_rows][tokens before + n_rows], added to every head's scores (-INFINITY: not seen), or NULL.
+                        * A token that sees nothing at all gets zeros. */
+} tfm_span;
+
+/* y[n_rows][out] = x[n_rows][in] W^T + b.  y must not overlap x. */
+TFM_API tfm_status tfm_linear_forward(tfm_engine *engine, const tfm_linear *linear, const float *x, size_t n_rows, float *y,
+                                      tfm_error *error);
+
+/* y[n_rows][d_model] = norm(x[n_rows][d_model]).  y may be x. */
+TFM_API tfm_status tfm_norm_forward(tfm_engine *engine, const tfm_norm *norm, const float *x, size_t n_rows, float *y,
+                                    tfm_error *error);
+
+/* y = activation(x), n numbers.  y may be x. */
+TFM_API tfm_status tfm_activation_forward(tfm_engine *engine, tfm_activation activation, const float *x, size_t n, float *y,
+                                          tfm_error *error);
+
+/* y[rows][d_model] = attention(x[rows][d_model]), rows = the spans' n_rows together.  `layer` says which layer of the
+ * spans' caches this is. y must not overlap x. */
+TFM_API tfm_status tfm_attention_forward(tfm_engine *engine, const tfm_attention *attention, size_t layer, const float *x,
+                                         const tfm_span *spans, size_t n_spans, float *y, tfm_error *error);
+
+/* y[n_rows][d_model] = ffn(x[n_rows][d_model]).  y must not overlap x. */
+TFM_API tfm_status tfm_ffn_forward(tfm_engine *engine, const tfm_ffn *ffn, const float *x, size_t n_rows, float *y,
+                                   tfm_error *error);
+
+/* x[rows][d_model] becomes block(x). */
+TFM_API tfm_status tfm_block_forward(tfm_engine *engine, const tfm_block *block, size_t layer, float *x,
+                                     const tfm_span *spans, size_t n_spans, tfm_error *error);
+
+/* -------------------------------------------------------------------------------------------------------- .tfm files */
+
+/* Metadata of a .tfm file: one key with `count` values. Text and bytes count bytes; text is not terminated. */
+typedef enum tfm_meta_type { TFM_META_I64 = 1, TFM_META_F64, TFM_META_TEXT, TFM_META_BYTES, TFM_META_I32, TFM_META_F32 } tfm_meta_type;
+
+typedef struct tfm_meta {
+    const char *key; /* not terminated */
+    size_t key_size;
+    tfm_meta_type type;
+    size_t count;
+    const void *values; /* 8-byte aligned; as the type says: int64_t, double, char, unsigned char, int32_t, float */
+} tfm_meta;
+
+/* One tensor of a .tfm file. */
+typedef struct tfm_entry {
+    const char *name; /* not terminated */
+    size_t name_size;
+    tfm_tensor tensor;
+    uint32_t crc;
+} tfm_entry;
+
+/* An open .tfm file. Reading from it is safe from many threads. */
+typedef struct tfm_file tfm_file;
+
+/* Opens and validates a file: header, checksum, metadata, directory. The tensors' own checksums are left to
+ * tfm_file_verify. NULL on error. Close with tfm_file_close; entries and metadata point into the file. */
+#ifndef TFM_NO_STDIO
+TFM_API tfm_file *tfm_file_open(const char *path, const tfm_allocator *allocator, tfm_error *error);
+#endif
+/* The same for a file in memory (8-byte aligned), which must outlive the tfm_file. `name` is for error messages. */
+TFM_API tfm_file *tfm_file_open_memory(const void *data, size_t size, const char *name, const tfm_allocator *allocator,
+                                       tfm_error *error);
+TFM_API void tfm_file_close(tfm_file *file);
+TFM_API size_t tfm_file_bytes(const tfm_file *file);
+TFM_API size_t tfm_file_n_meta(const tfm_file *file);
+TFM_API const tfm_meta *tfm_file_meta(const tfm_file *file, size_t index);
+TFM_API size_t tfm_file_n_tensors(const tfm_file *file);
+TFM_API const tfm_entry *tfm_file_entry(const tfm_file *file, size_t index);
+/* The entry with that name, or NULL. */
+TFM_API const tfm_entry *tfm_file_find(const tfm_file *file, const char *name);
+/* The metadata with that key, or NULL. */
+TFM_API const tfm_meta *tfm_file_find_meta(const tfm_file *file, const char *key);
+/* Reads all data and compares every tensor's checksum. */
+TFM_API tfm_status tfm_file_verify(const tfm_file *file, tfm_error *error);
+
+#ifndef TFM_NO_STDIO
+/* Long work reports here: done of total, in bytes. Non-zero stops it with TFM_ERROR_STOPPED. */
+typedef int (*tfm_progress)(void *user, uint64_t done, uint64_t total);
+
+typedef struct tfm_quantize_options {
+    tfm_dtype dtype; /* what the matrices become; 0: each keeps its own */
+    int threads;     /* as in tfm_engine_options */
+    tfm_progress progress;
+    void *progress_user;
+    tfm_allocator allocator;
+} tfm_quantize_options;
+
+/* Rewrites a .tfm file with its matrices in panels of the given dtype, so that loading it copies nothing. One tensor is
+ * in memory at a time. The output appears whole, under its own name, or not at all. */
+TFM_API tfm_status tfm_quantize(const char *in_path, const char *out_path, const tfm_quantize_options *options,
+                                tfm_error *error);
+#endif
+
+/* ------------------------------------------------------------------------------------------------------------- models */
+
+typedef enum tfm_positions { TFM_NO_POSITIONS = 0, TFM_LEARNED_POSITIONS } tfm_positions;
+typedef enum tfm_head { TFM_NO_HEAD = 0, TFM_TIED_HEAD, TFM_OWN_HEAD } tfm_head;
+
+/* What a model is: the description in its file. */
+typedef struct tfm_description {
+    size_t vocab_size, d_model;
+    size_t n_layers, n_heads, n_kv_heads, head_dim, d_ff;
+    size_t n_positions; /* the context: no sequence is longer */
+    size_t position_offset;
+    int causal, gated, final_norm;
+    tfm_norm_kind norm;
+    tfm_norm_place norm_place;
+    float norm_eps;
+    tfm_positions positions;
+    tfm_activation activation;
+    tfm_head head;
+    float embedding_scale;
+} tfm_description;
+
+typedef struct tfm_model tfm_model;
+
+typedef struct tfm_load_options {
+    tfm_dtype dtype;  /* the matrices' type in memory; 0: as in the file */
+    int verify;       /* 1: compare the checksum of every tensor (reads the whole file) */
+    int copy;         /* 1: copy weights into memory, in 2 MiB pages where the system has them, instead of using the mapped
+                       * file in place: they are read faster, but loading takes time and nothing is shared */
+    int threads;      /* for packing, as in tfm_engine_options */
+    tfm_allocator allocator;
+} tfm_load_options;
+
+/* Loads a model. Matrices that the file holds in panels of the wanted dtype are used where they lie, in the mapped file;
+ * others are packed into memory. options NULL: the usual. Free with tfm_free. NULL on error. */
+#ifndef TFM_NO_STDIO
+TFM_API tfm_model *tfm_load(const char *path, const tfm_load_options *options, tfm_error *error);
+#endif
+/* The same from memory (8-byte aligned), which must outlive the model. */
+TFM_API tfm_model *tfm_load_memory(const void *data, size_t size, const tfm_load_options *options, tfm_error *error);
+TFM_API void tfm_free(tfm_model *model);
+
+TFM_API const tfm_description *tfm_model_description(const tfm_model *model);
+/* Number of weights, a tied head counted once. */
+TFM_API uint64_t tfm_model_parameters(const tfm_model *model);
+/* Bytes of weights that one generated token reads: all but the embedding tables that are only looked up. */
+TFM_API uint64_t tfm_model_bytes_per_token(const tfm_model *model);
+/* A block of the model, 0 <= index < n_layers, to be run by tfm_block_forward. */
+TFM_API const tfm_block *tfm_model_block(const tfm_model *model, size_t index);
+
+/* ---------------------------------------------------------------------------------------------------------- tokenizer */
+
+/* 1 if the model has a tokenizer. The others return TFM_ERROR_UNSUPPORTED without one. */
+TFM_API int tfm_has_tokenizer(const tfm_model *model);
+
+enum {
+    TFM_TOKENIZE_SPECIAL = 1, /* special tokens written in the text become their ids; otherwise they are plain text */
+    TFM_TOKENIZE_PLAIN = 2    /* leave out what the tokenizer adds to every text by itself, as [CLS] and [SEP] */
+};
+
+/* Tokenizes `size` bytes of text, any bytes. Like snprintf: *n_ids is how many ids the text has, of which at most
+ * `capacity` are written. Thread-safe. Allocates only for stretches of more than 256 bytes without a place to cut. */
+TFM_API tfm_status tfm_tokenize(const tfm_model *model, const char *text, size_t size, unsigned flags, int32_t *ids,
+                                size_t capacity, size_t *n_ids, tfm_error *error);
+
+/* The bytes of a token, not terminated; perhaps half a UTF-8 character. NULL and *size = 0 for an id that has none. */
+TFM_API const char *tfm_token_text(const tfm_model *model, int32_t id, size_t *size);
+
+/* 1 if the token ends a text. */
+TFM_API int tfm_is_end_token(const tfm_model *model, int32_t id);
+
+/* ----------------------------------------------------------------------------------------------------------- sessions */
+
+typedef struct tfm_session_options {
+    size_t context;       /* tokens that a sequence may have; 0: the model's n_positions */
+    size_t n_sequences;   /* independent sequences; 0: 1 */
+    size_t max_rows;      /* tokens evaluated in one pass; longer input is cut into passes. 0: 512 */
+    tfm_engine_options engine;
+} tfm_session_options;
+
+typedef struct tfm_session tfm_session;
+
+/* Makes a session with all its memory. The model must outlive it. Free with tfm_session_free. NULL on error. */
+TFM_API tfm_session *tfm_session_create(const tfm_model *model, const tfm_session_options *options, tfm_error *error);
+TFM_API void tfm_session_free(tfm_session *session);
+TFM_API const tfm_model *tfm_session_model(const tfm_session *session);
+TFM_API tfm_engine *tfm_session_engine(tfm_session *session);
+/* Tokens that each sequence may have. */
+TFM_API size_t tfm_session_context(const tfm_session *session);
+
+/* New tokens for one sequence. */
+typedef struct tfm_chunk {
+    size_t sequence;       /* < n_sequences; at most one chunk for each in a call */
+    const int32_t *tokens; /* [n_tokens], behind those that the sequence has */
+    size_t n_tokens;       /* at least 1 */
+    size_t n_outputs;      /* how many of the last tokens' results are wanted: 0 to n_tokens */
+} tfm_chunk;
+
+typedef enum tfm_output {
+    TFM_LOGITS = 0, /* [vocab_size] for each token */
+    TFM_HIDDEN      /* [d_model]: after the final norm */
+} tfm_output;
+
+/* Evaluates the chunks together: prompts as matrix-matrix work, single tokens of many sequences in one read of the
+ * weights. outputs [sum of n_outputs][vocab_size or d_model], in the chunks' order (NULL when none are wanted).
+ * On an error that concerns the arguments (an id out of range, no room) nothing has changed. */
+TFM_API tfm_status tfm_eval(tfm_session *session, const tfm_chunk *chunks, size_t n_chunks, tfm_output what, float *outputs,
+                            tfm_error *error);
+
+/* The tokens of a sequence; *n_tokens is how many. Valid until the next call that changes the sequence. */
+TFM_API const int32_t *tfm_sequence_tokens(const tfm_session *session, size_t sequence, size_t *n_tokens);
+
+/* Forgets all but the first n_tokens of a sequence. */
+TFM_API tfm_status tfm_truncate(tfm_session *session, size_t sequence, size_t n_tokens, tfm_error *error);
+
+/* Makes room in a full sequence: keeps its first n_keep tokens and the most recent half of the rest, and evaluates those
+ * again at their new places. */
+TFM_API tfm_status tfm_shift(tfm_session *session, size_t sequence, size_t n_keep, tfm_error *error);
+
+/* ------------------------------------------------------------------------------------------------ sampling, generation */
+
+typedef struct tfm_logit_bias {
+    int32_t token;
+    float bias; /* added to the token's logit; -INFINITY forbids it */
+} tfm_logit_bias;
+
+/* How the next token is chosen from the logits. The steps are taken in the order of the fields, as transformers does. */
+typedef struct tfm_sampling {
+    const tfm_logit_bias *logit_bias;
+    size_t n_logit_bias;
+    float repeat_penalty; /* logits of tokens that the sequence has: divided by it if positive, else multiplied. 0: off */
+    float temperature;    /* logits are divided by it. 0: greedy, the largest logit (the lowest id among equals) */
+    size_t top_k;         /* only the k likeliest tokens (and those equal to the k-th). 0: all */
+    float top_p;          /* only the likeliest tokens that together reach this probability. 0 or 1: all */
+    float min_p;          /* only tokens at least this likely, relative to the likeliest. 0: all */
+} tfm_sampling;
+
+/* Random numbers: PCG32 (O'Neill 2014). The same seed gives the same numbers everywhere. */
+typedef struct tfm_random {
+    uint64_t state;
+} tfm_random;
+TFM_API void tfm_random_seed(tfm_random *random, uint64_t seed);
+/* Uniform in [0, 1). */
+TFM_API double tfm_random_uniform(tfm_random *random);
+
+/* Chooses a token from logits[vocab_size]; the logits are changed. `history` (the tokens so far) is for the repeat
+ * penalty and may be NULL. `random` is not used when greedy. Logits that are NaN are never chosen. `work` holds
+ * vocab_size int32_t. TFM_ERROR_ARGUMENT if an option is out of range or no token is left. */
+TFM_API tfm_status tfm_sample(const tfm_sampling *sampling, float *logits, size_t vocab_size, const int32_t *history,
+                              size_t n_history, tfm_random *random, int32_t *work, int32_t *token, tfm_error *error);
+
+typedef enum tfm_stop {
+    TFM_STOP_NONE = 0,
+    TFM_STOP_MAX_TOKENS,
+    TFM_STOP_END_TOKEN, /* the model ended its text, or a stop token came */
+    TFM_STOP_STRING,
+    TFM_STOP_CALLBACK,
+    TFM_STOP_CONTEXT /* no room left, and shift_keep was not given; tfm_generate returns TFM_ERROR_CONTEXT_FULL */
+} tfm_stop;
+
+/* Called with each new piece of text: whole UTF-8 characters, not terminated. Non-zero stops. */
+typedef int (*tfm_print)(void *user, const char *text, size_t size);
+
+typedef struct tfm_generate_options {
+    size_t max_tokens; /* 0: until the text ends or the context is full */
+    uint64_t seed;
+    tfm_sampling sampling; /* zeroed: greedy */
+    int ignore_end;        /* 1: go on when the model ends its text */
+    int special;           /* 1: special tokens written in the prompt become their ids */
+    int append;            /* 1: the prompt goes behind what the sequence has. 0: it is the whole text; of what the
+                            * sequence has, the common beginning is reused. */
+    int shift;             /* 1: when the context is full keep the first shift_keep tokens and the most recent half */
+    size_t shift_keep;
+    size_t sequence;
+    const int32_t *stop_tokens;
+    size_t n_stop_tokens;
+    const char *const *stop_strings; /* the text ends before the first of them; it is not printed */
+    size_t n_stop_strings;
+    int (*on_token)(void *user, int32_t token); /* called with each new token, before its text. Non-zero stops. */
+    void *on_token_user;
+    struct tfm_generate_stats *stats; /* filled if not NULL */
+} tfm_generate_options;
+
+typedef struct tfm_generate_stats {
+    size_t n_prompt;    /* tokens of the prompt */
+    size_t n_reused;    /* of those, how many were in the cache */
+    size_t n_generated; /* the token that ended the text included */
+    tfm_stop stop;
+} tfm_generate_stats;
+
+/* Continues a prompt: tokenizes it, evaluates it, then chooses token after token; each new piece of text goes to `print`
+ * (which may be NULL). An empty prompt is an error, as is one that is longer than the context. When the context runs
+ * full without options->shift the text so far has been printed and the status is TFM_ERROR_CONTEXT_FULL. */
+TFM_API tfm_status tfm_generate(tfm_session *session, const char *prompt, const tfm_generate_options *options,
+                                tfm_print print, void *print_user, tfm_error *error);
+
+/* The same for a prompt of token ids; works without a tokenizer (nothing is printed then, see on_token). */
+TFM_API tfm_status tfm_generate_ids(tfm_session *session, const int32_t *prompt, size_t n_prompt,
+                                    const tfm_generate_options *options, tfm_print print, void *print_user,
+                                    tfm_error *error);
+
+#ifdef __cplusplus
+}
+#endif
+
+#endif /* TFM_H */
 
 /* =====================================================================================================================
  * IMPLEMENTATION
@@ -1131,398 +1523,11 @@ static tfm_tensor tfm__pack_into(tfm__threads *threads, const tfm_tensor *matrix
     return tfm__tensor(dtype, TFM_PANELS, matrix->shape[0], matrix->shape[1], memory);
 }
 
-TFM_API void tfm_unpack(tfm_tensor *packed, const tfm_allocator *allocator);
-
-/* ------------------------------------------------------------------------------------------------------------- layers
- * The parts of a Transformer. The structs are plain: fill them by hand (weights packed by tfm_pack, vectors in fp32)
- * or take them from a loaded model. They own nothing. Every forward function takes its activations in fp32, row-major,
- * one token a row, and may grow the engine's scratch memory (TFM_ERROR_MEMORY). */
-
-/* y = x W^T + b.  weight [out, in] in panels; bias [out] or absent.
- * With an i8 weight x is quantized too, when it comes (dynamic quantization): for each row and 64 inputs a scale
- * t = largest |x| / 127 and integers round(x / t). Integers are multiplied and added exactly, in 32 bits; then
- * y = sum over groups of s t (integer sum). The error of one product x w is at most (s |x| + t |w|) / 2 + s t / 4. */
-typedef struct tfm_linear {
-    tfm_tensor weight;
-    tfm_tensor bias;
-} tfm_linear;
-
-typedef enum tfm_norm_kind {
-    TFM_LAYER_NORM = 0, /* y = (x - mean) / sqrt(variance + eps) * weight + bias      (Ba et al. 2016) */
-    TFM_RMS_NORM        /* y = x / sqrt(mean of squares + eps) * weight               (Zhang, Sennrich 2019) */
-} tfm_norm_kind;
-
-typedef struct tfm_norm {
-    tfm_norm_kind kind;
-    float eps;
-    tfm_tensor weight; /* [d_model] */
-    tfm_tensor bias;   /* [d_model] or absent */
-} tfm_norm;
-
-typedef enum tfm_activation {
-    TFM_NO_ACTIVATION = 0,
-    TFM_RELU,
-    TFM_GELU,       /* x * (1 + erf(x / sqrt 2)) / 2                                  (Hendrycks, Gimpel 2016) */
-    TFM_GELU_TANH,  /* x * (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3))) / 2: GPT-2's "gelu_new" */
-    TFM_QUICK_GELU, /* x * sigmoid(1.702 x) */
-    TFM_SILU,       /* x * sigmoid(x) */
-    TFM_TANH,
-    TFM_ACTIVATION_COUNT
-} tfm_activation;
-
-/* Multi-head attention (Vaswani et al. 2017): for each head softmax(q k^T scale + mask) v; the heads' results side by
- * side through `out`. With n_kv_heads < n_heads, n_heads / n_kv_heads query heads share one head of keys and values
- * (Ainslie et al. 2023). */
-typedef struct tfm_attention {
-    size_t n_heads, n_kv_heads, head_dim;
-    int causal;     /* 1: a token sees itself and the tokens before it */
-    float scale;    /* mostly 1 / sqrt(head_dim) */
-    tfm_linear qkv; /* [(n_heads + 2 n_kv_heads) head_dim, d_model]: all queries, all keys, all values */
-    tfm_linear out; /* [d_model, n_heads head_dim] */
-} tfm_attention;
-
-/* Position-wise feed-forward: plain  down(act(up(x)));  gated  down(act(gate(x)) * up(x))  (Shazeer 2020). */
-typedef struct tfm_ffn {
-    tfm_activation activation;
-    int gated;
-    tfm_linear up;   /* [d_ff, d_model]; gated: [2 d_ff, d_model], the gate's rows first */
-    tfm_linear down; /* [d_model, d_ff] */
-} tfm_ffn;
-
-typedef enum tfm_norm_place {
-    TFM_PRE_NORM = 0, /* x += attention(norm(x));     x += ffn(norm(x))       (GPT-2, T5, LLaMA) */
-    TFM_POST_NORM     /* x = norm(x + attention(x));  x = norm(x + ffn(x))    (the paper, BERT) */
-} tfm_norm_place;
-
-typedef struct tfm_block {
-    tfm_norm_place norm_place;
-    tfm_norm attention_norm;
-    tfm_attention attention;
-    tfm_norm ffn_norm;
-    tfm_ffn ffn;
-} tfm_block;
-
-/* Keys and values of one sequence for all blocks of a stack. Memory is cut into pages of TFM_KV_PAGE tokens, so that
- * sequences of different lengths share one pool; within a page each head's keys and values are contiguous, in the
- * panels that the matrix kernels read. Make one with tfm_kv_create, or let a session manage them. */
-#define TFM_KV_PAGE 128
-typedef struct tfm_kv {
-    size_t n_layers, n_kv_heads, head_dim;
-    size_t capacity;       /* tokens that there are pages for */
-    size_t n_tokens;       /* tokens that are in it. The caller moves it on, after the last block of a step. */
-    const uint32_t *pages; /* which page of the pool holds tokens [i * TFM_KV_PAGE, ...); NULL: page i */
-    size_t n_pool_pages;
-    float *pool; /* [n_layers][n_pool_pages][2: keys, values][n_kv_heads][TFM_KV_PAGE * head_dim rounded up to 16] */
-} tfm_kv;
-
-/* Makes an empty cache with its own pool. Free with tfm_kv_free and the same allocator (NULL: the default one). */
-TFM_API tfm_status tfm_kv_create(tfm_kv *kv, size_t n_layers, size_t n_kv_heads, size_t head_dim, size_t capacity,
-                                 const tfm_allocator *allocator, tfm_error *error);
-TFM_API void tfm_kv_free(tfm_kv *kv, const tfm_allocator *allocator);
-
-/* Consecutive rows of x that are consecutive tokens of one sequence; one step may run several spans, and tokens attend
- * only within their own. */
-typedef struct tfm_span {
-    size_t n_rows;     /* tokens of this span: rows of x, after those of the spans before it */
-    tfm_kv *kv;        /* the tokens before this span; this span's keys and values are added behind them (n_tokens stays).
-                        * NULL: the span is the whole sequence and nothing is kept. */
-    const float *mask; /* [n_rows][tokens before + n_rows], added to every head's scores (-INFINITY: not seen), or NULL.
-                        * A token that sees nothing at all gets zeros. */
-} tfm_span;
-
-/* y[n_rows][out] = x[n_rows][in] W^T + b.  y must not overlap x. */
-TFM_API tfm_status tfm_linear_forward(tfm_engine *engine, const tfm_linear *linear, const float *x, size_t n_rows, float *y,
-                                      tfm_error *error);
-
-/* y[n_rows][d_model] = norm(x[n_rows][d_model]).  y may be x. */
-TFM_API tfm_status tfm_norm_forward(tfm_engine *engine, const tfm_norm *norm, const float *x, size_t n_rows, float *y,
-                                    tfm_error *error);
-
-/* y = activation(x), n numbers.  y may be x. */
-TFM_API tfm_status tfm_activation_forward(tfm_engine *engine, tfm_activation activation, const float *x, size_t n, float *y,
-                                          tfm_error *error);
-
-/* y[rows][d_model] = attention(x[rows][d_model]), rows = the spans' n_rows together.  `layer` says which layer of the
- * spans' caches this is. y must not overlap x. */
-TFM_API tfm_status tfm_attention_forward(tfm_engine *engine, const tfm_attention *attention, size_t layer, const float *x,
-                                         const tfm_span *spans, size_t n_spans, float *y, tfm_error *error);
-
-/* y[n_rows][d_model] = ffn(x[n_rows][d_model]).  y must not overlap x. */
-TFM_API tfm_status tfm_ffn_forward(tfm_engine *engine, const tfm_ffn *ffn, const float *x, size_t n_rows, float *y,
-                                   tfm_error *error);
-
-/* x[rows][d_model] becomes block(x). */
-TFM_API tfm_status tfm_block_forward(tfm_engine *engine, const tfm_block *block, size_t layer, float *x,
-                                     const tfm_span *spans, size_t n_spans, tfm_error *error);
-
-/* -------------------------------------------------------------------------------------------------------- .tfm files */
-
-/* Metadata of a .tfm file: one key with `count` values. Text and bytes count bytes; text is not terminated. */
-typedef enum tfm_meta_type { TFM_META_I64 = 1, TFM_META_F64, TFM_META_TEXT, TFM_META_BYTES, TFM_META_I32, TFM_META_F32 } tfm_meta_type;
-
-typedef struct tfm_meta {
-    const char *key; /* not terminated */
-    size_t key_size;
-    tfm_meta_type type;
-    size_t count;
-    const void *values; /* 8-byte aligned; as the type says: int64_t, double, char, unsigned char, int32_t, float */
-} tfm_meta;
-
-/* One tensor of a .tfm file. */
-typedef struct tfm_entry {
-    const char *name; /* not terminated */
-    size_t name_size;
-    tfm_tensor tensor;
-    uint32_t crc;
-} tfm_entry;
-
-/* An open .tfm file. Reading from it is safe from many threads. */
-typedef struct tfm_file tfm_file;
-
-/* Opens and validates a file: header, checksum, metadata, directory. The tensors' own checksums are left to
- * tfm_file_verify. NULL on error. Close with tfm_file_close; entries and metadata point into the file. */
-#ifndef TFM_NO_STDIO
-TFM_API tfm_file *tfm_file_open(const char *path, const tfm_allocator *allocator, tfm_error *error);
-#endif
-/* The same for a file in memory (8-byte aligned), which must outlive the tfm_file. `name` is for error messages. */
-TFM_API tfm_file *tfm_file_open_memory(const void *data, size_t size, const char *name, const tfm_allocator *allocator,
-                                       tfm_error *error);
-TFM_API void tfm_file_close(tfm_file *file);
-TFM_API size_t tfm_file_bytes(const tfm_file *file);
-TFM_API size_t tfm_file_n_meta(const tfm_file *file);
-TFM_API const tfm_meta *tfm_file_meta(const tfm_file *file, size_t index);
-TFM_API size_t tfm_file_n_tensors(const tfm_file *file);
-TFM_API const tfm_entry *tfm_file_entry(const tfm_file *file, size_t index);
-/* The entry with that name, or NULL. */
-TFM_API const tfm_entry *tfm_file_find(const tfm_file *file, const char *name);
-/* The metadata with that key, or NULL. */
-TFM_API const tfm_meta *tfm_file_find_meta(const tfm_file *file, const char *key);
-/* Reads all data and compares every tensor's checksum. */
-TFM_API tfm_status tfm_file_verify(const tfm_file *file, tfm_error *error);
-
-#ifndef TFM_NO_STDIO
-/* Long work reports here: done of total, in bytes. Non-zero stops it with TFM_ERROR_STOPPED. */
-typedef int (*tfm_progress)(void *user, uint64_t done, uint64_t total);
-
-typedef struct tfm_quantize_options {
-    tfm_dtype dtype; /* what the matrices become; 0: each keeps its own */
-    int threads;     /* as in tfm_engine_options */
-    tfm_progress progress;
-    void *progress_user;
-    tfm_allocator allocator;
-} tfm_quantize_options;
-
-/* Rewrites a .tfm file with its matrices in panels of the given dtype, so that loading it copies nothing. One tensor is
- * in memory at a time. The output appears whole, under its own name, or not at all. */
-TFM_API tfm_status tfm_quantize(const char *in_path, const char *out_path, const tfm_quantize_options *options,
-                                tfm_error *error);
-#endif
-
-/* ------------------------------------------------------------------------------------------------------------- models */
-
-typedef enum tfm_positions { TFM_NO_POSITIONS = 0, TFM_LEARNED_POSITIONS } tfm_positions;
-typedef enum tfm_head { TFM_NO_HEAD = 0, TFM_TIED_HEAD, TFM_OWN_HEAD } tfm_head;
-
-/* What a model is: the description in its file. */
-typedef struct tfm_description {
-    size_t vocab_size, d_model;
-    size_t n_layers, n_heads, n_kv_heads, head_dim, d_ff;
-    size_t n_positions; /* the context: no sequence is longer */
-    size_t position_offset;
-    int causal, gated, final_norm;
-    tfm_norm_kind norm;
-    tfm_norm_place norm_place;
-    float norm_eps;
-    tfm_positions positions;
-    tfm_activation activation;
-    tfm_head head;
-    float embedding_scale;
-} tfm_description;
-
-typedef struct tfm_model tfm_model;
-
-typedef struct tfm_load_options {
-    tfm_dtype dtype;  /* the matrices' type in memory; 0: as in the file */
-    int verify;       /* 1: compare the checksum of every tensor (reads the whole file) */
-    int copy;         /* 1: copy weights into memory, in 2 MiB pages where the system has them, instead of using the mapped
-                       * file in place: they are read faster, but loading takes time and nothing is shared */
-    int threads;      /* for packing, as in tfm_engine_options */
-    tfm_allocator allocator;
-} tfm_load_options;
-
-/* Loads a model. Matrices that the file holds in panels of the wanted dtype are used where they lie, in the mapped file;
- * others are packed into memory. options NULL: the usual. Free with tfm_free. NULL on error. */
-#ifndef TFM_NO_STDIO
-TFM_API tfm_model *tfm_load(const char *path, const tfm_load_options *options, tfm_error *error);
-#endif
-/* The same from memory (8-byte aligned), which must outlive the model. */
-TFM_API tfm_model *tfm_load_memory(const void *data, size_t size, const tfm_load_options *options, tfm_error *error);
-TFM_API void tfm_free(tfm_model *model);
-
-TFM_API const tfm_description *tfm_model_description(const tfm_model *model);
-/* Number of weights, a tied head counted once. */
-TFM_API uint64_t tfm_model_parameters(const tfm_model *model);
-/* Bytes of weights that one generated token reads: all but the embedding tables that are only looked up. */
-TFM_API uint64_t tfm_model_bytes_per_token(const tfm_model *model);
-/* A block of the model, 0 <= index < n_layers, to be run by tfm_block_forward. */
-TFM_API const tfm_block *tfm_model_block(const tfm_model *model, size_t index);
-
-/* ---------------------------------------------------------------------------------------------------------- tokenizer */
-
-/* 1 if the model has a tokenizer. The others return TFM_ERROR_UNSUPPORTED without one. */
-TFM_API int tfm_has_tokenizer(const tfm_model *model);
-
-enum {
-    TFM_TOKENIZE_SPECIAL = 1, /* special tokens written in the text become their ids; otherwise they are plain text */
-    TFM_TOKENIZE_PLAIN = 2    /* leave out what the tokenizer adds to every text by itself, as [CLS] and [SEP] */
-};
-
-/* Tokenizes `size` bytes of text, any bytes. Like snprintf: *n_ids is how many ids the text has, of which at most
- * `capacity` are written. Thread-safe. Allocates only for stretches of more than 256 bytes without a place to cut. */
-TFM_API tfm_status tfm_tokenize(const tfm_model *model, const char *text, size_t size, unsigned flags, int32_t *ids,
-                                size_t capacity, size_t *n_ids, tfm_error *error);
-
-/* The bytes of a token, not terminated; perhaps half a UTF-8 character. NULL and *size = 0 for an id that has none. */
-TFM_API const char *tfm_token_text(const tfm_model *model, int32_t id, size_t *size);
-
-/* 1 if the token ends a text. */
-TFM_API int tfm_is_end_token(const tfm_model *model, int32_t id);
-
-/* ----------------------------------------------------------------------------------------------------------- sessions */
-
-typedef struct tfm_session_options {
-    size_t context;       /* tokens that a sequence may have; 0: the model's n_positions */
-    size_t n_sequences;   /* independent sequences; 0: 1 */
-    size_t max_rows;      /* tokens evaluated in one pass; longer input is cut into passes. 0: 512 */
-    tfm_engine_options engine;
-} tfm_session_options;
-
-typedef struct tfm_session tfm_session;
-
-/* Makes a session with all its memory. The model must outlive it. Free with tfm_session_free. NULL on error. */
-TFM_API tfm_session *tfm_session_create(const tfm_model *model, const tfm_session_options *options, tfm_error *error);
-TFM_API void tfm_session_free(tfm_session *session);
-TFM_API const tfm_model *tfm_session_model(const tfm_session *session);
-TFM_API tfm_engine *tfm_session_engine(tfm_session *session);
-/* Tokens that each sequence may have. */
-TFM_API size_t tfm_session_context(const tfm_session *session);
-
-/* New tokens for one sequence. */
-typedef struct tfm_chunk {
-    size_t sequence;       /* < n_sequences; at most one chunk for each in a call */
-    const int32_t *tokens; /* [n_tokens], behind those that the sequence has */
-    size_t n_tokens;       /* at least 1 */
-    size_t n_outputs;      /* how many of the last tokens' results are wanted: 0 to n_tokens */
-} tfm_chunk;
-
-typedef enum tfm_output {
-    TFM_LOGITS = 0, /* [vocab_size] for each token */
-    TFM_HIDDEN      /* [d_model]: after the final norm */
-} tfm_output;
-
-/* Evaluates the chunks together: prompts as matrix-matrix work, single tokens of many sequences in one read of the
- * weights. outputs [sum of n_outputs][vocab_size or d_model], in the chunks' order (NULL when none are wanted).
- * On an error that concerns the arguments (an id out of range, no room) nothing has changed. */
-TFM_API tfm_status tfm_eval(tfm_session *session, const tfm_chunk *chunks, size_t n_chunks, tfm_output what, float *outputs,
-                            tfm_error *error);
-
-/* The tokens of a sequence; *n_tokens is how many. Valid until the next call that changes the sequence. */
-TFM_API const int32_t *tfm_sequence_tokens(const tfm_session *session, size_t sequence, size_t *n_tokens);
-
-/* Forgets all but the first n_tokens of a sequence. */
-TFM_API tfm_status tfm_truncate(tfm_session *session, size_t sequence, size_t n_tokens, tfm_error *error);
-
-/* Makes room in a full sequence: keeps its first n_keep tokens and the most recent half of the rest, and evaluates those
- * again at their new places. */
-TFM_API tfm_status tfm_shift(tfm_session *session, size_t sequence, size_t n_keep, tfm_error *error);
-
-/* ------------------------------------------------------------------------------------------------ sampling, generation */
-
-typedef struct tfm_logit_bias {
-    int32_t token;
-    float bias; /* added to the token's logit; -INFINITY forbids it */
-} tfm_logit_bias;
-
-/* How the next token is chosen from the logits. The steps are taken in the order of the fields, as transformers does. */
-typedef struct tfm_sampling {
-    const tfm_logit_bias *logit_bias;
-    size_t n_logit_bias;
-    float repeat_penalty; /* logits of tokens that the sequence has: divided by it if positive, else multiplied. 0: off */
-    float temperature;    /* logits are divided by it. 0: greedy, the largest logit (the lowest id among equals) */
-    size_t top_k;         /* only the k likeliest tokens (and those equal to the k-th). 0: all */
-    float top_p;          /* only the likeliest tokens that together reach this probability. 0 or 1: all */
-    float min_p;          /* only tokens at least this likely, relative to the likeliest. 0: all */
-} tfm_sampling;
-
-/* Random numbers: PCG32 (O'Neill 2014). The same seed gives the same numbers everywhere. */
-typedef struct tfm_random {
-    uint64_t state;
-} tfm_random;
-TFM_API void tfm_random_seed(tfm_random *random, uint64_t seed);
-/* Uniform in [0, 1). */
-TFM_API double tfm_random_uniform(tfm_random *random);
-
-/* Chooses a token from logits[vocab_size]; the logits are changed. `history` (the tokens so far) is for the repeat
- * penalty and may be NULL. `random` is not used when greedy. Logits that are NaN are never chosen. `work` holds
- * vocab_size int32_t. TFM_ERROR_ARGUMENT if an option is out of range or no token is left. */
-TFM_API tfm_status tfm_sample(const tfm_sampling *sampling, float *logits, size_t vocab_size, const int32_t *history,
-                              size_t n_history, tfm_random *random, int32_t *work, int32_t *token, tfm_error *error);
-
-typedef enum tfm_stop {
-    TFM_STOP_NONE = 0,
-    TFM_STOP_MAX_TOKENS,
-    TFM_STOP_END_TOKEN, /* the model ended its text, or a stop token came */
-    TFM_STOP_STRING,
-    TFM_STOP_CALLBACK,
-    TFM_STOP_CONTEXT /* no room left, and shift_keep was not given; tfm_generate returns TFM_ERROR_CONTEXT_FULL */
-} tfm_stop;
-
-/* Called with each new piece of text: whole UTF-8 characters, not terminated. Non-zero stops. */
-typedef int (*tfm_print)(void *user, const char *text, size_t size);
-
-typedef struct tfm_generate_options {
-    size_t max_tokens; /* 0: until the text ends or the context is full */
-    uint64_t seed;
-    tfm_sampling sampling; /* zeroed: greedy */
-    int ignore_end;        /* 1: go on when the model ends its text */
-    int special;           /* 1: special tokens written in the prompt become their ids */
-    int append;            /* 1: the prompt goes behind what the sequence has. 0: it is the whole text; of what the
-                            * sequence has, the common beginning is reused. */
-    int shift;             /* 1: when the context is full keep the first shift_keep tokens and the most recent half */
-    size_t shift_keep;
-    size_t sequence;
-    const int32_t *stop_tokens;
-    size_t n_stop_tokens;
-    const char *const *stop_strings; /* the text ends before the first of them; it is not printed */
-    size_t n_stop_strings;
-    int (*on_token)(void *user, int32_t token); /* called with each new token, before its text. Non-zero stops. */
-    void *on_token_user;
-    struct tfm_generate_stats *stats; /* filled if not NULL */
-} tfm_generate_options;
-
-typedef struct tfm_generate_stats {
-    size_t n_prompt;    /* tokens of the prompt */
-    size_t n_reused;    /* of those, how many were in the cache */
-    size_t n_generated; /* the token that ended the text included */
-    tfm_stop stop;
-} tfm_generate_stats;
-
-/* Continues a prompt: tokenizes it, evaluates it, then chooses token after token; each new piece of text goes to `print`
- * (which may be NULL). An empty prompt is an error, as is one that is longer than the context. When the context runs
- * full without options->shift the text so far has been printed and the status is TFM_ERROR_CONTEXT_FULL. */
-TFM_API tfm_status tfm_generate(tfm_session *session, const char *prompt, const tfm_generate_options *options,
-                                tfm_print print, void *print_user, tfm_error *error);
-
-/* The same for a prompt of token ids; works without a tokenizer (nothing is printed then, see on_token). */
-TFM_API tfm_status tfm_generate_ids(tfm_session *session, const int32_t *prompt, size_t n_prompt,
-                                    const tfm_generate_options *options, tfm_print print, void *print_user,
-                                    tfm_error *error);
-
-#ifdef __cplusplus
+TFM_API void tfm_unpack(tfm_tensor *packed, const tfm_allocator *allocator) {
+    tfm_allocator memory = tfm__allocator(allocator);
+    tfm__release_aligned(&memory, packed->data);
+    memset(packed, 0, sizeof *packed);
 }
-#endif
-
-#endif /* TFM_H */
 
 TFM_API tfm_status tfm_pack(const tfm_tensor *matrix, tfm_dtype dtype, const tfm_allocator *allocator, tfm_tensor *packed,
                             tfm_error *error) {
@@ -1547,12 +1552,6 @@ TFM_API tfm_status tfm_pack(const tfm_tensor *matrix, tfm_dtype dtype, const tfm
         return tfm__fail(error, TFM_ERROR_ARGUMENT, "tfm_pack: a weight is not finite, and so can't be quantized");
     }
     return TFM_OK;
-}
-
-TFM_API void tfm_unpack(tfm_tensor *packed, const tfm_allocator *allocator) {
-    tfm_allocator memory = tfm__allocator(allocator);
-    tfm__release_aligned(&memory, packed->data);
-    memset(packed, 0, sizeof *packed);
 }
 
 /* =====================================================================================================================

@@ -20,7 +20,7 @@ For a file, a tokenizer is looked for beside it.
                from before May 2023 need {"activation_function": "gelu_new"}.
 
 Tensors keep the checkpoint's type (f32, f16, bf16; f64 becomes f32) and their bytes are copied, never held in memory.
-Pickles are read by a machine of our own that has no instruction for importing or calling anything.
+Pickles are read by a machine of our own: it imports nothing, and calls nothing but a few functions of this file.
 OUT.tfm appears whole or not at all.
 
 Exit status: 0 converted, 1 the input can't be converted (one sentence on stderr says why), 2 wrong usage,
@@ -103,10 +103,13 @@ class InputFile:
 
     def read_into(self, offset, view):
         """Fills `view` with the bytes from `offset` on."""
-        self.file.seek(offset)
         done = 0
         while done < len(view):
-            count = self.file.readinto(view[done:])
+            try:
+                self.file.seek(offset + done)
+                count = self.file.readinto(view[done:])
+            except OSError as error:
+                raise ConvertError("%s: can't be read: %s" % (self.path, error.strerror))
             if not count:
                 raise ConvertError("%s: ends at byte %d, in the middle of its data" % (self.path, offset + done))
             done += count
@@ -122,9 +125,11 @@ class InputFile:
     def map(self):
         """The whole file as bytes in address space, for access that jumps about."""
         if self._map is None:
-            self._map = mmap.mmap(self.file.fileno(), 0, access=mmap.ACCESS_READ)
+            try:
+                self._map = mmap.mmap(self.file.fileno(), 0, access=mmap.ACCESS_READ)
+            except OSError as error:
+                raise ConvertError("%s: can't be mapped into memory: %s" % (self.path, error.strerror))
         return self._map
-
 
     def unload(self):
         """Lets go of the mapped pages, which would count as ours though they are the system's cache."""
@@ -185,23 +190,27 @@ class Fields:
     def get(self, keys, types, expected, default):
         """The value under a key, or under the first of several spellings that is there."""
         keys = (keys,) if isinstance(keys, str) else keys
-        for key in keys:
-            value = self.values.get(key)
-            if value is None:
-                continue
-            # A bool is an int to Python, and neither is a stand-in for the other here.
-            if not isinstance(value, types) or isinstance(value, bool) != (types is bool):
-                raise ConvertError("%s: %s should be %s, not %s" % (self.where, quote(key), expected, quote(value)))
-            return value
-        if default is self.REQUIRED:
-            raise ConvertError("%s: there is no %s" % (self.where, " or ".join(map(quote, keys))))
-        return default
+        value = next((self.values[key] for key in keys if self.values.get(key) is not None), None)
+        if value is None:
+            if default is self.REQUIRED:
+                raise ConvertError("%s: there is no %s" % (self.where, " or ".join(map(quote, keys))))
+            return default
+        # A bool is an int to Python, and neither is a stand-in for the other here.
+        if not isinstance(value, types) or isinstance(value, bool) != (types is bool):
+            raise ConvertError("%s: %s should be %s, not %s"
+                               % (self.where, self.spelling(keys), expected, quote(value)))
+        return value
+
+    def spelling(self, keys):
+        """The one of several spellings of a key that is there, for an error message."""
+        keys = (keys,) if isinstance(keys, str) else keys
+        return quote(next(key for key in keys if self.values.get(key) is not None))
 
     def size(self, keys, default=REQUIRED, limit=(1 << 31) - 1):
         value = self.get(keys, int, "an integer", default)
         if value is not None and not 0 < value <= limit:
             raise ConvertError("%s: %s should be an integer from 1 to %d, not %s"
-                               % (self.where, quote(keys), limit, quote(value)))
+                               % (self.where, self.spelling(keys), limit, quote(value)))
         return value
 
     def integer(self, keys, default=REQUIRED):
@@ -210,7 +219,8 @@ class Fields:
     def number(self, keys, default=REQUIRED):
         value = self.get(keys, (int, float), "a number", default)
         if not -1e300 < value < 1e300:
-            raise ConvertError("%s: %s should be a finite number, not %s" % (self.where, quote(keys), quote(value)))
+            raise ConvertError("%s: %s should be a finite number, not %s"
+                               % (self.where, self.spelling(keys), quote(value)))
         return float(value)
 
     def flag(self, keys, default=REQUIRED):
@@ -232,7 +242,7 @@ class Fields:
         ids = value if isinstance(value, list) else [value]
         if not all(type(number) is int for number in ids):
             raise ConvertError("%s: %s should be a token id or a list of them, not %s"
-                               % (self.where, quote(keys), quote(value)))
+                               % (self.where, self.spelling(keys), quote(value)))
         return ids
 
 
@@ -416,7 +426,7 @@ def safetensors_entry(file, data, name, header):
     if dtype not in DTYPE_SIZES:
         raise ConvertError("%s has the unknown type %s" % (where, quote(dtype)))
     if len(span) != 2 or len(shape) > MAX_DIMS or not are_sizes(shape + span):
-        raise ConvertError("%s: 'shape' and 'data_offsets' should be lists of up to %d and of 2 integers"
+        raise ConvertError("%s: 'shape' should be a list of at most %d sizes, and 'data_offsets' of 2"
                            % (where, MAX_DIMS))
     begin, end = span
     if begin > end or end > file.size - data:
@@ -452,7 +462,7 @@ def check_no_overlap(file, data, tensors):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Reading pickles: a machine for the instructions that torch.save writes. Python's own would import and call whatever
-# the file names. This one knows no import and no call: a name stands for one of the functions below, or is refused.
+# the file names. This one can't import: a name stands for one of the functions below, or the file is refused.
 # ---------------------------------------------------------------------------------------------------------------------
 
 class StorageType(NamedTuple):
@@ -913,11 +923,11 @@ def read_shards(source, path):
         missing = [name for name in names if name not in part]
         twice = [name for name in part if name in tensors]
         if missing:
-            raise ConvertError("%s: has no tensor %s, which the index promises" % (source.beside(shard),
-                                                                                  listing(missing)))
+            raise ConvertError("%s: lacks tensors that the index promises: %s"
+                               % (source.beside(shard), listing(missing)))
         if twice:
-            raise ConvertError("%s: has the tensor %s, which another shard has, too" % (source.beside(shard),
-                                                                                        listing(twice)))
+            raise ConvertError("%s: has tensors that another shard has, too: %s"
+                               % (source.beside(shard), listing(twice)))
         tensors.update(part)
     return Checkpoint(tensors, None, "%s (%d shards)" % (os.path.basename(path), len(shards)))
 
@@ -1244,10 +1254,10 @@ def match_tensors(tensors, model, family, label):
             else:
                 entries.append(Entry("%s.%s" % (target, part), tensor, shape, part_layout))
     if missing:
-        raise ConvertError("%s: lacks the tensor %s that the configuration asks for" % (label, listing(missing)))
+        raise ConvertError("%s: lacks tensors that the configuration asks for: %s" % (label, listing(missing)))
     if unused:
-        raise ConvertError("%s: has the tensor %s that is no part of the %s that the configuration describes"
-                           % (label, listing([tensor.name for tensor in unused.values()]), family.title))
+        raise ConvertError("%s: has tensors that are no part of the %s that the configuration describes: %s"
+                           % (label, family.title, listing([tensor.name for tensor in unused.values()])))
     for entry in entries:
         check_entry(entry)
     return entries
@@ -1568,7 +1578,7 @@ MAGIC = b"TFMH\r\n\x1a\n"
 VERSION = 1
 HEADER_SIZE = 64
 ALIGNMENT = 64  # of every tensor
-TARGET_DTYPES = {"F32": 0, "F16": 1, "BF16": 2, "F64": 0}  # checkpoint's type: code of the type that is written
+TARGET_DTYPES = {"F32": 1, "F16": 2, "BF16": 3, "F64": 1}  # checkpoint's type: code of the type that is written
 LAYOUTS = {"rows": 0, "cols": 1}
 
 
@@ -1728,11 +1738,14 @@ def write_tfm(out, metadata, entries):
     directory_size = len(pack_directory(place(entries, 0), [0] * len(entries)))
     pieces = place(entries, HEADER_SIZE + len(metadata) + directory_size)
     file_size = pieces[-1].offset + pieces[-1].size
-    with replaced(out) as file, Progress(file_size) as progress:
-        checksums = [write_tensor(file, piece, progress) for piece in pieces]
-        directory = pack_directory(pieces, checksums)
-        file.seek(0)
-        file.write(pack_header(metadata, directory, len(pieces), file_size) + metadata + directory)
+    try:
+        with replaced(out) as file, Progress(file_size) as progress:
+            checksums = [write_tensor(file, piece, progress) for piece in pieces]
+            directory = pack_directory(pieces, checksums)
+            file.seek(0)
+            file.write(pack_header(metadata, directory, len(pieces), file_size) + metadata + directory)
+    except OSError as error:
+        raise ConvertError("%s: can't be written: %s" % (out, error.strerror))
     return file_size
 
 
@@ -1911,7 +1924,7 @@ def main(arguments):
         say(str(error))
         return 2 if isinstance(error, UsageError) else 1
     except OSError as error:
-        say("%s: %s" % (error.filename or "the files", error.strerror or error))
+        say("%s: %s" % (error.filename, error.strerror) if error.filename else str(error))
         return 1
     except MemoryError:
         say("out of memory")
