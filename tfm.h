@@ -1749,19 +1749,16 @@ static void tfm__scalar_rms_norm(const float *x, size_t n, const float *weight, 
 }
 
 static float tfm__scalar_softmax_block(tfm__softmax *softmax, float *scores, size_t n, float scale, const float *mask) {
-    float max = softmax->max, sum = 0, correction;
+    float max = softmax->max, sum = 0, shift, correction;
     size_t i;
     for (i = 0; i < n; i++) {
         scores[i] = scores[i] * scale + (mask ? mask[i] : 0);
         max = scores[i] > max ? scores[i] : max;
     }
-    if (max == -INFINITY) { /* nothing seen yet, and nothing here: -inf - -inf would be NaN */
-        memset(scores, 0, n * sizeof *scores);
-        return 1;
-    }
-    correction = expf(softmax->max - max);
+    shift = max == -INFINITY ? 0 : max; /* nothing seen yet, and nothing here: -inf - -inf would be NaN */
+    correction = softmax->max == max ? 1 : expf(softmax->max - shift);
     for (i = 0; i < n; i++)
-        sum += scores[i] = expf(scores[i] - max);
+        sum += scores[i] = expf(scores[i] - shift);
     softmax->max = max;
     softmax->sum = softmax->sum * correction + sum;
     return correction;
@@ -2304,23 +2301,20 @@ static TFM__TARGET TFM__INLINE v16 TFM__FN(scores16)(const float *scores, size_t
 static TFM__TARGET float TFM__FN(softmax_block)(tfm__softmax *softmax, float *scores, size_t n, float scale,
                                                 const float *mask) {
     v16 largest = TFM__FN(set16)(-INFINITY), sum = TFM__FN(set16)(0);
-    float max, correction;
+    float max, shift, correction;
     size_t i;
     for (i = 0; i < n; i += 16)
         largest = TFM__FN(max16)(largest, TFM__FN(scores16)(scores + i, n - i, scale, mask ? mask + i : NULL));
     max = TFM__FN(max_lanes)(largest);
     max = softmax->max > max ? softmax->max : max;
-    if (max == -INFINITY) { /* nothing seen yet, and nothing here: -inf - -inf would be NaN */
-        memset(scores, 0, n * sizeof *scores);
-        return 1;
-    }
+    shift = max == -INFINITY ? 0 : max; /* nothing seen yet, and nothing here: -inf - -inf would be NaN */
     for (i = 0; i < n; i += 16) {
         v16 s = TFM__FN(scores16)(scores + i, n - i, scale, mask ? mask + i : NULL);
-        s = TFM__FN(exp16)(TFM__FN(sub16)(s, TFM__FN(set16)(max)));
+        s = TFM__FN(exp16)(TFM__FN(sub16)(s, TFM__FN(set16)(shift)));
         sum = TFM__FN(add16)(sum, s);
         TFM__FN(store_part)(scores + i, s, n - i);
     }
-    correction = softmax->max == max ? 1 : expf(softmax->max - max);
+    correction = softmax->max == max ? 1 : expf(softmax->max - shift);
     softmax->max = max;
     softmax->sum = softmax->sum * correction + TFM__FN(sum_lanes)(sum);
     return correction;
@@ -3885,7 +3879,7 @@ TFM_API tfm_status tfm_quantize(const char *in_path, const char *out_path, const
     error = error ? error : &unread;
     rewrite.options = options ? options : &usual;
     if ((unsigned)rewrite.options->dtype >= TFM_DTYPE_COUNT)
-        return tfm__fail(error, TFM_ERROR_ARGUMENT, "unknown type %d", (int)rewrite.options->dtype);
+        return tfm__fail(error, TFM_ERROR_UNSUPPORTED, "unknown type %d", (int)rewrite.options->dtype);
     rewrite.allocator = tfm__allocator(&rewrite.options->allocator);
     rewrite.threads.count = tfm__thread_count(rewrite.options->threads);
     from = tfm_file_open(in_path, &rewrite.allocator, error);
@@ -3912,7 +3906,6 @@ TFM_API tfm_status tfm_quantize(const char *in_path, const char *out_path, const
 #endif /* !TFM_NO_STDIO */
 
 /* BEGIN TOKENIZER */
-
 /* ====================================================================================================================
    Tokenizers
 
@@ -4158,15 +4151,10 @@ static unsigned tfm__unicode_class(uint32_t code_point) {
 static size_t tfm__utf8_prefix(const unsigned char *text, size_t size, size_t *length) {
     unsigned lead = text[0], low = 0x80, high = 0xBF;
     size_t n = 1;
-    if (lead < 0x80) {
-        *length = 1;
-        return 1;
+    *length = lead < 0xC2 ? 1 : lead < 0xE0 ? 2 : lead < 0xF0 ? 3 : lead < 0xF5 ? 4 : 1;
+    if (*length == 1) {
+        return lead < 0x80;
     }
-    if (lead < 0xC2 || lead > 0xF4) {
-        *length = 1;
-        return 0;
-    }
-    *length = lead < 0xE0 ? 2 : lead < 0xF0 ? 3 : 4;
     if (lead == 0xE0) {
         low = 0xA0;
     } else if (lead == 0xED) {
@@ -4236,6 +4224,18 @@ static size_t tfm__utf8_incomplete(const char *text, size_t size) {
 
 /* ---- Cutting a text into pieces ---------------------------------------------------------------------------------- */
 
+/* The size of the English contraction at the start of text, in lower case only; 0 if there is none. */
+static size_t tfm__gpt2_contraction(const unsigned char *text, size_t size) {
+    unsigned char a = size >= 2 ? text[1] : 0, b = size >= 3 ? text[2] : 0;
+    if (text[0] != '\'') {
+        return 0;
+    }
+    if (a == 's' || a == 't' || a == 'm' || a == 'd') {
+        return 2;
+    }
+    return (a == 'r' && b == 'e') || (a == 'v' && b == 'e') || (a == 'l' && b == 'l') ? 3 : 0;
+}
+
 /* The size of the first piece of a text (size is not 0) by GPT-2's pattern, whose alternatives are tried in this order:
 
        's|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+
@@ -4245,21 +4245,13 @@ static size_t tfm__utf8_incomplete(const char *text, size_t size) {
    With `lead`, a space that is not in the text stands before it, and is not counted; then a piece can have size 0. */
 static size_t tfm__gpt2_piece(const unsigned char *text, size_t size, int lead) {
     const unsigned kinds = TFM__LETTER | TFM__NUMBER | TFM__SPACE;
-    size_t end = 0, last = 0, used;
-    unsigned kind;
-    if (!lead && text[0] == '\'' && size >= 2) {
-        unsigned char a = text[1], b = size >= 3 ? text[2] : 0;
-        if (a == 's' || a == 't' || a == 'm' || a == 'd') {
-            return 2;
-        }
-        if ((a == 'r' && b == 'e') || (a == 'v' && b == 'e') || (a == 'l' && b == 'l')) {
-            return 3;
-        }
+    size_t contraction = lead ? 0 : tfm__gpt2_contraction(text, size);
+    size_t end = !lead && text[0] == ' ' && size >= 2, used; /* after the one space */
+    unsigned kind = tfm__class_at(text + end, size - end, &used) & kinds;
+    size_t last = 0; /* where the last character of the run of white space begins */
+    if (contraction > 0) {
+        return contraction;
     }
-    if (!lead && text[0] == ' ' && size >= 2) {
-        end = 1;
-    }
-    kind = tfm__class_at(text + end, size - end, &used) & kinds;
     if (kind != TFM__SPACE) {
         do {
             end += used;
@@ -4277,36 +4269,51 @@ static size_t tfm__gpt2_piece(const unsigned char *text, size_t size, int lead) 
 #define TFM__PAIR_MEMBERS 0x1FFFFFu /* members of a pair are less than this, */
 #define TFM__PAIR_VALUES 0x3FFFFFu  /* and values less than this: together 64 bits */
 #define TFM__NONE UINT32_MAX
-#define TFM__MAX_PROBES 1024
+#define TFM__MAX_PROBES 256 /* real vocabularies need less than 50 */
 
-/* Pair -> value, with open addressing and at least half of the slots empty. A slot is one word,
-   (first << 43 | second << 22 | value), or all ones where empty, so that looking up a pair reads one cache line. */
+/* Pair -> value, with open addressing. A slot is one word, (first << 43 | second << 22 | value), or all ones if empty,
+   so that a look at a pair reads one cache line. */
 typedef struct tfm__pairs {
     uint64_t *slots;
     size_t mask;
 } tfm__pairs;
 
-static tfm_status tfm__pairs_create(tfm__pairs *pairs, size_t n, const tfm_allocator *allocator, tfm_error *error) {
+static void *tfm__tokenizer_allocate(const tfm_allocator *allocator, size_t size, tfm_error *error) {
+    void *memory = allocator->allocate(allocator->user, size);
+    if (!memory) {
+        tfm__fail(error, TFM_ERROR_MEMORY, "tokenizer: out of memory, %zu bytes are not to be had", size);
+    }
+    return memory;
+}
+
+/* How many slots a table of n entries has: at least half of them stay empty. */
+static size_t tfm__table_slots(size_t n) {
     size_t n_slots = 2;
     while (n_slots < 2 * n) {
         n_slots *= 2;
     }
-    pairs->mask = n_slots - 1;
-    pairs->slots = (uint64_t *)allocator->allocate(allocator->user, n_slots * sizeof *pairs->slots);
+    return n_slots;
+}
+
+static tfm_status tfm__pairs_create(tfm__pairs *pairs, size_t n, const tfm_allocator *allocator, tfm_error *error) {
+    size_t n_slots = tfm__table_slots(n);
+    pairs->slots = (uint64_t *)tfm__tokenizer_allocate(allocator, n_slots * sizeof *pairs->slots, error);
     if (!pairs->slots) {
-        return tfm__fail(error, TFM_ERROR_MEMORY, "tokenizer: out of memory for a table of %zu bytes",
-                         n_slots * sizeof *pairs->slots);
+        return TFM_ERROR_MEMORY;
     }
     memset(pairs->slots, 0xFF, n_slots * sizeof *pairs->slots);
+    pairs->mask = n_slots - 1;
     return TFM_OK;
 }
 
-/* The slot that holds the pair, or the empty one where it belongs. NULL if it is too far from where it should be, which
-   happens only to a table whose pairs were chosen to collide: such a table would make every text slow. */
+/* The slot that holds the pair, or the empty one where it belongs. NULL if that is far from where it should be, as
+   happens only where somebody chose pairs that collide: such a table would make every text slow. */
 static uint64_t *tfm__pairs_slot(const tfm__pairs *pairs, uint32_t first, uint32_t second) {
     uint64_t key = (uint64_t)first << 21 | second;
     uint64_t hash = key * 0x9E3779B97F4A7C15u;
-    size_t slot = (size_t)(hash >> 32 ^ hash >> 20), probes;
+    size_t slot, probes;
+    hash = (hash ^ hash >> 32) * 0x9E3779B97F4A7C15u;
+    slot = (size_t)(hash >> 32);
     for (probes = 0; probes < TFM__MAX_PROBES; probes++, slot++) {
         uint64_t *entry = &pairs->slots[slot & pairs->mask];
         if (*entry == UINT64_MAX || *entry >> 22 == key) {
@@ -4316,13 +4323,13 @@ static uint64_t *tfm__pairs_slot(const tfm__pairs *pairs, uint32_t first, uint32
     return NULL;
 }
 
+static uint64_t tfm__pairs_entry(uint32_t first, uint32_t second, uint32_t value) {
+    return (uint64_t)first << 43 | (uint64_t)second << 22 | value;
+}
+
 static uint32_t tfm__pairs_find(const tfm__pairs *pairs, uint32_t first, uint32_t second) {
     const uint64_t *entry = tfm__pairs_slot(pairs, first, second);
     return entry && *entry != UINT64_MAX ? (uint32_t)(*entry & TFM__PAIR_VALUES) : TFM__NONE;
-}
-
-static uint64_t tfm__pairs_entry(uint32_t first, uint32_t second, uint32_t value) {
-    return (uint64_t)first << 43 | (uint64_t)second << 22 | value;
 }
 
 /* ---- The vocabulary of a byte-level BPE -------------------------------------------------------------------------- */
@@ -4337,7 +4344,8 @@ enum {
     TFM__ADDED = 32             /* not in the file: marks every added token */
 };
 
-/* The tokenizer's tables as they lie in the mapped file, none of them checked. The file must stay mapped. */
+/* The tokenizer's tables as they lie in the mapped file, none of them checked. The file must stay mapped for as long
+   as the tokenizer built on it is used. */
 typedef struct tfm__bpe_source {
     const unsigned char *tokens; /* the bytes of every token, one after another, in the order of their ids */
     size_t tokens_size;
@@ -4345,16 +4353,16 @@ typedef struct tfm__bpe_source {
     size_t n_tokens;
     const int32_t *merges; /* [n_merges][3] left id, right id, merged id; the rank of a merge is its place */
     size_t n_merges;
-    const int32_t *added; /* [n_added][2] id, flags */
+    const int32_t *added; /* [n_added][2] id, flags; the token's bytes are the text to look for */
     size_t n_added;
     const int32_t *byte_ids;   /* [256] the token of each single byte, or -1 */
     const int32_t *prefix_ids; /* [n_prefix] what every text begins with */
     size_t n_prefix;
     const int32_t *suffix_ids; /* [n_suffix] and ends with */
     size_t n_suffix;
-    int32_t unk_id;       /* stands for bytes without a token; -1: they vanish */
+    int32_t unk_id;       /* stands for bytes without a token; -1: they vanish, and their neighbours may merge */
     int fuse_unk;         /* one unk_id for a run of such bytes */
-    int add_prefix_space; /* a text that does not begin with a space gets one */
+    int add_prefix_space; /* a text that does not begin with a space gets one, also after each added token */
     int ignore_merges;    /* a piece that is a token is that token, whatever the merges make of it */
 } tfm__bpe_source;
 
@@ -4407,22 +4415,13 @@ static int tfm__bpe_is_special(const tfm__bpe *bpe, int32_t id) {
 
 /* ---- Building it ------------------------------------------------------------------------------------------------- */
 
-static tfm_status tfm__bpe_allocate(const tfm__bpe *bpe, void **memory, size_t size, tfm_error *error) {
-    *memory = bpe->allocator.allocate(bpe->allocator.user, size);
-    if (!*memory) {
-        return tfm__fail(error, TFM_ERROR_MEMORY, "tokenizer: out of memory for a table of %zu bytes", size);
-    }
-    return TFM_OK;
-}
-
 /* Where each token's bytes are. The limits keep every id and rank within the hash table's words, and every product of
    sizes within 32 bits. */
 static tfm_status tfm__bpe_build_tokens(tfm__bpe *bpe, tfm_error *error) {
     const tfm__bpe_source *source = &bpe->source;
     uint32_t offset = 0;
-    size_t i;
-    void *memory;
-    if (source->n_tokens == 0) {
+    size_t size, i;
+    if (source->n_tokens == 0 || source->tokens_size == 0) {
         return tfm__fail(error, TFM_ERROR_FORMAT, "tokenizer: the vocabulary is empty");
     }
     if (source->n_tokens > TFM__PAIR_MEMBERS || source->n_merges > TFM__PAIR_VALUES) {
@@ -4434,19 +4433,20 @@ static tfm_status tfm__bpe_build_tokens(tfm__bpe *bpe, tfm_error *error) {
     if (source->tokens_size > UINT32_MAX) {
         return tfm__fail(error, TFM_ERROR_UNSUPPORTED, "tokenizer: the tokens have 4 GiB of bytes or more");
     }
-    if (tfm__bpe_allocate(bpe, &memory, (source->n_tokens + 1) * sizeof *bpe->offsets, error) != TFM_OK) {
+    size = (source->n_tokens + 1) * sizeof *bpe->offsets;
+    bpe->offsets = (uint32_t *)tfm__tokenizer_allocate(&bpe->allocator, size, error);
+    if (!bpe->offsets) {
         return TFM_ERROR_MEMORY;
     }
-    bpe->offsets = (uint32_t *)memory;
     for (i = 0; i < source->n_tokens; i++) {
-        int32_t size = source->token_sizes[i];
-        if (size < 0 || (uint32_t)size > source->tokens_size - offset) {
+        int32_t token_size = source->token_sizes[i];
+        if (token_size < 0 || (uint32_t)token_size > source->tokens_size - offset) {
             return tfm__fail(error, TFM_ERROR_FORMAT,
                              "tokenizer: token %zu has size %ld, with %zu bytes left for it and those after it", i,
-                             (long)size, (size_t)(source->tokens_size - offset));
+                             (long)token_size, (size_t)(source->tokens_size - offset));
         }
         bpe->offsets[i] = offset;
-        offset += (uint32_t)size;
+        offset += (uint32_t)token_size;
     }
     bpe->offsets[i] = offset;
     if (offset != source->tokens_size) {
@@ -4459,45 +4459,46 @@ static tfm_status tfm__bpe_build_tokens(tfm__bpe *bpe, tfm_error *error) {
 
 static tfm_status tfm__bpe_check_id(const tfm__bpe *bpe, int32_t id, const char *what, size_t which, tfm_error *error) {
     if (id < 0 || (size_t)id >= bpe->source.n_tokens) {
-        return tfm__fail(error, TFM_ERROR_FORMAT, "tokenizer: %s %zu: there is no token %ld (the vocabulary has %zu)",
+        return tfm__fail(error, TFM_ERROR_FORMAT, "tokenizer: %s %zu refers to token %ld, but there are %zu tokens",
                          what, which, (long)id, bpe->source.n_tokens);
     }
     return TFM_OK;
 }
 
-/* The single ids that encoding starts from or adds: byte tokens, what is put around a text, the unknown token. */
-static tfm_status tfm__bpe_check_ids(const tfm__bpe *bpe, tfm_error *error) {
-    const tfm__bpe_source *source = &bpe->source;
+static tfm_status tfm__bpe_check_ids(const tfm__bpe *bpe, const int32_t *ids, size_t n, const char *what,
+                                     tfm_error *error) {
     tfm_status status = TFM_OK;
     size_t i;
-    for (i = 0; i < 256 && status == TFM_OK; i++) {
-        int32_t id = source->byte_ids[i];
-        if (id != -1) {
-            status = tfm__bpe_check_id(bpe, id, "byte", i, error);
-            if (status == TFM_OK) {
-                size_t size;
-                const unsigned char *bytes = tfm__bpe_token_bytes(bpe, id, &size);
-                if (size != 1 || bytes[0] != i) {
-                    status = tfm__fail(error, TFM_ERROR_FORMAT, "tokenizer: byte %zu: its token, %ld, is not that byte",
-                                       i, (long)id);
-                }
-            }
-        }
-    }
-    for (i = 0; i < source->n_prefix && status == TFM_OK; i++) {
-        status = tfm__bpe_check_id(bpe, source->prefix_ids[i], "prefix id", i, error);
-    }
-    for (i = 0; i < source->n_suffix && status == TFM_OK; i++) {
-        status = tfm__bpe_check_id(bpe, source->suffix_ids[i], "suffix id", i, error);
-    }
-    if (status == TFM_OK && source->unk_id != -1) {
-        status = tfm__bpe_check_id(bpe, source->unk_id, "unknown token", 0, error);
+    for (i = 0; i < n && status == TFM_OK; i++) {
+        status = tfm__bpe_check_id(bpe, ids[i], what, i, error);
     }
     return status;
 }
 
-/* That the bytes of a merge's two parts, together, are those of its result. (So merging can only make symbols longer,
-   and what is encoded can be decoded.) */
+/* That the token of each byte, if it has one, is that byte. */
+static tfm_status tfm__bpe_check_bytes(const tfm__bpe *bpe, tfm_error *error) {
+    size_t i;
+    for (i = 0; i < 256; i++) {
+        int32_t id = bpe->source.byte_ids[i];
+        size_t size;
+        const unsigned char *bytes;
+        if (id == -1) {
+            continue;
+        }
+        if (tfm__bpe_check_id(bpe, id, "byte", i, error) != TFM_OK) {
+            return TFM_ERROR_FORMAT;
+        }
+        bytes = tfm__bpe_token_bytes(bpe, id, &size);
+        if (size != 1 || bytes[0] != i) {
+            return tfm__fail(error, TFM_ERROR_FORMAT, "tokenizer: byte %zu: its token, %ld, is not that byte", i,
+                             (long)id);
+        }
+    }
+    return TFM_OK;
+}
+
+/* That the bytes of a merge's two parts, together, are those of its result. (So merging only makes symbols longer, and
+   what is encoded can be decoded.) */
 static tfm_status tfm__bpe_check_merge(const tfm__bpe *bpe, size_t rank, tfm_error *error) {
     const int32_t *merge = bpe->source.merges + 3 * rank;
     const unsigned char *bytes[3];
@@ -4521,25 +4522,38 @@ static tfm_status tfm__bpe_check_merge(const tfm__bpe *bpe, size_t rank, tfm_err
     return TFM_OK;
 }
 
+/* The table of merges. Real vocabularies have a few megabytes to compare; a file can be made to have terabytes. */
 static tfm_status tfm__bpe_build_merges(tfm__bpe *bpe, tfm_error *error) {
     const int32_t *merge = bpe->source.merges;
-    tfm_status status = tfm__pairs_create(&bpe->merges, bpe->source.n_merges, &bpe->allocator, error);
+    uint64_t compared = 0;
     size_t rank;
-    for (rank = 0; rank < bpe->source.n_merges && status == TFM_OK; rank++, merge += 3) {
-        status = tfm__bpe_check_merge(bpe, rank, error);
-        if (status == TFM_OK) {
-            uint64_t *slot = tfm__pairs_slot(&bpe->merges, (uint32_t)merge[0], (uint32_t)merge[1]);
-            if (!slot || *slot != UINT64_MAX) {
-                return tfm__fail(error, TFM_ERROR_FORMAT,
-                                 slot ? "tokenizer: merge %zu joins tokens %ld and %ld, as one before it does"
-                                      : "tokenizer: merge %zu, of tokens %ld and %ld, collides with too many others",
-                                 rank, (long)merge[0], (long)merge[1]);
-            }
-            *slot = tfm__pairs_entry((uint32_t)merge[0], (uint32_t)merge[1], (uint32_t)rank);
-        }
+    if (tfm__pairs_create(&bpe->merges, bpe->source.n_merges, &bpe->allocator, error) != TFM_OK) {
+        return TFM_ERROR_MEMORY;
     }
-    return status;
+    for (rank = 0; rank < bpe->source.n_merges; rank++, merge += 3) {
+        tfm_status status = tfm__bpe_check_merge(bpe, rank, error);
+        uint64_t *slot;
+        if (status != TFM_OK) {
+            return status;
+        }
+        compared += bpe->offsets[merge[2] + 1] - bpe->offsets[merge[2]];
+        slot = tfm__pairs_slot(&bpe->merges, (uint32_t)merge[0], (uint32_t)merge[1]);
+        if (!slot || compared > UINT32_MAX) {
+            return tfm__fail(error, TFM_ERROR_UNSUPPORTED,
+                             "tokenizer: the merges up to %zu (tokens %ld and %ld) are not those of a real vocabulary",
+                             rank, (long)merge[0], (long)merge[1]);
+        }
+        if (*slot != UINT64_MAX) {
+            return tfm__fail(error, TFM_ERROR_FORMAT,
+                             "tokenizer: merge %zu joins tokens %ld and %ld, as merge %lu does", rank, (long)merge[0],
+                             (long)merge[1], (unsigned long)(*slot & TFM__PAIR_VALUES));
+        }
+        *slot = tfm__pairs_entry((uint32_t)merge[0], (uint32_t)merge[1], (uint32_t)rank);
+    }
+    return TFM_OK;
 }
+
+#define TFM__MAX_ADDED_SIZE 1024 /* looking for added tokens takes that many steps for a byte of text, at worst */
 
 /* Enters one added token into its trie. */
 static tfm_status tfm__bpe_build_added_token(tfm__bpe *bpe, int32_t id, uint32_t *n_nodes, tfm_error *error) {
@@ -4547,8 +4561,9 @@ static tfm_status tfm__bpe_build_added_token(tfm__bpe *bpe, int32_t id, uint32_t
     uint32_t node = root;
     size_t size, i;
     const unsigned char *bytes = tfm__bpe_token_bytes(bpe, id, &size);
-    if (size == 0) {
-        return tfm__fail(error, TFM_ERROR_FORMAT, "tokenizer: the added token %ld is empty", (long)id);
+    if (size == 0 || size > TFM__MAX_ADDED_SIZE) {
+        return tfm__fail(error, TFM_ERROR_FORMAT, "tokenizer: the added token %ld has %zu bytes, not 1 to %d", (long)id,
+                         size, TFM__MAX_ADDED_SIZE);
     }
     bpe->added_first[root][bytes[0]] = 1;
     for (i = 0; i < size; i++) {
@@ -4571,44 +4586,55 @@ static tfm_status tfm__bpe_build_added_token(tfm__bpe *bpe, int32_t id, uint32_t
     return TFM_OK;
 }
 
-static tfm_status tfm__bpe_build_added(tfm__bpe *bpe, tfm_error *error) {
+/* The flags of every token, and how many nodes the two tries of added tokens have at most. */
+static tfm_status tfm__bpe_build_flags(tfm__bpe *bpe, size_t *max_nodes, tfm_error *error) {
     const int32_t *added = bpe->source.added;
-    size_t n_added = bpe->source.n_added, total = 2, i;
-    uint32_t n_nodes = 2;
-    void *memory;
-    tfm_status status;
-    if (tfm__bpe_allocate(bpe, &memory, bpe->source.n_tokens, error) != TFM_OK) {
+    size_t i;
+    *max_nodes = 2;
+    bpe->token_flags = (unsigned char *)tfm__tokenizer_allocate(&bpe->allocator, bpe->source.n_tokens, error);
+    if (!bpe->token_flags) {
         return TFM_ERROR_MEMORY;
     }
-    bpe->token_flags = (unsigned char *)memory;
     memset(bpe->token_flags, 0, bpe->source.n_tokens);
-    for (i = 0; i < n_added; i++) {
+    for (i = 0; i < bpe->source.n_added; i++) {
         int32_t id = added[2 * i], flags = added[2 * i + 1];
         if (tfm__bpe_check_id(bpe, id, "added token", i, error) != TFM_OK) {
             return TFM_ERROR_FORMAT;
         }
-        if (flags < 0 || flags >= TFM__ADDED || bpe->token_flags[id]) {
-            return tfm__fail(error, TFM_ERROR_FORMAT, "tokenizer: the added token %ld has unknown flags or is repeated",
-                             (long)id);
+        if (flags < 0 || flags >= TFM__ADDED) {
+            return tfm__fail(error, TFM_ERROR_UNSUPPORTED, "tokenizer: the added token %ld has unknown flags, %ld",
+                             (long)id, (long)flags);
+        }
+        if (bpe->token_flags[id]) {
+            return tfm__fail(error, TFM_ERROR_FORMAT, "tokenizer: token %ld is added twice", (long)id);
         }
         bpe->token_flags[id] = (unsigned char)(flags | TFM__ADDED);
-        total += bpe->offsets[id + 1] - bpe->offsets[id];
+        *max_nodes += bpe->offsets[id + 1] - bpe->offsets[id];
     }
-    if (total > TFM__PAIR_MEMBERS) {
+    if (*max_nodes > TFM__PAIR_MEMBERS) {
         return tfm__fail(error, TFM_ERROR_UNSUPPORTED, "tokenizer: the added tokens have more than %lu bytes",
                          (unsigned long)TFM__PAIR_MEMBERS);
     }
-    status = tfm__pairs_create(&bpe->added, total, &bpe->allocator, error);
+    return TFM_OK;
+}
+
+static tfm_status tfm__bpe_build_added(tfm__bpe *bpe, tfm_error *error) {
+    size_t max_nodes, i;
+    uint32_t n_nodes = 2;
+    tfm_status status = tfm__bpe_build_flags(bpe, &max_nodes, error);
     if (status == TFM_OK) {
-        status = tfm__bpe_allocate(bpe, &memory, total * sizeof *bpe->added_ids, error);
+        status = tfm__pairs_create(&bpe->added, max_nodes, &bpe->allocator, error);
     }
     if (status != TFM_OK) {
         return status;
     }
-    bpe->added_ids = (int32_t *)memory;
+    bpe->added_ids = (int32_t *)tfm__tokenizer_allocate(&bpe->allocator, max_nodes * sizeof *bpe->added_ids, error);
+    if (!bpe->added_ids) {
+        return TFM_ERROR_MEMORY;
+    }
     bpe->added_ids[0] = bpe->added_ids[1] = -1;
-    for (i = 0; i < n_added && status == TFM_OK; i++) {
-        status = tfm__bpe_build_added_token(bpe, added[2 * i], &n_nodes, error);
+    for (i = 0; i < bpe->source.n_added && status == TFM_OK; i++) {
+        status = tfm__bpe_build_added_token(bpe, bpe->source.added[2 * i], &n_nodes, error);
     }
     return status;
 }
@@ -4641,18 +4667,14 @@ static uint32_t *tfm__bpe_word_slot(const tfm__bpe *bpe, const unsigned char *te
 
 /* The table of whole tokens, for ignore_merges. Added tokens are not in it: they are found by their own rules. */
 static tfm_status tfm__bpe_build_words(tfm__bpe *bpe, tfm_error *error) {
-    size_t n_slots = 2, id;
-    void *memory;
+    size_t n_slots = tfm__table_slots(bpe->source.n_tokens), id;
     if (!bpe->source.ignore_merges) {
         return TFM_OK;
     }
-    while (n_slots < 2 * bpe->source.n_tokens) {
-        n_slots *= 2;
-    }
-    if (tfm__bpe_allocate(bpe, &memory, n_slots * sizeof *bpe->words, error) != TFM_OK) {
+    bpe->words = (uint32_t *)tfm__tokenizer_allocate(&bpe->allocator, n_slots * sizeof *bpe->words, error);
+    if (!bpe->words) {
         return TFM_ERROR_MEMORY;
     }
-    bpe->words = (uint32_t *)memory;
     bpe->words_mask = n_slots - 1;
     memset(bpe->words, 0xFF, n_slots * sizeof *bpe->words);
     for (id = 0; id < bpe->source.n_tokens; id++) {
@@ -4680,7 +4702,16 @@ static tfm_status tfm__bpe_build(tfm__bpe *bpe, const tfm__bpe_source *source, c
     bpe->allocator = *allocator;
     status = tfm__bpe_build_tokens(bpe, error);
     if (status == TFM_OK) {
-        status = tfm__bpe_check_ids(bpe, error);
+        status = tfm__bpe_check_bytes(bpe, error);
+    }
+    if (status == TFM_OK) {
+        status = tfm__bpe_check_ids(bpe, source->prefix_ids, source->n_prefix, "prefix id", error);
+    }
+    if (status == TFM_OK) {
+        status = tfm__bpe_check_ids(bpe, source->suffix_ids, source->n_suffix, "suffix id", error);
+    }
+    if (status == TFM_OK) {
+        status = tfm__bpe_check_ids(bpe, &source->unk_id, source->unk_id != -1, "unknown token's id", error);
     }
     if (status == TFM_OK) {
         status = tfm__bpe_build_merges(bpe, error);
@@ -4706,8 +4737,8 @@ static tfm_status tfm__bpe_build(tfm__bpe *bpe, const tfm__bpe_source *source, c
 
    A symbol lives at its first byte's place. Its length is kept at its first and its last place, so that both neighbours
    can be found from it. */
-#define TFM__MERGE_LEVELS 8 /* 16 to the power of 8 is 2^32 */
-#define TFM__MERGE_STACK 1024
+#define TFM__MERGE_LEVELS 8   /* 16 to the power of 8 is 2^32 */
+#define TFM__MERGE_STACK 1024 /* words on the stack: enough for 300 symbols */
 
 typedef struct tfm__merge_state {
     uint32_t *ids;
@@ -4832,9 +4863,9 @@ static tfm_status tfm__bpe_reserve(tfm__bpe_encoder *encoder, size_t n_words) {
     }
     encoder->n_words = 0;
     encoder->memory = NULL;
-    encoder->own = allocator->allocate(allocator->user, n_words * sizeof *encoder->memory);
+    encoder->own = tfm__tokenizer_allocate(allocator, n_words * sizeof *encoder->memory, encoder->error);
     if (!encoder->own) {
-        return tfm__fail(encoder->error, TFM_ERROR_MEMORY, "tokenizer: out of memory for a long piece of text");
+        return TFM_ERROR_MEMORY;
     }
     encoder->memory = (uint32_t *)encoder->own;
     encoder->n_words = n_words;
@@ -4843,23 +4874,17 @@ static tfm_status tfm__bpe_reserve(tfm__bpe_encoder *encoder, size_t n_words) {
 
 /* Puts the symbols of a piece into ids, and returns how many there are. */
 static size_t tfm__bpe_symbols(const tfm__bpe *bpe, const unsigned char *text, size_t size, int lead, uint32_t *ids) {
-    static const unsigned char space[1] = {' '};
-    size_t n = 0, i;
+    size_t n = 0, i = 0;
     int unknown = 0;
-    if (lead) {
-        n = tfm__bpe_symbols(bpe, space, 1, 0, ids);
-    }
-    for (i = 0; i < size; i++) {
-        int32_t id = bpe->source.byte_ids[text[i]];
-        if (id < 0) {
-            if (bpe->source.unk_id >= 0 && !(unknown && bpe->source.fuse_unk)) {
-                ids[n++] = (uint32_t)bpe->source.unk_id;
-            }
-            unknown = 1;
-        } else {
+    while (lead || i < size) {
+        int32_t id = bpe->source.byte_ids[lead ? ' ' : text[i++]];
+        lead = 0;
+        if (id >= 0) {
             ids[n++] = (uint32_t)id;
-            unknown = 0;
+        } else if (bpe->source.unk_id >= 0 && !(unknown && bpe->source.fuse_unk)) {
+            ids[n++] = (uint32_t)bpe->source.unk_id;
         }
+        unknown = id < 0;
     }
     return n;
 }
@@ -4909,27 +4934,35 @@ static tfm_status tfm__bpe_encode_plain(tfm__bpe_encoder *encoder, const unsigne
     return status;
 }
 
-/* The leftmost added token of one of the two tries from *start on, and of those there the longest: its id, or -1. */
+/* The longest added token of one of the two tries at the start of text: its id, or -1. */
+static int32_t tfm__bpe_added_at(const tfm__bpe *bpe, unsigned root, const unsigned char *text, size_t size,
+                                 size_t *token_size) {
+    int32_t found = -1;
+    uint32_t node = root;
+    size_t i;
+    for (i = 0; i < size; i++) {
+        node = tfm__pairs_find(&bpe->added, node, text[i]);
+        if (node == TFM__NONE) {
+            break;
+        }
+        if (bpe->added_ids[node] >= 0) {
+            found = bpe->added_ids[node];
+            *token_size = i + 1;
+        }
+    }
+    return found;
+}
+
+/* The first added token from *start on, and where it starts and ends. */
 static int32_t tfm__bpe_find_added(const tfm__bpe *bpe, unsigned root, const unsigned char *text, size_t size,
                                    size_t *start, size_t *end) {
-    size_t i;
-    for (; *start < size; ++*start) {
-        int32_t found = -1;
-        uint32_t node = root;
-        if (!bpe->added_first[root][text[*start]]) {
-            continue;
-        }
-        for (i = *start; i < size; i++) {
-            node = tfm__pairs_find(&bpe->added, node, text[i]);
-            if (node == TFM__NONE) {
-                break;
-            }
-            if (bpe->added_ids[node] >= 0) {
-                found = bpe->added_ids[node];
-                *end = i + 1;
-            }
-        }
+    const unsigned char *first = bpe->added_first[root];
+    size_t i, token_size;
+    for (i = *start; i < size; i++) {
+        int32_t found = first[text[i]] ? tfm__bpe_added_at(bpe, root, text + i, size - i, &token_size) : -1;
         if (found >= 0) {
+            *start = i;
+            *end = i + token_size;
             return found;
         }
     }
@@ -5088,13 +5121,13 @@ static size_t tfm__read_size(tfm__reader *reader, const char *key, int64_t low, 
     return value < low || value > high ? (size_t)low : (size_t)value;
 }
 
-/* A finite number; not there: `usual`, or an error if that is NaN. */
-static float tfm__read_float(tfm__reader *reader, const char *key, size_t index, float usual) {
+/* The number at `index` of n, or one number that stands for all; finite. Not there: `usual`, or an error if that is NaN. */
+static float tfm__read_float(tfm__reader *reader, const char *key, size_t index, size_t n, float usual) {
     const tfm_meta *meta = tfm__read_meta(reader, key, TFM_META_F64, usual != usual, "a number");
     double value = usual;
     if (meta) {
-        if (meta->count != 1 && index >= meta->count) {
-            tfm__reader_fail(reader, key, "one number, or one for each layer");
+        if (meta->count != 1 && meta->count != n) {
+            tfm__reader_fail(reader, key, n > 1 ? "one number, or one for each layer" : "one number");
             return 0;
         }
         value = ((const double *)meta->values)[meta->count == 1 ? 0 : index];
@@ -5135,7 +5168,7 @@ static void tfm__read_description(tfm__reader *reader, tfm_description *d) {
     tfm__read_word(reader, "model.kind", tfm__kind_words, 1);
     d->vocab_size = tfm__read_size(reader, "vocab_size", 1, TFM__MAX_SIZE, -1);
     d->d_model = tfm__read_size(reader, "d_model", 1, TFM__MAX_SIZE, -1);
-    d->embedding_scale = tfm__read_float(reader, "embedding_scale", 0, 1);
+    d->embedding_scale = tfm__read_float(reader, "embedding_scale", 0, 1, 1);
     d->head = (tfm_head)tfm__read_word(reader, "head", tfm__head_words, 1);
     d->n_layers = tfm__read_size(reader, "decoder.n_layers", 0, TFM__MAX_SIZE, -1);
     d->n_heads = tfm__read_size(reader, "decoder.n_heads", 1, TFM__MAX_SIZE, -1);
@@ -5149,7 +5182,9 @@ static void tfm__read_description(tfm__reader *reader, tfm_description *d) {
         tfm__reader_fail(reader, "decoder.cross", "0: this version has no cross-attention");
     d->norm = (tfm_norm_kind)tfm__read_word(reader, "decoder.norm", tfm__norm_words, 1);
     d->norm_place = (tfm_norm_place)tfm__read_word(reader, "decoder.norm_place", tfm__place_words, 1);
-    d->norm_eps = tfm__read_float(reader, "decoder.norm_eps", 0, NAN);
+    d->norm_eps = tfm__read_float(reader, "decoder.norm_eps", 0, 1, NAN);
+    if (!(d->norm_eps >= 0))
+        tfm__reader_fail(reader, "decoder.norm_eps", "a number that is not negative");
     d->final_norm = (int)tfm__read_size(reader, "decoder.final_norm", 0, 1, 0);
     d->positions = (tfm_positions)tfm__read_word(reader, "decoder.positions", tfm__position_words, 1);
     d->gated = tfm__read_word(reader, "decoder.ffn", tfm__ffn_words, 1);
@@ -5278,7 +5313,7 @@ static void tfm__load_block(tfm__loader *loader, const tfm_description *d, size_
     attention->n_kv_heads = d->n_kv_heads;
     attention->head_dim = d->head_dim;
     attention->causal = d->causal;
-    attention->scale = tfm__read_float(&loader->reader, "decoder.attention_scale", index, NAN);
+    attention->scale = tfm__read_float(&loader->reader, "decoder.attention_scale", index, d->n_layers, NAN);
     if (!(attention->scale > 0))
         tfm__reader_fail(&loader->reader, "decoder.attention_scale", "numbers greater than 0");
     tfm__load_linear(loader, TFM__NAME("attention.qkv"), queries + 2 * keys, d->d_model, &attention->qkv);
@@ -5343,6 +5378,7 @@ static void tfm__read_tokenizer(tfm__reader *reader, tfm_model *model) {
     static const char *const kinds[] = {"byte_bpe", NULL}, *const patterns[] = {"gpt2", NULL};
     const tfm_meta *tokens;
     tfm__bpe_source source;
+    tfm_error why;
     size_t n;
     model->end_ids = tfm__read_ids(reader, "generation.eos_ids", &model->n_end_ids);
     if (!tfm_file_find_meta(reader->file, "tokenizer.kind"))
@@ -5365,15 +5401,21 @@ static void tfm__read_tokenizer(tfm__reader *reader, tfm_model *model) {
     source.byte_ids = tfm__read_ids(reader, "tokenizer.byte_ids", &n);
     if (n != 256)
         tfm__reader_fail(reader, "tokenizer.byte_ids", "256 numbers");
+    source.unk_id = (int32_t)tfm__read_size(reader, "tokenizer.unk_id", 0, TFM__MAX_SIZE, TFM__MAX_SIZE);
+    if (source.unk_id == TFM__MAX_SIZE) /* there is none */
+        source.unk_id = -1;
     source.prefix_ids = tfm__read_ids(reader, "tokenizer.prefix_ids", &source.n_prefix);
     source.suffix_ids = tfm__read_ids(reader, "tokenizer.suffix_ids", &source.n_suffix);
     source.add_prefix_space = (int)tfm__read_size(reader, "tokenizer.add_prefix_space", 0, 1, 0);
     source.ignore_merges = (int)tfm__read_size(reader, "tokenizer.ignore_merges", 0, 1, 0);
     if (reader->status == TFM_OK && source.n_tokens > model->description.vocab_size)
         tfm__reader_fail(reader, "tokenizer.token_sizes", "no more tokens than vocab_size");
-    if (reader->status == TFM_OK)
-        reader->status = tfm__bpe_build(&model->tokenizer, &source, &model->allocator, reader->error);
+    if (reader->status != TFM_OK)
+        return;
+    reader->status = tfm__bpe_build(&model->tokenizer, &source, &model->allocator, &why);
     model->has_tokenizer = reader->status == TFM_OK;
+    if (reader->status != TFM_OK)
+        tfm__fail(reader->error, reader->status, "%s: %.250s", reader->file->name, why.message);
 }
 
 /* ---- loading */
@@ -5401,7 +5443,7 @@ static tfm_status tfm__load_model(tfm_model *model, const tfm_load_options *opti
     loader.dtype = options->dtype;
     loader.copy = options->copy;
     if ((unsigned)options->dtype >= TFM_DTYPE_COUNT)
-        return tfm__fail(error, TFM_ERROR_ARGUMENT, "unknown type %d", (int)options->dtype);
+        return tfm__fail(error, TFM_ERROR_UNSUPPORTED, "unknown type %d", (int)options->dtype);
     if (options->verify && tfm_file_verify(model->file, error) != TFM_OK)
         return TFM_ERROR_FORMAT;
     tfm__read_description(&loader.reader, &model->description);
@@ -5514,6 +5556,11 @@ static size_t tfm__longest_token(const tfm_model *model) {
         longest = TFM__MAX(longest, size);
     }
     return longest;
+}
+
+/* 1 if the token is not shown to people. */
+static int tfm__is_special(const tfm_model *model, int32_t id) {
+    return model->has_tokenizer && tfm__bpe_is_special(&model->tokenizer, id);
 }
 
 TFM_API int tfm_is_end_token(const tfm_model *model, int32_t id) {
@@ -5786,6 +5833,8 @@ static tfm_status tfm__check_chunks(tfm_session *session, const tfm_chunk *chunk
                                     const float *outputs, tfm_error *error) {
     size_t wanted = 0, i;
     tfm_status status = TFM_OK;
+    if (what != TFM_LOGITS && what != TFM_HIDDEN)
+        return tfm__fail(error, TFM_ERROR_ARGUMENT, "unknown kind of output %d", (int)what);
     memset(session->in_call, 0, session->n_sequences);
     for (i = 0; i < n_chunks && status == TFM_OK; i++) {
         status = tfm__check_chunk(session, chunks + i, i, error);
@@ -6136,7 +6185,7 @@ typedef struct tfm__stream {
     size_t size, capacity;
     const char *const *stops;
     size_t n_stops;
-    tfm_print print;
+    tfm_print print; /* NULL: only the stop strings matter */
     void *user;
 } tfm__stream;
 
@@ -6144,7 +6193,7 @@ typedef struct tfm__stream {
 static int tfm__stream_print(tfm__stream *stream, size_t n) {
     size_t start = 0, at = 0;
     int stop = 0;
-    while (at < n && !stop) {
+    while (stream->print && at < n && !stop) {
         size_t length, size = tfm__utf8_prefix((const unsigned char *)stream->text + at, n - at, &length);
         if (size < length) { /* one for each longest beginning of a character, as Unicode recommends and Python does */
             size = TFM__MAX(size, 1);
@@ -6155,7 +6204,7 @@ static int tfm__stream_print(tfm__stream *stream, size_t n) {
         }
         at += size;
     }
-    if (n > start && !stop)
+    if (stream->print && n > start && !stop)
         stop = stream->print(stream->user, stream->text + start, n - start);
     stream->size -= n;
     memmove(stream->text, stream->text + n, stream->size);
@@ -6182,8 +6231,6 @@ static size_t tfm__find_stop(const tfm__stream *stream, size_t *held) {
 /* Adds a token's text and prints what can be printed. TFM_STOP_NONE: go on. */
 static tfm_stop tfm__stream_add(tfm__stream *stream, const char *text, size_t size) {
     size_t held, found;
-    if (!stream->print || !size)
-        return TFM_STOP_NONE;
     memcpy(stream->text + stream->size, text, size);
     stream->size += size;
     found = tfm__find_stop(stream, &held);
@@ -6204,7 +6251,7 @@ static tfm_status tfm__check_generate(const tfm_session *session, const tfm_gene
         if (strlen(options->stop_strings[i]) > TFM__MAX_STOP_STRING)
             return tfm__fail(error, TFM_ERROR_ARGUMENT, "stop string %lu is longer than %lu bytes", (unsigned long)i,
                              (unsigned long)TFM__MAX_STOP_STRING);
-    if (options->shift && options->shift_keep + 2 > session->context)
+    if (options->shift && (session->context < 2 || options->shift_keep > session->context - 2))
         return tfm__fail(error, TFM_ERROR_ARGUMENT, "shift_keep is %lu, which leaves no room in a context of %lu tokens",
                          (unsigned long)options->shift_keep, (unsigned long)session->context);
     return tfm__check_sequence(session, options->sequence, error);
@@ -6279,7 +6326,7 @@ static tfm_status tfm__continue(tfm_session *session, const tfm_generate_options
         else if (tfm__is_stop_token(session, options, token))
             stats->stop = TFM_STOP_END_TOKEN;
         else {
-            text = tfm_is_end_token(session->model, token) ? NULL : tfm_token_text(session->model, token, &size);
+            text = tfm__is_special(session->model, token) ? NULL : tfm_token_text(session->model, token, &size);
             stats->stop = text ? tfm__stream_add(stream, text, size) : TFM_STOP_NONE;
             if (stats->stop == TFM_STOP_NONE && stats->n_generated == options->max_tokens)
                 stats->stop = TFM_STOP_MAX_TOKENS;

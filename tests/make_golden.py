@@ -1,0 +1,693 @@
+#!/usr/bin/env python3
+"""Writes tests/golden/: inputs, weights and expected outputs from PyTorch and transformers, for the C tests.
+
+usage: tests/make_golden.py [layers] [models] [tokenizer] [sampling] [--demo CHECKPOINT]
+
+Needs torch and transformers. Everything is seeded: the same versions write the same files. Expected values are computed
+in float64 from weights and inputs that are exact in float32, so that they are what PyTorch means and not how it rounds.
+--demo is the checkpoint directory of the demo model (examples/models/stories.tfm), whose tokenizer the tokenizer's
+golden file is for.
+
+The files are .tfm files (see tfm.h): arrays by name. So the tests read them with tfm_file_find.
+"""
+
+import argparse
+import itertools
+import math
+import os
+import random
+import struct
+import subprocess
+import sys
+import tempfile
+import types
+import zlib
+
+import torch
+import transformers
+from torch import nn
+
+TESTS = os.path.dirname(os.path.abspath(__file__))
+ROOT = os.path.dirname(TESTS)
+GOLDEN = os.path.join(TESTS, "golden")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A .tfm file of arrays
+# ---------------------------------------------------------------------------------------------------------------------
+
+def padded(data, alignment=8):
+    return data + bytes(-len(data) % alignment)
+
+
+class Arrays:
+    """Arrays by name: float32 and float16 tensors, integers (int32) and bytes."""
+    BYTES, I32 = 4, 5
+    DTYPES = {torch.float32: (1, "<f4"), torch.float16: (2, "<f2")}
+
+    def __init__(self):
+        self.tensors = {}
+        self.meta = {}
+
+    def floats(self, name, tensor, dtype=torch.float32):
+        assert name not in self.tensors, name
+        self.tensors[name] = tensor.detach().to(dtype).contiguous()
+
+    def ints(self, name, values):
+        values = list(values)
+        assert name not in self.meta, name
+        self.meta[name] = (self.I32, struct.pack("<%di" % len(values), *values))
+
+    def bytes(self, name, data):
+        assert name not in self.meta, name
+        self.meta[name] = (self.BYTES, data)
+
+    def directory(self, start):
+        """The tensor directory and the data, for data that starts at `start`."""
+        entries, data = [], b""
+        for name, tensor in self.tensors.items():
+            code, kind = self.DTYPES[tensor.dtype]
+            raw = tensor.numpy().astype(kind).tobytes()
+            data = padded(data, 64)
+            shape = list(tensor.shape) + [1] * (4 - tensor.dim())
+            entries.append(struct.pack("<4I4QQQII", len(name), code, 0, tensor.dim(), *shape, start + len(data),
+                                       len(raw), zlib.crc32(raw), 0) + padded(name.encode()))
+            data += raw
+        return b"".join(entries), data
+
+    def write(self, path):
+        meta = b"".join(struct.pack("<IIQ", len(key), kind, len(value)) + padded(key.encode()) + padded(value)
+                        for key, (kind, value) in self.meta.items())
+        before = 64 + len(meta) + len(self.directory(0)[0])
+        start = before + -before % 64
+        directory, data = self.directory(start)
+        header = struct.pack("<8sIIQQQQQI", b"TFMH\r\n\x1a\n", 1, 0, start + len(data), 64, len(meta), 64 + len(meta),
+                             len(directory), len(self.tensors))
+        front = header + struct.pack("<I", zlib.crc32(header + meta + directory)) + meta + directory
+        with open(path, "wb") as file:
+            file.write(padded(front, 64) + data)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Layers
+# ---------------------------------------------------------------------------------------------------------------------
+
+ACTIVATIONS = {  # PyTorch's, in float64
+    "relu": nn.functional.relu,
+    "gelu": nn.functional.gelu,
+    "gelu_tanh": lambda x: nn.functional.gelu(x, approximate="tanh"),
+    "quick_gelu": transformers.activations.ACT2FN["quick_gelu"],
+    "silu": nn.functional.silu,
+    "tanh": torch.tanh,
+}
+ACTIVATION_CODES = {"none": 0, "relu": 1, "gelu": 2, "gelu_tanh": 3, "quick_gelu": 4, "silu": 5, "tanh": 6}  # tfm.h's
+
+
+def randn(*shape):
+    """Normal numbers that are exact in float32, as float64."""
+    return torch.randn(*shape, dtype=torch.float32).double()
+
+
+def shaken(module, scale=1.0):
+    """The module with weights that leave nothing at its initial 0 or 1, exact in float16, as float64."""
+    with torch.no_grad():
+        for parameter in module.parameters():
+            if parameter.dim() == 1:
+                parameter.add_(torch.randn_like(parameter) * 0.3)
+            else:
+                parameter.mul_(scale)
+    return module.half().double().eval()
+
+
+def put_linear(out, name, weight, bias):
+    """Weight and bias; a matrix in float16, which is exact (see shaken) and small."""
+    out.floats(name + ".weight", weight, torch.float16 if weight.dim() == 2 else torch.float32)
+    if bias is not None:
+        out.floats(name + ".bias", bias)
+
+
+def norm_cases(out):
+    cases = []
+    for kind, n, bias in itertools.product(("layer", "rms"), (1, 7, 16, 33, 100), (True, False)):
+        if kind == "rms" and bias:
+            continue
+        norm = nn.LayerNorm(n, bias=bias, eps=1e-5) if kind == "layer" else nn.RMSNorm(n, eps=1e-6)
+        norm = shaken(norm)
+        x = randn(5, n) * torch.tensor([1, 1e-3, 40, 1, 1]).double()[:, None] \
+            + torch.tensor([0, 0, 0, 5, 0]).double()[:, None]
+        x[4] = 0
+        x = x.float().double()
+        name = "norm.%d" % len(cases)
+        out.ints(name, [kind == "rms", 5, n, bias])
+        out.floats(name + ".eps", torch.tensor([norm.eps]))
+        out.floats(name + ".x", x)
+        put_linear(out, name, norm.weight, norm.bias if kind == "layer" else None)
+        out.floats(name + ".y", norm(x))
+        cases.append(name)
+    out.ints("norm", [len(cases)])
+
+
+def activation_cases(out):
+    large = torch.tensor([13, 20, 50, 87, 88, 89, 100, 1e4, 1e10, 1e30])
+    small = torch.tensor([0, 1e-30, 1e-10, 1e-4, 1e-2])
+    x = torch.cat([torch.linspace(-12, 12, 241), large, -large, small, -small]).float()
+    out.floats("activation.x", x)
+    for name, function in ACTIVATIONS.items():
+        out.floats("activation." + name, function(x.double()))
+
+
+def linear_cases(out):
+    shapes = [(1, 1, 1, True), (7, 33, 3, True), (16, 16, 5, False), (33, 49, 2, True), (100, 7, 9, False),
+              (3, 17, 270, True)]
+    for i, (n_in, n_out, rows, bias) in enumerate(shapes):
+        name = "linear.%d" % i
+        linear = nn.Linear(n_in, n_out, bias=bias).double()
+        x = randn(rows, n_in)
+        out.ints(name, [n_out, n_in, rows, bias])
+        out.floats(name + ".x", x)
+        out.floats(name + ".weight", linear.weight)  # not rounded: the test packs it into each type
+        if bias:
+            out.floats(name + ".bias", linear.bias)
+        for suffix, dtype in (("f32", torch.float32), ("f16", torch.float16), ("bf16", torch.bfloat16)):
+            if suffix != "f32" and rows > 100:
+                continue  # one large case is enough
+            out.floats("%s.%s" % (name, suffix),
+                       nn.functional.linear(x, linear.weight.to(dtype).double(), linear.bias))
+    out.ints("linear", [len(shapes)])
+
+
+def put_attention(out, name, heads, kv_heads, head_dim, causal, lengths, x, y, mask=None):
+    """What the test reads of an attention or a block: its shape, the lengths of its sequences, the rows of all of them."""
+    out.ints(name, [heads, kv_heads, head_dim, x.shape[-1], causal, mask is not None])
+    out.ints(name + ".lengths", lengths)
+    out.floats(name + ".x", x)
+    out.floats(name + ".y", y)
+    if mask is not None:
+        out.floats(name + ".mask", mask)
+
+
+def float_mask(length):
+    """Scores to add, a fourth of them -infinity, but every token sees itself."""
+    mask = randn(length, length)
+    mask[torch.rand(length, length) < 0.25] = -math.inf
+    mask.fill_diagonal_(0.5)
+    return mask
+
+
+def causal_mask(length):
+    return torch.full((length, length), -math.inf, dtype=torch.float64).triu(1)
+
+
+def ragged(lengths, width):
+    """Sequences of several lengths, padded, with the mask of the padding and the indexes of what is none."""
+    x = randn(len(lengths), max(lengths), width)
+    padding = torch.arange(max(lengths))[None] >= torch.tensor(lengths)[:, None]
+    return x, padding, ~padding
+
+
+def masks_of(kind, length):
+    """Causal or not; the mask that PyTorch gets; the one that the C test gives besides the causal flag."""
+    if kind == "causal":
+        return True, causal_mask(length), None
+    if kind == "mask":
+        mask = float_mask(length)
+        return False, mask, mask
+    if kind == "causal mask":
+        mask = float_mask(length)
+        return True, mask + causal_mask(length), mask
+    return False, None, None
+
+
+def multihead_cases(out, cases):
+    """nn.MultiheadAttention: one sequence, with and without masks; then several lengths with key padding."""
+    shapes = [(1, 1, 1, ""), (7, 1, 1, "causal"), (12, 3, 5, ""), (12, 3, 17, "causal"), (21, 3, 20, "mask"),
+              (25, 25, 9, "causal mask"), (8, 2, 40, "mask"), (4, 2, 270, "causal")]
+    for width, heads, length, kind in shapes:
+        attention = shaken(nn.MultiheadAttention(width, heads, batch_first=True), 2)
+        causal, mask, given = masks_of(kind, length)
+        x = randn(1, length, width) * 1.5
+        y = attention(x, x, x, attn_mask=mask, need_weights=False)[0]
+        put_multihead(out, cases, attention, causal, [length], x[0], y[0], given)
+    for width, heads, lengths, kind in [(15, 3, [4, 1, 30], ""), (10, 5, [1, 140, 1, 7], "causal")]:
+        attention = shaken(nn.MultiheadAttention(width, heads, batch_first=True), 2)
+        causal, mask, _ = masks_of(kind, max(lengths))
+        x, padding, real = ragged(lengths, width)
+        mask = mask.isinf() if causal else None  # of the padding's type
+        y = attention(x, x, x, attn_mask=mask, key_padding_mask=padding, need_weights=False)[0]
+        put_multihead(out, cases, attention, causal, lengths, x[real], y[real])
+    # Padding as a mask: the same columns of -infinity for every row, the padding's own included.
+    attention = shaken(nn.MultiheadAttention(9, 3, batch_first=True, bias=False), 2)
+    x, padding, _ = ragged([20], 9)
+    padding[0, 13:] = True
+    y = attention(x, x, x, key_padding_mask=padding, need_weights=False)[0]
+    mask = torch.zeros(20, 20).masked_fill(padding, -math.inf)
+    put_multihead(out, cases, attention, False, [20], x[0], y[0], mask)
+
+
+def put_multihead(out, cases, attention, causal, lengths, x, y, mask=None):
+    name = "attention.%d" % len(cases)
+    cases.append(name)
+    heads = attention.num_heads
+    put_attention(out, name, heads, heads, attention.head_dim, causal, lengths, x, y, mask)
+    put_linear(out, name + ".qkv", attention.in_proj_weight, attention.in_proj_bias)
+    put_linear(out, name + ".out", attention.out_proj.weight, attention.out_proj.bias)
+
+
+def grouped(qkv, out, x, heads, kv_heads, head_dim, causal):
+    """Attention with heads in groups, by PyTorch's scaled_dot_product_attention. x [tokens, d_model]."""
+    q, k, v = qkv(x).split([heads * head_dim, kv_heads * head_dim, kv_heads * head_dim], -1)
+    q, k, v = (part.unflatten(-1, (-1, head_dim)).transpose(0, 1)[None] for part in (q, k, v))
+    y = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=True)
+    return out(y[0].transpose(0, 1).flatten(1))
+
+
+def grouped_cases(out, cases):
+    shapes = [(4, 2, 5, 11, [13], True), (6, 1, 3, 10, [9, 2], False), (6, 3, 8, 16, [1, 40], True),
+              (5, 5, 7, 12, [6], True), (50, 1, 1, 10, [1, 3], True), (4, 1, 6, 5, [135], True)]
+    for heads, kv_heads, head_dim, width, lengths, causal in shapes:
+        qkv = shaken(nn.Linear(width, (heads + 2 * kv_heads) * head_dim, bias=False), 3)
+        projection = shaken(nn.Linear(heads * head_dim, width))
+        x = [randn(length, width) for length in lengths]
+        y = [grouped(qkv, projection, part, heads, kv_heads, head_dim, causal) for part in x]
+        name = "attention.%d" % len(cases)
+        cases.append(name)
+        put_attention(out, name, heads, kv_heads, head_dim, causal, lengths, torch.cat(x), torch.cat(y))
+        put_linear(out, name + ".qkv", qkv.weight, None)
+        put_linear(out, name + ".out", projection.weight, projection.bias)
+
+
+def llama_mlp(width, hidden, activation, bias):
+    config = types.SimpleNamespace(hidden_size=width, intermediate_size=hidden, hidden_act=activation, mlp_bias=bias)
+    return shaken(transformers.models.llama.modeling_llama.LlamaMLP(config), 2)
+
+
+def put_gated(out, name, mlp):
+    bias = mlp.gate_proj.bias
+    put_linear(out, name + ".up", torch.cat([mlp.gate_proj.weight, mlp.up_proj.weight]),
+               None if bias is None else torch.cat([bias, mlp.up_proj.bias]))
+    put_linear(out, name + ".down", mlp.down_proj.weight, mlp.down_proj.bias)
+
+
+def ffn_cases(out):
+    cases = []
+    for gated, width, hidden, rows, activation, bias in [
+            (False, 7, 29, 5, "relu", True), (False, 16, 33, 1, "gelu", False), (False, 3, 50, 260, "gelu_tanh", True),
+            (True, 10, 23, 6, "silu", False), (True, 17, 50, 3, "gelu_tanh", True), (True, 1, 1, 2, "silu", True)]:
+        name = "ffn.%d" % len(cases)
+        cases.append(name)
+        x = randn(rows, width)
+        if gated:
+            mlp = llama_mlp(width, hidden, {"gelu_tanh": "gelu_pytorch_tanh"}.get(activation, activation), bias)
+            put_gated(out, name, mlp)
+            y = mlp(x)
+        else:
+            up = shaken(nn.Linear(width, hidden, bias=bias), 2)
+            down = shaken(nn.Linear(hidden, width, bias=bias))
+            put_linear(out, name + ".up", up.weight, up.bias)
+            put_linear(out, name + ".down", down.weight, down.bias)
+            y = down(ACTIVATIONS[activation](up(x)))
+        out.ints(name, [gated, width, hidden, rows, ACTIVATION_CODES[activation]])
+        out.floats(name + ".x", x)
+        out.floats(name + ".y", y)
+    out.ints("ffn", [len(cases)])
+
+
+def encoder_cases(out, cases):
+    """nn.TransformerEncoderLayer."""
+    torch.backends.mha.set_fastpath_enabled(False)  # its fused form has no float64
+    shapes = [(12, 3, 19, "relu", False, True, [11], ""), (12, 3, 19, "relu", True, True, [11], ""),
+              (20, 5, 33, "gelu", False, True, [7, 1, 12], ""), (20, 5, 33, "gelu", True, True, [7, 1, 12], "causal"),
+              (9, 1, 40, "gelu", True, False, [30], "mask"), (15, 3, 15, "relu", False, False, [18], "causal")]
+    for width, heads, hidden, activation, norm_first, bias, lengths, kind in shapes:
+        layer = shaken(nn.TransformerEncoderLayer(width, heads, hidden, activation=activation, batch_first=True,
+                                                  norm_first=norm_first, bias=bias), 1.5)
+        causal, mask, given = masks_of(kind, max(lengths))
+        x, padding, real = ragged(lengths, width)
+        if len(lengths) == 1:
+            y = layer(x, src_mask=mask)
+        else:
+            y = layer(x, src_mask=mask.isinf() if causal else None, src_key_padding_mask=padding)
+        name = "block.%d" % len(cases)
+        cases.append(name)
+        put_attention(out, name, heads, heads, width // heads, causal, lengths, x[real], y[real], given)
+        out.ints(name + ".block", [not norm_first, 0, 0, hidden, ACTIVATION_CODES[activation]])
+        out.floats(name + ".eps", torch.tensor([layer.norm1.eps]))
+        put_linear(out, name + ".qkv", layer.self_attn.in_proj_weight, layer.self_attn.in_proj_bias)
+        put_linear(out, name + ".out", layer.self_attn.out_proj.weight, layer.self_attn.out_proj.bias)
+        put_linear(out, name + ".attention_norm", layer.norm1.weight, layer.norm1.bias)
+        put_linear(out, name + ".ffn_norm", layer.norm2.weight, layer.norm2.bias)
+        put_linear(out, name + ".up", layer.linear1.weight, layer.linear1.bias)
+        put_linear(out, name + ".down", layer.linear2.weight, layer.linear2.bias)
+
+
+def modern_case(out, cases):
+    """A block of the newer parts: pre-norm, RMS norm, grouped KV heads, gated FFN."""
+    heads, kv_heads, head_dim, width, hidden, lengths = 6, 2, 4, 21, 37, [1, 9, 5]
+    norms = [shaken(nn.RMSNorm(width, eps=1e-5)) for _ in range(2)]
+    qkv = shaken(nn.Linear(width, (heads + 2 * kv_heads) * head_dim, bias=False), 2)
+    projection = shaken(nn.Linear(heads * head_dim, width, bias=False))
+    mlp = llama_mlp(width, hidden, "silu", False)
+    xs, ys = [randn(length, width) for length in lengths], []
+    for x in xs:
+        x = x + grouped(qkv, projection, norms[0](x), heads, kv_heads, head_dim, True)
+        ys.append(x + mlp(norms[1](x)))
+    name = "block.%d" % len(cases)
+    cases.append(name)
+    put_attention(out, name, heads, kv_heads, head_dim, True, lengths, torch.cat(xs), torch.cat(ys))
+    out.ints(name + ".block", [0, 1, 1, hidden, ACTIVATION_CODES["silu"]])
+    out.floats(name + ".eps", torch.tensor([norms[0].eps]))
+    put_linear(out, name + ".qkv", qkv.weight, None)
+    put_linear(out, name + ".out", projection.weight, None)
+    put_linear(out, name + ".attention_norm", norms[0].weight, None)
+    put_linear(out, name + ".ffn_norm", norms[1].weight, None)
+    put_gated(out, name, mlp)
+
+
+def write_layers():
+    out = Arrays()
+    torch.manual_seed(1)
+    with torch.inference_mode():
+        norm_cases(out)
+        activation_cases(out)
+        linear_cases(out)
+        ffn_cases(out)
+        attentions, blocks = [], []
+        multihead_cases(out, attentions)
+        grouped_cases(out, attentions)
+        out.ints("attention", [len(attentions)])
+        encoder_cases(out, blocks)
+        modern_case(out, blocks)
+        out.ints("block", [len(blocks)])
+    out.write(os.path.join(GOLDEN, "layers.tfm"))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Models. live.py makes its own with the same functions.
+# ---------------------------------------------------------------------------------------------------------------------
+
+def random_gpt2(seed, dtype=torch.float32, scale=2.0, **config):
+    """A GPT-2 with random weights, large enough for attention to look somewhere and the text not to repeat itself. Its
+    numbers are exact in `dtype`."""
+    torch.manual_seed(seed)
+    config = dict(dict(bos_token_id=0, eos_token_id=0), **config)
+    model = transformers.GPT2LMHeadModel(transformers.GPT2Config(**config))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 1:
+                parameter.add_(torch.randn_like(parameter) * 0.2)
+            else:
+                parameter.mul_(scale / (0.02 * math.sqrt(config["n_embd"])))
+        model.transformer.wte.weight.mul_(0.5)
+    return model.to(dtype).eval()
+
+
+def convert(checkpoint, path):
+    subprocess.run([sys.executable, os.path.join(ROOT, "tools", "convert.py"), checkpoint, path], check=True,
+                   stderr=subprocess.PIPE)
+
+
+def run_model(model, ids):
+    """Logits and hidden states (after the final norm) of every position."""
+    with torch.inference_mode():
+        hidden = model.transformer(torch.tensor([ids])).last_hidden_state
+        return model.lm_head(hidden)[0], hidden[0]
+
+
+def greedy(model, prompt, n):
+    with torch.inference_mode():
+        ids = model.generate(torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
+                             max_new_tokens=n, min_new_tokens=n, do_sample=False, eos_token_id=None, pad_token_id=0)
+    return ids[0, len(prompt):].tolist()
+
+
+def greedy_margin(model, prompt, generated):
+    """How far the chosen token's logit is above the next at least, in parts of the largest logit: where two are equal
+    but for rounding, either is right, and there would be nothing to compare."""
+    logits, _ = run_model(model, prompt + generated[:-1])
+    best = logits[len(prompt) - 1:].topk(2).values
+    return ((best[:, 0] - best[:, 1]).min() / logits.abs().max()).item()
+
+
+def clear_greedy(model, generator, length, n, margin):
+    """A prompt, and its greedy continuation, in which no two tokens are nearly equally likely."""
+    while True:
+        prompt = [generator.randrange(model.config.vocab_size) for _ in range(length)]
+        generated = greedy(model, prompt, n)
+        if greedy_margin(model, prompt, generated) > margin:
+            return prompt, generated
+
+
+def rounded(model, dtype):
+    """What tfm_load_options.dtype makes of a model: its matrices in `dtype`, the tables that are only looked up not."""
+    transformer = model.transformer
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            looked_up = parameter is transformer.wpe.weight or \
+                (parameter is transformer.wte.weight and not model.config.tie_word_embeddings)
+            if parameter.dim() == 2 and not looked_up:
+                parameter.copy_(parameter.to(dtype))
+    return model
+
+
+GOLDEN_MODELS = {
+    # Past two pages of the KV cache and the rows of one tile; one head.
+    "one_head": dict(n_embd=7, n_head=1, n_layer=2, n_positions=270, vocab_size=23, seed=11, load=True),
+    "many_heads": dict(n_embd=50, n_head=25, n_layer=1, n_positions=30, vocab_size=61, n_inner=33, seed=12,
+                       activation_function="relu", dtype=torch.float16),
+    "three_heads": dict(n_embd=33, n_head=3, n_layer=2, n_positions=50, vocab_size=50, n_inner=17, seed=13,
+                        activation_function="gelu", scale_attn_by_inverse_layer_idx=True, dtype=torch.bfloat16,
+                        tie_word_embeddings=False),
+    "one_token": dict(n_embd=16, n_head=2, n_layer=1, n_positions=1, vocab_size=16, n_inner=8,
+                      activation_function="quick_gelu", seed=14),
+    "unscaled": dict(n_embd=15, n_head=5, n_layer=2, n_positions=33, vocab_size=81, n_inner=27,
+                     activation_function="silu", scale_attn_weights=False, tie_word_embeddings=False, layer_norm_epsilon=1e-3, seed=15, load=True),
+}
+
+
+def write_model(out, name, seed, dtype=torch.float32, load=False, **config):
+    model = random_gpt2(seed, dtype, **config)
+    with tempfile.TemporaryDirectory() as directory:
+        checkpoint = os.path.join(directory, name)
+        model.save_pretrained(checkpoint)
+        convert(checkpoint, os.path.join(GOLDEN, "model_%s.tfm" % name))
+    model = model.double()
+    generator = random.Random(seed)
+    context = config["n_positions"]
+    ids = [generator.randrange(config["vocab_size"]) for _ in range(context)]
+    logits, hidden = run_model(model, ids)
+    out.ints(name + ".ids", ids)
+    out.floats(name + ".logits", logits)
+    out.floats(name + ".hidden", hidden)
+    n = min(context - 1, 200)
+    prompt, generated = clear_greedy(model, generator, min(5, context - n), n, 1e-4) if n else ([], [])
+    out.ints(name + ".prompt", prompt)
+    out.ints(name + ".greedy", generated)
+    if load:
+        few = ids[:9]
+        for suffix, to in (("f16", torch.float16), ("bf16", torch.bfloat16)):
+            again = rounded(random_gpt2(seed, dtype, **config), to).double()
+            out.floats("%s.%s" % (name, suffix), run_model(again, few)[0])
+
+
+def write_models():
+    out = Arrays()
+    for name, parameters in GOLDEN_MODELS.items():
+        write_model(out, name, **parameters)
+    out.write(os.path.join(GOLDEN, "models.tfm"))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Tokenizer
+# ---------------------------------------------------------------------------------------------------------------------
+
+NASTY_PARTS = [
+    "", " ", "  ", "   ", "\n", "\n\n", "\r\n", "\t", " \t ", "\x0b", "\x0c", "\x1c", "\x1f", "\x85", "\xa0", "\u1680",
+    "\u180e", "\u2003", "\u2028", "\u202f", "\u200b", "\u2060", "\u3000", "\ufeff", "\0", "\x7f", "'", "''", "'s", "'S",
+    "'t", "'re", "'RE", "'ve", "'m", "'ll", "'LL", "'d", "'D", "\u2019s", "'\u017f", " 's", "'sss", "don't", "I'll",
+    "they've", "x's'", "a", "b", "Z", "the", " the", "and", "once upon a time", "0", "7", "42", "1234567890", "3.14",
+    "1,000", "\u0663\u0664", "\u00b2", "\u00bd", "\u2167", "\u3007", "\U0001d7d8", "!", "?!", "...", "---", "()[]{}",
+    "<|", "|>", "<|endoftext|>", "<|endoftext", "|endoftext|>", "<|endoftext|><|endoftext|>", "<|EndOfText|>",
+    "\u00e9", "e\u0301", "\u00df", "\u01c5", "\u00aa", "\u02b0", "\u0301", "\u093f", "\u4e2d", "\u4e2d\u6587", "\u3042",
+    "\uac00", "\u1100\u1161", "\u05d0", "\u0627\u0644", "\u0e01\u0e33", "\u0915\u094d\u0937", "\U00010400",
+    "\U00020000", "\U0001d400", "\U0001f600", "\U0001f468\u200d\U0001f469\u200d\U0001f467", "\U0001f44d\U0001f3fd",
+    "\U0001f1e9\U0001f1ea", "\u2764\ufe0f", "\u20ac", "\u00a9", "\ufffd", "\ufffe", "\uffff", "\u0378", "\ue000",
+    "\U0010ffff", "\U000e0041", "_", "$", "\\", "\"", "`", "~", "@", "#", "\u2014", "\u201c", "\u2026",
+]
+
+LONG_TEXTS = [
+    "a" * 2000, " " * 2000, "\n" * 500, "!" * 1000, "7" * 1000, "ab" * 400, "\u4e2d" * 300, " x" * 200, "x " * 200,
+    "'s" * 150, "\u0301" * 200, "\U0001f600" * 100, " " * 300 + "end", "the " * 150, "\t \n" * 100, "thethethe" * 60,
+    "<|endoftext|>" * 30, "once upon a time there was a little girl " * 12,
+]
+
+
+def random_characters(generator, n):
+    """Characters from everywhere in Unicode, and more often from where the letters are."""
+    text = []
+    while len(text) < n:
+        code = generator.randrange(generator.choice([0x80, 0x800, 0x3000, 0x10000, 0x20000, 0x110000]))
+        if not 0xd800 <= code < 0xe000:
+            text.append(chr(code))
+    return "".join(text)
+
+
+def nasty_texts(seed, n):
+    generator = random.Random(seed)
+    texts = list(NASTY_PARTS)
+    while len(texts) < n * 2 // 3:
+        texts.append("".join(generator.choice(NASTY_PARTS) for _ in range(generator.randrange(2, 12))))
+    while len(texts) < n:
+        texts.append(random_characters(generator, generator.randrange(1, 40)))
+    return texts + LONG_TEXTS
+
+
+def token_ids(tokenizer, text, special):
+    """Special tokens that stand in the text become their ids, or are text like any other."""
+    tokenizer.backend_tokenizer.encode_special_tokens = not special
+    return tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids
+
+
+def write_tokenizer(demo):
+    out = Arrays()
+    tokenizer = transformers.GPT2TokenizerFast.from_pretrained(demo)
+    texts = nasty_texts(3, 360)
+    for name, special in (("plain", False), ("special", True)):
+        chosen = [text for text in texts if not special or "<|" in text]
+        ids = [token_ids(tokenizer, text, special) for text in chosen]
+        out.bytes(name + ".text", b"".join(text.encode() for text in chosen))
+        out.ints(name + ".sizes", [len(text.encode()) for text in chosen])
+        out.bytes(name + ".ids", b"".join(struct.pack("<%dH" % len(part), *part) for part in ids))
+        out.ints(name + ".counts", map(len, ids))
+    out.floats("version", torch.tensor([1.0]))  # a .tfm file has at least one tensor
+    out.write(os.path.join(GOLDEN, "tokenizer.tfm"))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Sampling
+# ---------------------------------------------------------------------------------------------------------------------
+
+SAMPLING_OFF = dict(repetition_penalty=1.0, temperature=1.0, top_k=0, top_p=1.0, min_p=None, sequence_bias=None)
+SAMPLING_CASES = [
+    dict(), dict(temperature=0.6), dict(temperature=2.5), dict(top_k=1), dict(top_k=7), dict(top_k=1000),
+    dict(top_p=0.5), dict(top_p=0.93), dict(top_p=0.01), dict(min_p=0.05), dict(min_p=0.4), dict(min_p=1.0),
+    dict(repetition_penalty=1.3), dict(repetition_penalty=0.7), dict(repetition_penalty=4.0),
+    dict(sequence_bias={(1,): 2.5, (4,): -3.0}), dict(sequence_bias={(0,): -math.inf, (2,): -math.inf}),
+    dict(temperature=0.7, top_k=6), dict(temperature=1.6, top_p=0.8), dict(temperature=2.0, min_p=0.2),
+    dict(top_k=9, top_p=0.7), dict(top_k=12, min_p=0.3), dict(top_p=0.85, min_p=0.15),
+    dict(repetition_penalty=1.8, temperature=0.9, top_k=5),
+    dict(repetition_penalty=1.2, temperature=1.4, top_k=10, top_p=0.9),
+    dict(repetition_penalty=1.1, temperature=1.3, top_k=11, top_p=0.95, min_p=0.08),
+    dict(sequence_bias={(3,): 1.5, (5,): -1.0}, repetition_penalty=1.5, temperature=0.8, top_k=8, top_p=0.9, min_p=0.1),
+]
+
+
+def transformers_probabilities(model, parameters, logits, history):
+    """The distribution that model.generate draws from: transformers' own processors in its own order, in float64."""
+    config = transformers.GenerationConfig(do_sample=True, **dict(SAMPLING_OFF, **parameters))
+    processors = model._get_logits_processor(config, input_ids_seq_length=len(history))
+    return processors(torch.tensor([history]), logits[None]).softmax(-1)[0]
+
+
+def is_clear(model, parameters, logits, history, probabilities):
+    """The set of tokens is the same for slightly different limits (rounding can't change it), and none of them is too
+    rare to turn up in the test's draws."""
+    kept = probabilities > 0
+    if probabilities[kept].min() < 0.002:
+        return False
+    for name, by in itertools.product(("top_p", "min_p"), (0.999, 1.001)):
+        if parameters.get(name) not in (None, 1.0):
+            moved = dict(parameters, **{name: parameters[name] * by})
+            if ((transformers_probabilities(model, moved, logits, history) > 0) != kept).any():
+                return False
+    return True
+
+
+def sampling_logits(vocab_size, large):
+    """A large vocabulary: 150 tokens are about equally likely, the others out of the question (with top-p)."""
+    logits = torch.rand(vocab_size) * 3 - 1.5
+    if large:
+        logits[torch.randperm(vocab_size)[150:]] -= 9
+    return logits.float().double()
+
+
+def put_sampling(out, model, name, parameters, vocab_size, generator):
+    while True:
+        logits = sampling_logits(vocab_size, vocab_size > 100)
+        history = [generator.randrange(vocab_size) for _ in range(generator.randrange(1, 12))]
+        history += history[:3]  # a token is penalised once, however often it came
+        probabilities = transformers_probabilities(model, parameters, logits, history)
+        if is_clear(model, parameters, logits, history, probabilities):
+            break
+    used = dict(SAMPLING_OFF, **parameters)
+    bias = used["sequence_bias"] or {}
+    out.ints(name, [vocab_size, used["top_k"], len(bias)] + [token for token, in bias])
+    out.ints(name + ".history", history)
+    out.floats(name + ".options", torch.tensor([used["repetition_penalty"], used["temperature"], used["top_p"],
+                                                used["min_p"] or 0.0] + list(bias.values())))
+    out.floats(name + ".logits", logits)
+    out.floats(name + ".probabilities", probabilities)
+
+
+def put_ties(out, model):
+    """Top-k keeps the tokens that are as likely as the k-th."""
+    logits = torch.tensor([1.0, 2.0, 1.0, 0.5, 1.0, 2.0, 0.0]).double()
+    out.floats("ties.logits", logits)
+    out.floats("ties.probabilities", transformers_probabilities(model, dict(top_k=3), logits, [0]))
+
+
+def pcg32(seed, n):
+    """PCG-XSH-RR (O'Neill 2014) in Python's integers: uniform numbers of 53 bits, as tfm_random_seed starts it: the state
+    is the seed plus the increment, and the first number is thrown away."""
+    state, mask, increment = (seed + 1442695040888963407) % 2 ** 64, 2 ** 64 - 1, 1442695040888963407
+    numbers = []
+
+    def step():
+        nonlocal state
+        old, state = state, (state * 6364136223846793005 + increment) & mask
+        mixed, rotation = ((old >> 18) ^ old) >> 27 & 0xffffffff, old >> 59
+        return (mixed >> rotation | mixed << (32 - rotation)) & 0xffffffff
+
+    for _ in range(n + 1):
+        high, low = step() >> 5, step() >> 6
+        numbers.append((high << 26 | low) / 2 ** 53)
+    return numbers[1:]
+
+
+def write_sampling():
+    out = Arrays()
+    torch.manual_seed(4)
+    generator = random.Random(4)
+    model = transformers.GPT2LMHeadModel(transformers.GPT2Config(
+        n_embd=4, n_head=1, n_layer=1, n_positions=4, vocab_size=8, bos_token_id=None, eos_token_id=None))
+    cases = [(parameters, vocab_size) for vocab_size, parameters in zip(itertools.cycle((13, 40)), SAMPLING_CASES)]
+    cases += [(dict(top_p=0.9), 400), (dict(top_k=120, top_p=0.8, temperature=0.9), 300)]
+    for i, (parameters, vocab_size) in enumerate(cases):
+        put_sampling(out, model, "case.%d" % i, parameters, vocab_size, generator)
+    out.ints("case", [len(cases)])
+    put_ties(out, model)
+    for seed in (0, 1, 123456789, 2 ** 64 - 1):
+        out.bytes("random.%d" % seed, struct.pack("<16d", *pcg32(seed, 16)))
+    out.write(os.path.join(GOLDEN, "sampling.tfm"))
+
+
+def main():
+    parser = argparse.ArgumentParser(description="Writes the golden files of the C tests.")
+    parser.add_argument("groups", nargs="*", help="layers, models, tokenizer, sampling; all of them by default")
+    parser.add_argument("--demo", default=os.path.join(ROOT, "..", "shared", "demo-gpt2"),
+                        help="the demo model's checkpoint (default: %(default)s)")
+    arguments = parser.parse_args()
+    writers = {"layers": write_layers, "models": write_models, "tokenizer": lambda: write_tokenizer(arguments.demo),
+               "sampling": write_sampling}
+    for group in arguments.groups or writers:
+        if group not in writers:
+            parser.error("there is no group %s" % group)
+    transformers.logging.set_verbosity_error()
+    os.makedirs(GOLDEN, exist_ok=True)
+    for group in arguments.groups or writers:
+        writers[group]()
+        print("wrote", group)
+    print("%d bytes in all" % sum(entry.stat().st_size for entry in os.scandir(GOLDEN)))
+
+
+if __name__ == "__main__":
+    main()

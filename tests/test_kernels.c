@@ -1,0 +1,1001 @@
+/* The kernels of every instruction set that this CPU has, against arithmetic done here in double precision or with
+ * fmaf(), and 16-bit floats and panels against their definition. The kernels are private to tfm.h, so this file has a
+ * copy of the library of its own. */
+#if defined(__GNUC__)
+#define TFM_API static __attribute__((unused))
+#else
+#define TFM_API static
+#endif
+#define TFM_IMPLEMENTATION
+#include "../tfm.h"
+
+#include "test.h"
+
+#include <float.h>
+#include <math.h>
+
+#define PANEL 16
+#define GUARD 24         /* floats before and behind what a kernel may write */
+#define SENTINEL 1e30f   /* what they hold */
+#define EPS 5.9604645e-8 /* 2^-24: half a unit in the last place of 1 */
+
+/* Every table of kernels that runs here, the plain C one first. */
+static const tfm__kernels *kernels_here[TFM_ISA_COUNT];
+static size_t n_kernels_here;
+
+static void find_kernels(void) {
+    int isa;
+    n_kernels_here = 0;
+    for (isa = TFM_ISA_SCALAR; isa < TFM_ISA_COUNT; isa++)
+        if (tfm_isa_supported((tfm_isa)isa))
+            kernels_here[n_kernels_here++] = tfm__kernels_of((tfm_isa)isa);
+}
+
+static const char *name_of(const tfm__kernels *kernels) {
+    return tfm_isa_name(kernels->isa);
+}
+
+static int same_bits(const void *a, const void *b, size_t n) {
+    return !memcmp(a, b, n * sizeof(float));
+}
+
+/* ---- 16-bit floats by their definition */
+
+float test_from_f16(uint16_t half) {
+    int exponent = half >> 10 & 31, mantissa = half & 1023;
+    double magnitude = exponent ? ldexp(1024 + mantissa, exponent - 25) : ldexp(mantissa, -24);
+    if (exponent == 31)
+        magnitude = mantissa ? (double)NAN : (double)INFINITY;
+    return (float)(half & 0x8000 ? -magnitude : magnitude);
+}
+
+/* A magnitude rounded to a float with `bits` of mantissa (the leading 1 included) and the smallest normal exponent
+ * `lowest`: how many steps above 0 it is. (frexp's mantissa is in [1/2, 1), rint rounds ties to even, and a mantissa that
+ * is rounded up to 1 carries into the exponent as it should.) */
+static uint32_t round_steps(double magnitude, int bits, int lowest) {
+    int exponent;
+    double mantissa = frexp(magnitude, &exponent);
+    if (magnitude == 0 || exponent - 1 < lowest)
+        return (uint32_t)rint(ldexp(magnitude, bits - 1 - lowest));
+    return ((uint32_t)(exponent - 1 - lowest) << (bits - 1)) + (uint32_t)rint(ldexp(mantissa, bits));
+}
+
+static uint16_t round_to_half(float value, int bits, int lowest, uint32_t infinity) {
+    uint32_t sign = signbit(value) ? 0x8000 : 0, steps = infinity;
+    if (isnan(value))
+        return (uint16_t)(sign | infinity | 1u << (bits - 2));
+    if (!isinf(value))
+        steps = round_steps(fabs((double)value), bits, lowest);
+    return (uint16_t)(sign | (steps < infinity ? steps : infinity));
+}
+
+uint16_t test_to_f16(float value) {
+    return round_to_half(value, 11, -14, 0x7C00);
+}
+
+uint16_t test_to_bf16(float value) {
+    return round_to_half(value, 8, -126, 0x7F80);
+}
+
+/* The same number, or both NaN. */
+static int same_number(float a, float b) {
+    return (isnan(a) && isnan(b)) || (a == b && !signbit(a) == !signbit(b));
+}
+
+static float from_bits(uint32_t bits) {
+    float value;
+    memcpy(&value, &bits, sizeof value);
+    return value;
+}
+
+/* Both NaN, or the same bits. */
+static int same_half(uint16_t a, uint16_t b, uint32_t infinity) {
+    return a == b || ((a & 0x7FFFu) > infinity && (b & 0x7FFFu) > infinity);
+}
+
+static int rounds_well(float value) {
+    return same_half(tfm__to_f16(value), test_to_f16(value), 0x7C00) &&
+           same_half(tfm__to_bf16(value), test_to_bf16(value), 0x7F80);
+}
+
+/* All halves; the floats on both sides of each, of the middle between it and the next, and the middle itself. */
+static void test_halves(void) {
+    uint32_t i, wrong_f16 = 0, wrong_bf16 = 0, wrong_back = 0, wrong_rounding = 0;
+    int d;
+    for (i = 0; i < 65536; i++) {
+        const uint16_t half = (uint16_t)i;
+        const uint32_t f16_bits = tfm__float_bits(test_from_f16(half)), bf16_bits = i << 16;
+        wrong_f16 += !same_number(tfm__from_f16(half), test_from_f16(half));
+        wrong_bf16 += !same_number(tfm__from_bf16(half), from_bits(bf16_bits));
+        wrong_back += !same_half(tfm__to_f16(test_from_f16(half)), half, 0x7C00);
+        wrong_back += !same_half(tfm__to_bf16(from_bits(bf16_bits)), half, 0x7F80);
+        for (d = -1; d <= 1; d++) { /* half a step: bit 12 of a float for f16, bit 15 for bf16 */
+            wrong_rounding += !rounds_well(from_bits(f16_bits + (uint32_t)d));
+            wrong_rounding += !rounds_well(from_bits(f16_bits + 0x1000 + (uint32_t)d));
+            wrong_rounding += !rounds_well(from_bits(bf16_bits + (uint32_t)d));
+            wrong_rounding += !rounds_well(from_bits(bf16_bits + 0x8000 + (uint32_t)d));
+        }
+    }
+    for (i = 0; i < 2049; i++) /* f16's subnormals are multiples of 2^-24, with ties between them */
+        for (d = -1; d <= 1; d++)
+            wrong_rounding += !rounds_well(from_bits(tfm__float_bits((float)ldexp(i + 0.5, -24)) + (uint32_t)d));
+    CHECK_MSG(!wrong_f16, "tfm__from_f16: %u of 65536 are wrong", wrong_f16);
+    CHECK_MSG(!wrong_bf16, "tfm__from_bf16: %u of 65536 are wrong", wrong_bf16);
+    CHECK_MSG(!wrong_back, "16-bit floats to fp32 and back: %u are not what they were", wrong_back);
+    CHECK_MSG(!wrong_rounding, "rounding to 16 bits: %u ties and neighbours of ties are wrong", wrong_rounding);
+}
+
+static void test_half_rounding_anywhere(void) {
+    uint32_t bits = 0, wrong = 0, n;
+    for (n = 0; n < 1500000; n++, bits += 2863) /* 2863 * 1.5 million = 2^32: the floats from end to end */
+        wrong += !rounds_well(from_bits(bits));
+    CHECK_MSG(!wrong, "rounding to 16 bits: %u of %u are wrong", wrong, n);
+    CHECK(tfm__to_f16(65519.0f) == 0x7BFF && tfm__to_f16(65520.0f) == 0x7C00 && tfm__to_f16(-FLT_MAX) == 0xFC00);
+    CHECK(tfm__to_bf16(FLT_MAX) == 0x7F80 && tfm__to_bf16(-INFINITY) == 0xFF80);
+    CHECK(tfm__to_f16(2.9802322e-8f) == 0 && tfm__to_f16(2.9802326e-8f) == 1 && tfm__to_f16(-0.0f) == 0x8000);
+}
+
+/* A product with one input of 1 and all weights there are: what a kernel makes of a half when it loads it. */
+static void test_half_loads(const tfm__kernels *kernels, tfm_dtype dtype) {
+    static uint16_t weights[65536];
+    static float y[65536];
+    const float one = 1;
+    uint32_t i, wrong = 0;
+    tfm__matmul job;
+    for (i = 0; i < 65536; i++)
+        weights[i] = (uint16_t)i;
+    job.x = &one;
+    job.x_stride = 1;
+    job.n_rows = 1;
+    job.w = weights;
+    job.panel_bytes = PANEL * sizeof *weights;
+    job.n = 65536;
+    job.k = 1;
+    job.y = y;
+    job.y_stride = 65536;
+    job.add = 0;
+    kernels->matmul[dtype](&job);
+    for (i = 0; i < 65536; i++) {
+        float expected = dtype == TFM_F16 ? test_from_f16((uint16_t)i) : from_bits(i << 16);
+        wrong += !(y[i] == expected || (isnan(y[i]) && isnan(expected))); /* 0 + -0 is +0 */
+    }
+    CHECK_MSG(!wrong, "%s: %u of 65536 %s weights are loaded wrongly", name_of(kernels), wrong, tfm_dtype_name(dtype));
+}
+
+/* ---- packing */
+
+/* A matrix of a layout and a type, with the numbers it stands for. */
+typedef struct stored {
+    tfm_tensor tensor;
+    float *values; /* [out][in], rounded to the type */
+    void *data;
+} stored;
+
+static void put_number(void *data, tfm_dtype dtype, size_t index, float value) {
+    if (dtype == TFM_F32)
+        ((float *)data)[index] = value;
+    else
+        ((uint16_t *)data)[index] = dtype == TFM_F16 ? test_to_f16(value) : test_to_bf16(value);
+}
+
+static float get_number(const void *data, tfm_dtype dtype, size_t index) {
+    if (dtype == TFM_F32)
+        return ((const float *)data)[index];
+    return dtype == TFM_F16 ? test_from_f16(((const uint16_t *)data)[index])
+                            : from_bits((uint32_t)((const uint16_t *)data)[index] << 16);
+}
+
+/* Where [o][i] of an [out][in] matrix lies: the definition of the layouts. */
+static size_t place(tfm_layout layout, size_t out, size_t in, size_t o, size_t i) {
+    if (layout == TFM_ROWS)
+        return o * in + i;
+    return layout == TFM_COLS ? i * out + o : o / PANEL * (in * PANEL) + i * PANEL + o % PANEL;
+}
+
+static stored make_matrix(tfm_layout layout, tfm_dtype dtype, size_t out, size_t in) {
+    size_t padded = (out + PANEL - 1) / PANEL * PANEL, o, i;
+    stored m;
+    m.values = (float *)malloc(out * in * sizeof *m.values);
+    m.data = calloc(padded * in, sizeof(float));
+    m.tensor = tfm_matrix((const float *)m.data, out, in);
+    m.tensor.layout = layout;
+    m.tensor.dtype = dtype;
+    test_fill(m.values, out * in, out * 1000 + in);
+    for (o = 0; o < out; o++)
+        for (i = 0; i < in; i++) {
+            put_number(m.data, dtype, place(layout, out, in, o, i), m.values[o * in + i]);
+            m.values[o * in + i] = get_number(m.data, dtype, place(layout, out, in, o, i));
+        }
+    return m;
+}
+
+static void free_matrix(stored *m) {
+    free(m->values);
+    free(m->data);
+}
+
+/* How many numbers of the panels are wrong: those of the matrix, rounded to the panels' type, and zeros behind it. */
+static size_t wrong_in_panels(const stored *m, const tfm_tensor *packed) {
+    size_t out = m->tensor.shape[0], in = m->tensor.shape[1], padded = (out + PANEL - 1) / PANEL * PANEL, wrong = 0, o, i;
+    for (o = 0; o < padded; o++)
+        for (i = 0; i < in; i++) {
+            float expected[1] = {0};
+            if (o < out)
+                put_number(expected, packed->dtype, 0, m->values[o * in + i]);
+            if (o < out)
+                expected[0] = get_number(expected, packed->dtype, 0);
+            wrong += get_number(packed->data, packed->dtype, place(TFM_PANELS, out, in, o, i)) != expected[0];
+        }
+    return wrong;
+}
+
+static void test_pack_one(tfm_layout layout, tfm_dtype from, tfm_dtype to, size_t out, size_t in) {
+    stored m = make_matrix(layout, from, out, in);
+    tfm_error error = {TFM_OK, ""};
+    tfm_tensor packed;
+    float row[512];
+    size_t wrong = 0, o, column = in / 3, i;
+    if (CHECK_MSG(tfm_pack(&m.tensor, to, NULL, &packed, &error) == TFM_OK, "tfm_pack: %s", error.message)) {
+        CHECK(packed.dtype == to && packed.layout == TFM_PANELS && packed.n_dims == 2 && packed.shape[0] == out &&
+              packed.shape[1] == in && packed.shape[2] == 1 && packed.shape[3] == 1);
+        wrong = wrong_in_panels(&m, &packed);
+        CHECK_MSG(!wrong, "tfm_pack: %lu numbers of a [%lu, %lu] matrix (layout %d, %s to %s) are wrong",
+                  (unsigned long)wrong, (unsigned long)out, (unsigned long)in, (int)layout, tfm_dtype_name(from),
+                  tfm_dtype_name(to));
+        tfm_unpack(&packed, NULL);
+        CHECK(!packed.data && !packed.dtype);
+    }
+    for (wrong = 0, o = 0; o < out; o++) { /* a row of the matrix, and what is left of it from a column on */
+        tfm__matrix_row(&m.tensor, o, 0, in, row);
+        wrong += !same_bits(row, m.values + o * in, in);
+        tfm__matrix_row(&m.tensor, o, column, in - column, row);
+        for (i = column; i < in; i++)
+            wrong += row[i - column] != m.values[o * in + i];
+    }
+    CHECK_MSG(!wrong, "tfm__matrix_row: %lu are wrong (layout %d, %s)", (unsigned long)wrong, (int)layout,
+              tfm_dtype_name(from));
+    free_matrix(&m);
+}
+
+static void test_packing(void) {
+    static const size_t outs[] = {1, 15, 16, 17, 50}, ins[] = {1, 2, 31, 127, 128, 129, 300};
+    size_t a, b;
+    int layout, from, to;
+    for (layout = 0; layout < TFM_LAYOUT_COUNT; layout++)
+        for (from = TFM_F32; from <= TFM_BF16; from++)
+            for (to = TFM_F32; to <= TFM_BF16; to++)
+                for (a = 0; a < sizeof outs / sizeof *outs; a++)
+                    for (b = 0; b < sizeof ins / sizeof *ins; b++)
+                        test_pack_one((tfm_layout)layout, (tfm_dtype)from, (tfm_dtype)to, outs[a], ins[b]);
+}
+
+static void check_unpackable(tfm_tensor tensor, tfm_dtype dtype, tfm_status expected) {
+    tfm_error error = {TFM_OK, ""};
+    tfm_tensor packed;
+    CHECK(tfm_pack(&tensor, dtype, NULL, &packed, &error) == expected);
+    CHECK(error.status == expected && strstr(error.message, "tfm_pack"));
+    CHECK(tfm_pack(&tensor, dtype, NULL, &packed, NULL) == expected);
+}
+
+static void test_pack_errors(void) {
+    static const float numbers[4] = {1, 2, 3, 4};
+    tfm_tensor odd = tfm_matrix(numbers, 2, 2);
+    odd.dtype = (tfm_dtype)77;
+    check_unpackable(odd, TFM_F32, TFM_ERROR_UNSUPPORTED);
+    check_unpackable(tfm_vector(numbers, 4), TFM_F32, TFM_ERROR_ARGUMENT);
+    check_unpackable(tfm_matrix(numbers, 0, 4), TFM_F32, TFM_ERROR_ARGUMENT);
+    check_unpackable(tfm_matrix(numbers, 4, 0), TFM_F32, TFM_ERROR_ARGUMENT);
+    check_unpackable(tfm_matrix(NULL, 2, 2), TFM_F32, TFM_ERROR_ARGUMENT);
+    check_unpackable(tfm_matrix(numbers, 2, 2), (tfm_dtype)77, TFM_ERROR_UNSUPPORTED);
+}
+
+/* ---- the matrix product */
+
+#define MAX_ROWS 17
+#define MAX_N 100
+#define MAX_K 200
+#define MAX_STRIDE 112
+
+/* A product whose matrices lie awkwardly: rows longer than need be, everything just one number off an aligned address,
+ * panels with a gap between them, NaN wherever nobody should look, and a guard around y. */
+typedef struct product {
+    tfm_dtype dtype;
+    tfm__matmul job;
+    float x[MAX_ROWS * (MAX_K + 8)];
+    float weights[(MAX_N / PANEL + 1) * PANEL * MAX_K]; /* [panel][k][16], as numbers */
+    unsigned char w[((MAX_N / PANEL + 1) * (PANEL * MAX_K + 4) + 1) * sizeof(float)];
+    float before[MAX_ROWS * MAX_STRIDE + 2 * GUARD], y[MAX_ROWS * MAX_STRIDE + 2 * GUARD];
+    float expected[MAX_ROWS * MAX_N];
+    double magnitude[MAX_ROWS * MAX_N]; /* sum of |x w| */
+} product;
+
+static void fill_weights(product *p, size_t seed) {
+    size_t n_panels = (p->job.n + PANEL - 1) / PANEL, k = p->job.k, panel, i;
+    size_t gap = seed % 3 * 2, element = p->dtype == TFM_F32 ? 4 : 2;
+    unsigned char *w = p->w + element;
+    test_fill(p->weights, n_panels * k * PANEL, seed);
+    memset(p->w, 0xFF, sizeof p->w); /* NaN in every type */
+    for (panel = 0; panel < n_panels; panel++)
+        for (i = 0; i < k * PANEL; i++) {
+            float *number = p->weights + panel * k * PANEL + i;
+            size_t at = panel * (k * PANEL + gap) + i;
+            if (panel * PANEL + i % PANEL >= p->job.n)
+                continue; /* past the last output */
+            put_number(w, p->dtype, at, *number);
+            *number = get_number(w, p->dtype, at);
+        }
+    p->job.w = w;
+    p->job.panel_bytes = (k * PANEL + gap) * element;
+}
+
+static void fill_product(product *p, tfm_dtype dtype, size_t rows, size_t n, size_t k, int add, size_t seed) {
+    size_t x_stride = k + seed % 5, y_stride = n + seed % 7, r, i;
+    float *x = p->x + 1, *before = p->before + GUARD;
+    p->dtype = dtype;
+    p->job.n_rows = rows;
+    p->job.n = n;
+    p->job.k = k;
+    p->job.x = x;
+    p->job.x_stride = x_stride;
+    p->job.y = p->y + GUARD;
+    p->job.y_stride = y_stride;
+    p->job.add = add;
+    fill_weights(p, seed);
+    memset(p->x, 0xFF, sizeof p->x);
+    for (i = 0; i < sizeof p->before / sizeof *p->before; i++)
+        p->before[i] = SENTINEL;
+    for (r = 0; r < rows; r++) {
+        test_fill(x + r * x_stride, k, seed + r + 1);
+        if (add)
+            test_fill(before + r * y_stride, n, seed + r + 100);
+        else
+            memset(before + r * y_stride, 0xFF, n * sizeof *before); /* what was there must not matter */
+    }
+}
+
+/* The sums as the vector kernels promise them: a chain of fused multiply-adds over the inputs in order. */
+static void expect_product(product *p) {
+    const tfm__matmul *job = &p->job;
+    size_t r, column, i;
+    for (r = 0; r < job->n_rows; r++)
+        for (column = 0; column < job->n; column++) {
+            const float *x = job->x + r * job->x_stride;
+            const float *w = p->weights + column / PANEL * job->k * PANEL + column % PANEL;
+            float sum = job->add ? p->before[GUARD + r * job->y_stride + column] : 0;
+            double magnitude = fabs((double)sum);
+            for (i = 0; i < job->k; i++) {
+                sum = fmaf(x[i], w[i * PANEL], sum);
+                magnitude += fabs((double)x[i] * (double)w[i * PANEL]);
+            }
+            p->expected[r * job->n + column] = sum;
+            p->magnitude[r * job->n + column] = magnitude;
+        }
+}
+
+/* The first place where y is wrong, or -1. The plain C kernel may round each product, which n + 2 half units in the last
+ * place of the sum of magnitudes allow for; the others must have the very bits. */
+static long wrong_place(const product *p, int exact) {
+    const tfm__matmul *job = &p->job;
+    size_t i, end = sizeof p->y / sizeof *p->y;
+    for (i = 0; i < end; i++) {
+        size_t r = i < GUARD ? job->n_rows : (i - GUARD) / job->y_stride;
+        size_t column = i < GUARD ? 0 : (i - GUARD) % job->y_stride, at = r * job->n + column;
+        if (r >= job->n_rows || column >= job->n) {
+            if (p->y[i] != SENTINEL)
+                return (long)i;
+        } else if (exact ? !same_bits(p->y + i, p->expected + at, 1)
+                         : !(fabs((double)p->y[i] - (double)p->expected[at]) <=
+                             2 * EPS * (double)(job->k + 2) * p->magnitude[at]))
+            return (long)i;
+    }
+    return -1;
+}
+
+static void check_product(product *p) {
+    size_t i;
+    expect_product(p);
+    for (i = 0; i < n_kernels_here; i++) {
+        long wrong;
+        memcpy(p->y, p->before, sizeof p->y);
+        kernels_here[i]->matmul[p->dtype](&p->job);
+        wrong = wrong_place(p, kernels_here[i]->isa != TFM_ISA_SCALAR);
+        CHECK_MSG(wrong < 0, "%s %s: %lu rows, n %lu, k %lu, add %d: number %ld from the start of y is wrong",
+                  name_of(kernels_here[i]), tfm_dtype_name(p->dtype), (unsigned long)p->job.n_rows,
+                  (unsigned long)p->job.n, (unsigned long)p->job.k, p->job.add, wrong - GUARD);
+    }
+}
+
+static void test_products(product *p) {
+    static const size_t ns[] = {1, 15, 16, 17, 33, 47, 48, 49, 64, 95, 97, 100}, ks[] = {1, 2, 7, 64};
+    size_t rows, a, b, seed = 0;
+    int dtype;
+    for (rows = 1; rows <= MAX_ROWS; rows++)
+        for (a = 0; a < sizeof ns / sizeof *ns; a++)
+            for (b = 0; b < sizeof ks / sizeof *ks; b++)
+                for (dtype = TFM_F32; dtype <= TFM_BF16; dtype++, seed++) {
+                    fill_product(p, (tfm_dtype)dtype, rows, ns[a], ks[b], (int)(seed / 3 % 2), seed);
+                    check_product(p);
+                }
+    for (a = 1; a <= MAX_N; a++, seed++) {
+        fill_product(p, (tfm_dtype)(TFM_F32 + a % 3), a % 11 + 1, a, 33, a % 2 == 0, seed);
+        check_product(p);
+    }
+    for (a = 1; a <= MAX_K; a++, seed++) {
+        fill_product(p, (tfm_dtype)(TFM_F32 + a % 3), 3, 20, a, a % 2 == 0, seed);
+        check_product(p);
+    }
+}
+
+/* A row computed alone, and 16 outputs computed alone, have the bits that they have among others. */
+static void check_tiles(product *p, const tfm__kernels *kernels) {
+    const tfm__matmul all = p->job;
+    float alone[MAX_STRIDE];
+    size_t r, column, wrong = 0;
+    memcpy(p->y, p->before, sizeof p->y);
+    kernels->matmul[p->dtype](&p->job);
+    for (r = 0; r < all.n_rows; r++) {
+        const float *y = all.y + r * all.y_stride, *before = p->before + GUARD + r * all.y_stride;
+        p->job.n_rows = 1;
+        p->job.x = all.x + r * all.x_stride;
+        p->job.y = alone;
+        memcpy(alone, before, all.n * sizeof *alone);
+        kernels->matmul[p->dtype](&p->job);
+        wrong += !same_bits(alone, y, all.n);
+        for (column = 0; column < all.n; column += PANEL) {
+            p->job.n = TFM__MIN((size_t)PANEL, all.n - column);
+            p->job.w = (const char *)all.w + column / PANEL * all.panel_bytes;
+            memcpy(alone, before + column, p->job.n * sizeof *alone);
+            kernels->matmul[p->dtype](&p->job);
+            wrong += !same_bits(alone, y + column, p->job.n);
+        }
+        p->job = all;
+    }
+    CHECK_MSG(!wrong, "%s %s: %lu rows or panels differ from those computed with others", name_of(kernels),
+              tfm_dtype_name(p->dtype), (unsigned long)wrong);
+}
+
+static void test_tiles(product *p) {
+    size_t i, rows;
+    int dtype, add;
+    for (i = 0; i < n_kernels_here; i++)
+        for (dtype = TFM_F32; dtype <= TFM_BF16; dtype++)
+            for (add = 0; add <= 1; add++)
+                for (rows = 5; rows <= MAX_ROWS; rows += 6) {
+                    fill_product(p, (tfm_dtype)dtype, rows, MAX_N, 77, add, rows);
+                    check_tiles(p, kernels_here[i]);
+                }
+}
+
+/* ---- activations */
+
+/* To double precision. erfc and the logistic form have no cancellation in the tails. */
+static double exact_activation(tfm_activation activation, double x) {
+    switch (activation) {
+    case TFM_RELU: return x < 0 ? 0 : x;
+    case TFM_GELU: return x * 0.5 * erfc(-x * 0.70710678118654752);
+    case TFM_GELU_TANH: return x / (1 + exp(-2 * 0.79788456080286536 * (x + 0.044715 * x * x * x)));
+    case TFM_QUICK_GELU: return x / (1 + exp(-1.702 * x));
+    case TFM_SILU: return x / (1 + exp(-x));
+    case TFM_TANH: return tanh(x);
+    default: return x;
+    }
+}
+
+/* How far from exact a result may be: 2e-7 of x, which is two or three roundings. That is much in the negative tail, where
+ * the result is small beside x, and the vector kernels are better there: relative to the result, they have what the
+ * rounding of an exponent of about 15 leaves (the plain C ones have 1 + erf and 1 + tanh). */
+static double activation_error(const tfm__kernels *kernels, tfm_activation activation, double x, double exact) {
+    const double smallest = 3e-45; /* two steps of the smallest numbers there are */
+    double tail = (activation == TFM_SILU ? 3e-7 : 3e-6) * fmax(fabs(exact), fabs(x) * EPS);
+    if (activation <= TFM_RELU)
+        return 0;
+    if (activation == TFM_TANH)
+        return 2e-7;
+    return (kernels->isa == TFM_ISA_SCALAR ? 2e-7 * fabs(x) : fmin(2e-7 * fabs(x), tail)) + smallest;
+}
+
+static void activate(const tfm__kernels *kernels, tfm_activation activation, float *y, size_t n) {
+    tfm__finish job;
+    memset(&job, 0, sizeof job);
+    job.y = y;
+    job.y_stride = n;
+    job.n_rows = 1;
+    job.n = n;
+    job.activation = activation;
+    kernels->finish(&job);
+}
+
+/* Many finite x at once; reports the worst. */
+static void check_activation(tfm_activation activation, const float *x, size_t n) {
+    float *y = (float *)malloc(n * sizeof *y);
+    double *exact = (double *)malloc(n * sizeof *exact);
+    size_t i, k;
+    for (i = 0; i < n; i++)
+        exact[i] = exact_activation(activation, (double)x[i]);
+    for (k = 0; k < n_kernels_here; k++) {
+        double worst = 0;
+        size_t at = 0;
+        memcpy(y, x, n * sizeof *y);
+        activate(kernels_here[k], activation, y, n);
+        for (i = 0; i < n; i++) {
+            double off = fabs((double)y[i] - exact[i]);
+            double excess = off - activation_error(kernels_here[k], activation, (double)x[i], exact[i]);
+            if (!(excess <= worst))
+                worst = excess, at = i;
+        }
+        CHECK_MSG(worst <= 0, "%s, activation %d: %.9g becomes %.9g, exact is %.12g", name_of(kernels_here[k]),
+                  (int)activation, (double)x[at], (double)y[at], exact[at]);
+    }
+    free(y);
+    free(exact);
+}
+
+#define MANY 120000
+static void test_activations(void) {
+    float *x = (float *)malloc(MANY * sizeof *x);
+    int activation;
+    size_t n, i;
+    for (activation = 0; activation < TFM_ACTIVATION_COUNT; activation++) {
+        for (i = 0; i < MANY; i++)
+            x[i] = (float)(-20 + 40.0 * (double)i / MANY);
+        check_activation((tfm_activation)activation, x, MANY);
+        for (n = 0, i = 0; i < MANY; i++) { /* floats from end to end: tiny, huge, of both signs */
+            float value = from_bits((uint32_t)i * 35791u);
+            if (value - value == 0)
+                x[n++] = value;
+        }
+        check_activation((tfm_activation)activation, x, n);
+    }
+    free(x);
+}
+
+/* Infinities and NaN. What minus infinity becomes: 0, but for x * 0 (NaN, as in PyTorch) in the formulas, and never
+ * another number. */
+static void test_activation_limits(const tfm__kernels *kernels, tfm_activation activation) {
+    float y[18];
+    size_t i;
+    for (i = 0; i < 18; i += 3) {
+        y[i] = INFINITY;
+        y[i + 1] = -INFINITY;
+        y[i + 2] = NAN;
+    }
+    activate(kernels, activation, y, 18);
+    for (i = 0; i < 18; i += 3) {
+        float plus = activation == TFM_TANH ? 1 : INFINITY, minus = y[i + 1];
+        CHECK_MSG(y[i] == plus, "%s, activation %d: infinity becomes %g", name_of(kernels), (int)activation, (double)y[i]);
+        CHECK_MSG(activation == TFM_NO_ACTIVATION ? minus == -INFINITY
+                  : activation == TFM_TANH        ? minus == -1
+                  : activation == TFM_RELU        ? minus == 0
+                                                  : minus == 0 || !(minus - minus == 0),
+                  "%s, activation %d: -infinity becomes %g", name_of(kernels), (int)activation, (double)minus);
+        CHECK_MSG(isnan(y[i + 2]), "%s, activation %d: NaN becomes %g", name_of(kernels), (int)activation,
+                  (double)y[i + 2]);
+    }
+}
+
+/* finish: y = activation(y + bias), residual += y, over odd shapes. With a residual, what y holds afterwards is no part
+ * of the contract. */
+typedef struct finishing {
+    float y[3 * MAX_STRIDE + 2 * GUARD], residual[3 * MAX_STRIDE + 2 * GUARD], bias[MAX_N + 1];
+} finishing;
+
+static void fill_finishing(finishing *f, size_t rows, size_t n, size_t y_stride, size_t residual_stride) {
+    size_t i, r;
+    for (i = 0; i < sizeof f->y / sizeof *f->y; i++)
+        f->y[i] = f->residual[i] = SENTINEL;
+    test_fill(f->bias, MAX_N + 1, n);
+    for (r = 0; r < rows; r++) {
+        test_fill(f->y + GUARD + r * y_stride, n, n + r);
+        test_fill(f->residual + GUARD + r * residual_stride, n, n + r + 50);
+        for (i = 0; i < n; i++)
+            f->y[GUARD + r * y_stride + i] *= 6;
+    }
+}
+
+/* Is everything outside of the rows as it was? */
+static int guarded(const float *all, size_t size, size_t rows, size_t n, size_t stride) {
+    size_t i;
+    for (i = 0; i < size; i++)
+        if ((i < GUARD || (i - GUARD) / stride >= rows || (i - GUARD) % stride >= n) && all[i] != SENTINEL)
+            return 0;
+    return 1;
+}
+
+static void check_finish(const tfm__kernels *kernels, tfm_activation activation, size_t rows, size_t n, int has_bias,
+                         int has_residual, finishing *result) {
+    static finishing before;
+    const size_t size = sizeof before.y / sizeof *before.y, strides[2] = {n + n % 5, n + n % 3};
+    size_t wrong = 0, r, i;
+    tfm__finish job;
+    fill_finishing(&before, rows, n, strides[0], strides[1]);
+    *result = before;
+    job.y = result->y + GUARD;
+    job.y_stride = strides[0];
+    job.n_rows = rows;
+    job.n = n;
+    job.bias = has_bias ? result->bias + 1 : NULL;
+    job.activation = activation;
+    job.residual = has_residual ? result->residual + GUARD : NULL;
+    job.residual_stride = strides[1];
+    kernels->finish(&job);
+    for (r = 0; r < rows; r++)
+        for (i = 0; i < n; i++) {
+            float x = before.y[GUARD + r * strides[0] + i] + (has_bias ? before.bias[i + 1] : 0);
+            float base = has_residual ? before.residual[GUARD + r * strides[1] + i] : 0;
+            float found = has_residual ? job.residual[r * strides[1] + i] : job.y[r * strides[0] + i];
+            double exact = exact_activation(activation, (double)x), sum = (double)base + exact;
+            double error = activation_error(kernels, activation, (double)x, exact);
+            wrong += !(fabs((double)found - sum) <= error + (has_residual ? 1.01 * EPS * fabs(sum) : 0));
+        }
+    wrong += !guarded(result->y, size, rows, n, strides[0]);
+    wrong += !guarded(result->residual, size, rows, n, strides[1]);
+    wrong += !has_residual && memcmp(result->residual, before.residual, sizeof before.residual);
+    CHECK_MSG(!wrong, "%s, activation %d, %lu rows of %lu, bias %d, residual %d: %lu wrong", name_of(kernels),
+              (int)activation, (unsigned long)rows, (unsigned long)n, has_bias, has_residual, (unsigned long)wrong);
+}
+
+static void test_finish(const tfm__kernels *kernels) {
+    static finishing result;
+    size_t n;
+    int activation, has_bias, has_residual;
+    for (activation = 0; activation < TFM_ACTIVATION_COUNT; activation++)
+        for (has_bias = 0; has_bias <= 1; has_bias++)
+            for (has_residual = 0; has_residual <= 1; has_residual++)
+                for (n = 1; n <= MAX_N; n += n < 36 ? 1 : 7)
+                    check_finish(kernels, (tfm_activation)activation, 1 + n % 3, n, has_bias, has_residual, &result);
+}
+
+/* ---- exp and the normal distribution function, which activations and softmax are made of */
+
+typedef void (*function_of_16)(const float *x, float *y);
+
+#define WRAP(name, function, target)                                                                                   \
+    static target void name##_##function(const float *x, float *y) {                                                   \
+        tfm__##name##_store16(y, tfm__##name##_##function##16(tfm__##name##_load16(x)));                               \
+    }
+#if defined(TFM__X86)
+#define AVX2_TARGET __attribute__((target("avx2,fma,f16c")))
+#define AVX512_TARGET __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")))
+WRAP(avx2, exp, AVX2_TARGET)
+WRAP(avx2, normal, AVX2_TARGET)
+WRAP(avx512, exp, AVX512_TARGET)
+WRAP(avx512, normal, AVX512_TARGET)
+#elif defined(TFM__NEON)
+WRAP(neon, exp, )
+WRAP(neon, normal, )
+#endif
+
+static function_of_16 vector_function(tfm_isa isa, int normal) {
+    switch (isa) {
+#if defined(TFM__X86)
+    case TFM_ISA_AVX2: return normal ? avx2_normal : avx2_exp;
+    case TFM_ISA_AVX512: return normal ? avx512_normal : avx512_exp;
+#elif defined(TFM__NEON)
+    case TFM_ISA_NEON: return normal ? neon_normal : neon_exp;
+#endif
+    default: (void)normal; return NULL;
+    }
+}
+
+/* The largest relative error over [low, high]. */
+static double relative_error(function_of_16 function, int normal, double low, double high) {
+    double worst = 0;
+    float x[16], y[16];
+    int i, k;
+    for (i = 0; i < 20000; i++) {
+        for (k = 0; k < 16; k++)
+            x[k] = (float)(low + (high - low) * (i * 16 + k) / 320000.0);
+        function(x, y);
+        for (k = 0; k < 16; k++) {
+            double exact = normal ? 0.5 * erfc(-(double)x[k] * 0.70710678118654752) : exp((double)x[k]);
+            double error = fabs((double)y[k] - exact) / exact;
+            worst = error <= worst ? worst : error;
+        }
+    }
+    return worst;
+}
+
+static void test_vector_functions(const tfm__kernels *kernels) {
+    static const float corners[16] = {0,    -87.31f, -88,  -104, -1e30f, -INFINITY, NAN, 88.4f,
+                                      89.0f, 1e30f,   INFINITY, -0.0f, 1, 0, 0, 0};
+    function_of_16 function = vector_function(kernels->isa, 0), normal = vector_function(kernels->isa, 1);
+    float y[16];
+    double error;
+    int i;
+    if (!function)
+        return;
+    error = relative_error(function, 0, -87.3, 88.37);
+    CHECK_MSG(error < 2e-7, "%s: exp has the relative error %g", name_of(kernels), error);
+    function(corners, y);
+    CHECK(y[0] == 1 && y[11] == 1 && fabs((double)y[12] - 2.718281828459045) < 4e-7);
+    for (i = 1; i < 6; i++) /* underflows to zero */
+        CHECK_MSG(y[i] == 0, "%s: exp(%g) is %g", name_of(kernels), (double)corners[i], (double)y[i]);
+    CHECK(isnan(y[6]));
+    for (i = 7; i < 11; i++) /* stays where it is just below overflow */
+        CHECK_MSG(y[i] > 2.3e38f && y[i] <= FLT_MAX, "%s: exp(%g) is %g", name_of(kernels), (double)corners[i],
+                  (double)y[i]);
+    error = relative_error(normal, 1, -5, 9);
+    CHECK_MSG(error < 3e-6, "%s: the normal distribution function has the relative error %g", name_of(kernels), error);
+}
+
+/* ---- norms */
+
+/* norm(x) in double precision, and how far from it a result may be: the sum of n squares has n roundings at most, and
+ * the mean's error shows where x is large beside its deviation. */
+static void exact_norm(int rms, const float *x, size_t n, const float *weight, const float *bias, double eps, double *y,
+                       double *allowed) {
+    double mean = 0, squares = 0, largest = 0, inverse;
+    size_t i;
+    for (i = 0; i < n && !rms; i++)
+        mean += (double)x[i] / (double)n;
+    for (i = 0; i < n; i++) {
+        squares += ((double)x[i] - mean) * ((double)x[i] - mean) / (double)n;
+        largest = fmax(largest, fabs((double)x[i]));
+    }
+    inverse = 1 / sqrt(squares + eps);
+    for (i = 0; i < n; i++) {
+        double normed = ((double)x[i] - mean) * inverse, b = bias ? (double)bias[i] : 0;
+        y[i] = normed * (double)weight[i] + b;
+        allowed[i] = EPS * ((double)(n + 8) * (fabs(normed) + (rms ? 0 : largest * inverse)) * fabs((double)weight[i]) +
+                            2 * fabs(b) + 2 * fabs(y[i]));
+    }
+}
+
+typedef struct normed {
+    float x[1601], weight[1601], bias[1601], y[1601 + 2 * GUARD], in_place[1601];
+    double exact[1601], allowed[1601];
+} normed;
+
+static void check_norm(const tfm__kernels *kernels, normed *m, int kind, size_t n, int has_bias, float eps) {
+    const float *bias = has_bias ? m->bias + 1 : NULL;
+    size_t i, wrong = 0;
+    exact_norm(kind == TFM_RMS_NORM, m->x + 1, n, m->weight + 1, bias, (double)eps, m->exact, m->allowed);
+    for (i = 0; i < n + 2 * GUARD; i++)
+        m->y[i] = SENTINEL;
+    kernels->norm[kind](m->x + 1, n, m->weight + 1, bias, eps, m->y + GUARD);
+    for (i = 0; i < n; i++)
+        wrong += !(fabs((double)m->y[GUARD + i] - m->exact[i]) <= m->allowed[i]);
+    wrong += !guarded(m->y, n + 2 * GUARD, 1, n, n);
+    CHECK_MSG(!wrong, "%s, norm %d of %lu numbers, bias %d, eps %g: %lu wrong", name_of(kernels), kind, (unsigned long)n,
+              has_bias, (double)eps, (unsigned long)wrong);
+    memcpy(m->in_place, m->x + 1, n * sizeof *m->in_place);
+    kernels->norm[kind](m->in_place, n, m->weight + 1, bias, eps, m->in_place);
+    CHECK(same_bits(m->in_place, m->y + GUARD, n));
+}
+
+static void test_norms(const tfm__kernels *kernels) {
+    static normed m;
+    static const size_t sizes[] = {1, 2, 3, 15, 16, 17, 31, 33, 48, 63, 64, 65, 100, 768, 1600};
+    size_t s, i;
+    int kind, has_bias;
+    for (s = 0; s < sizeof sizes / sizeof *sizes; s++) {
+        test_fill(m.x, 1601, s);
+        test_fill(m.weight, 1601, s + 20);
+        test_fill(m.bias, 1601, s + 40);
+        for (i = 0; i < 1601; i++)
+            m.x[i] = m.x[i] * 3 + (float)(s % 4);
+        for (kind = 0; kind <= 1; kind++)
+            for (has_bias = 0; has_bias <= 1; has_bias++) {
+                check_norm(kernels, &m, kind, sizes[s], has_bias, 1e-5f);
+                check_norm(kernels, &m, kind, sizes[s], has_bias, 0.5f);
+            }
+    }
+    for (i = 0; i < 101; i++) /* no deviation at all: eps keeps the quotient finite */
+        m.x[i] = 0.25f;
+    check_norm(kernels, &m, TFM_LAYER_NORM, 100, 1, 1e-5f);
+    m.x[37] = NAN;
+    kernels->norm[TFM_LAYER_NORM](m.x, 100, m.weight, NULL, 1e-5f, m.y);
+    CHECK(isnan(m.y[0]) && isnan(m.y[99]));
+    kernels->norm[TFM_RMS_NORM](m.x, 100, m.weight, NULL, 1e-5f, m.y);
+    CHECK(isnan(m.y[0]) && isnan(m.y[99]));
+}
+
+/* ---- softmax */
+
+#define MAX_KEYS 400
+
+typedef struct softmaxing {
+    float scores[MAX_KEYS], mask[MAX_KEYS], p[MAX_KEYS + 2 * GUARD];
+    double exact[MAX_KEYS];
+} softmaxing;
+
+/* Softmax in one go, in double precision. All zeros where everything is masked. */
+static void exact_softmax(softmaxing *s, size_t n, float scale, int has_mask) {
+    double max = -(double)INFINITY, sum = 0;
+    size_t i;
+    for (i = 0; i < n; i++) {
+        s->exact[i] = (double)s->scores[i] * (double)scale + (has_mask ? (double)s->mask[i] : 0);
+        max = fmax(max, s->exact[i]);
+    }
+    for (i = 0; i < n; i++)
+        sum += s->exact[i] = isinf(max) ? 0 : exp(s->exact[i] - max);
+    for (i = 0; i < n; i++)
+        s->exact[i] /= sum > 0 ? sum : 1;
+}
+
+/* Softmax block by block; p as the values would be weighted in the end. Returns the running softmax. */
+static tfm__softmax run_softmax(const tfm__kernels *kernels, softmaxing *s, size_t n, size_t block, float scale,
+                                int has_mask) {
+    tfm__softmax softmax = {-INFINITY, 0};
+    float *p = s->p + GUARD;
+    size_t start, i;
+    for (i = 0; i < n + 2 * GUARD; i++)
+        s->p[i] = SENTINEL;
+    memcpy(p, s->scores, n * sizeof *p);
+    for (start = 0; start < n; start += block) {
+        size_t size = TFM__MIN(block, n - start);
+        float correction = kernels->softmax_block(&softmax, p + start, size, scale, has_mask ? s->mask + start : NULL);
+        for (i = 0; i < start; i++)
+            p[i] *= correction;
+    }
+    for (i = 0; i < n; i++)
+        p[i] *= softmax.sum == 0 ? 0 : 1 / softmax.sum;
+    return softmax;
+}
+
+static void check_softmax(const tfm__kernels *kernels, softmaxing *s, size_t n, size_t block, float scale, int has_mask) {
+    size_t wrong = 0, i;
+    exact_softmax(s, n, scale, has_mask);
+    run_softmax(kernels, s, n, block, scale, has_mask);
+    for (i = 0; i < n; i++) { /* exponents up to 60, known to 2^-24 of that: 4e-6 */
+        float p = s->p[GUARD + i];
+        wrong += s->exact[i] == 0 ? p != 0 : !(fabs((double)p - s->exact[i]) <= 8e-6 * s->exact[i] + 1e-37);
+    }
+    wrong += !guarded(s->p, n + 2 * GUARD, 1, n, n);
+    CHECK_MSG(!wrong, "%s, softmax of %lu in blocks of %lu, scale %g, mask %d: %lu wrong", name_of(kernels),
+              (unsigned long)n, (unsigned long)block, (double)scale, has_mask, (unsigned long)wrong);
+}
+
+static void test_softmax(const tfm__kernels *kernels) {
+    static softmaxing s;
+    size_t n, i;
+    for (n = 1; n <= MAX_KEYS; n += n < 40 ? 1 : 23) {
+        test_fill(s.scores, MAX_KEYS, n);
+        test_fill(s.mask, MAX_KEYS, n + 1);
+        for (i = 0; i < MAX_KEYS; i++) {
+            s.mask[i] = s.mask[i] > 0.2f ? -INFINITY : s.mask[i]; /* masks may also add numbers */
+            s.scores[i] *= 40;
+        }
+        check_softmax(kernels, &s, n, 128, 0.25f, 0);
+        check_softmax(kernels, &s, n, 13, 0.7f, 1);
+        for (i = 0; i < n && i < 26; i++) /* nothing is seen in the first two blocks */
+            s.mask[i] = -INFINITY;
+        check_softmax(kernels, &s, n, 13, 1, 1);
+        for (i = 0; i < n; i++) /* nor anywhere */
+            s.mask[i] = -INFINITY;
+        check_softmax(kernels, &s, n, 13, 1, 1);
+        check_softmax(kernels, &s, n, 128, 1, 1);
+    }
+}
+
+/* A block in which nothing is seen changes nothing, whether something was seen before or not. */
+static void test_softmax_state(const tfm__kernels *kernels) {
+    const float hidden[3] = {-INFINITY, -INFINITY, -INFINITY};
+    float scores[3] = {1, 2, 3};
+    tfm__softmax softmax = {-INFINITY, 0};
+    CHECK(kernels->softmax_block(&softmax, scores, 3, 1, hidden) == 1);
+    CHECK(softmax.max == -INFINITY && softmax.sum == 0 && scores[0] == 0 && scores[1] == 0 && scores[2] == 0);
+    CHECK(kernels->softmax_block(&softmax, scores, 0, 1, NULL) == 1);
+    CHECK(softmax.max == -INFINITY && softmax.sum == 0);
+    scores[0] = 4;
+    CHECK(kernels->softmax_block(&softmax, scores, 1, 0.5f, NULL) == 0); /* the first: exp(-infinity) */
+    CHECK(softmax.max == 2 && softmax.sum == 1 && scores[0] == 1);
+    CHECK(kernels->softmax_block(&softmax, scores, 3, 1, hidden) == 1);
+    CHECK(softmax.max == 2 && softmax.sum == 1 && scores[0] == 0 && scores[2] == 0);
+    CHECK(kernels->softmax_block(&softmax, scores, 0, 1, NULL) == 1);
+    CHECK(softmax.max == 2 && softmax.sum == 1);
+}
+
+/* A score that is NaN must not vanish: the sum tells. The other scores are numbers, or masked. */
+static void test_softmax_nan(const tfm__kernels *kernels, float other) {
+    size_t lost = 0, n, at, i;
+    for (n = 1; n <= 40; n++)
+        for (at = 0; at < n; at++) {
+            float scores[40];
+            tfm__softmax softmax = {-INFINITY, 0};
+            for (i = 0; i < n; i++)
+                scores[i] = i == at ? NAN : other;
+            kernels->softmax_block(&softmax, scores, n, 1, NULL);
+            lost += isnan(softmax.sum) ? 0 : 1;
+        }
+    CHECK_MSG(!lost, "%s: softmax loses %lu of 820 NaNs beside scores of %g", name_of(kernels), (unsigned long)lost,
+              (double)other);
+}
+
+/* ---- the rest */
+
+static void test_scale_and_multiply(const tfm__kernels *kernels) {
+    float x[MAX_N + 2 * GUARD], up[MAX_N], expected[MAX_N + 2 * GUARD];
+    size_t n, i;
+    for (n = 0; n <= MAX_N; n++) {
+        size_t at = GUARD + n % 3;
+        for (i = 0; i < MAX_N + 2 * GUARD; i++)
+            expected[i] = SENTINEL;
+        test_fill(expected + at, n, n);
+        test_fill(up, MAX_N, n + 1);
+        memcpy(x, expected, sizeof x);
+        for (i = 0; i < n; i++)
+            expected[at + i] *= 0.3f;
+        kernels->scale(x + at, n, 0.3f);
+        CHECK_MSG(same_bits(x, expected, MAX_N + 2 * GUARD), "%s: scale, %lu numbers", name_of(kernels), (unsigned long)n);
+        for (i = 0; i < n; i++)
+            expected[at + i] *= up[i];
+        kernels->multiply(x + at, up, n);
+        CHECK_MSG(same_bits(x, expected, MAX_N + 2 * GUARD), "%s: multiply, %lu numbers", name_of(kernels),
+                  (unsigned long)n);
+    }
+}
+
+/* The vector kernels are the same operations in the same order: where two instruction sets run, the bits are the same. */
+static void check_agreement(const tfm__kernels *a, const tfm__kernels *b) {
+    static finishing finished[2];
+    static normed m;
+    static softmaxing s[2];
+    const tfm__kernels *const both[2] = {a, b};
+    size_t n, different = 0;
+    int activation, kind, i;
+    for (n = 1; n <= MAX_N; n++) {
+        float y[2][MAX_N];
+        for (activation = 0; activation < TFM_ACTIVATION_COUNT; activation++) {
+            for (i = 0; i < 2; i++)
+                check_finish(both[i], (tfm_activation)activation, 2, n, 1, 1, finished + i);
+            different += !!memcmp(finished[0].residual, finished[1].residual, sizeof finished[0].residual);
+        }
+        test_fill(m.x, MAX_N, n);
+        test_fill(m.weight, MAX_N, n + 1);
+        for (kind = 0; kind <= 1; kind++) {
+            for (i = 0; i < 2; i++)
+                both[i]->norm[kind](m.x, n, m.weight, m.x, 1e-6f, y[i]);
+            different += !same_bits(y[0], y[1], n);
+        }
+        for (i = 0; i < 2; i++) {
+            test_fill(s[i].scores, MAX_KEYS, n);
+            test_fill(s[i].mask, MAX_KEYS, n + 2);
+            run_softmax(both[i], s + i, n, 31, 7.7f, 1);
+        }
+        different += !same_bits(s[0].p, s[1].p, n + 2 * GUARD);
+    }
+    CHECK_MSG(!different, "%s and %s: %lu results differ in their bits", name_of(a), name_of(b), (unsigned long)different);
+}
+
+static void test_agreement(void) {
+    size_t i;
+    for (i = 2; i < n_kernels_here; i++)
+        check_agreement(kernels_here[1], kernels_here[i]);
+}
+
+void test_kernels(void) {
+    product *p = (product *)malloc(sizeof *p);
+    size_t i;
+    int activation;
+    find_kernels();
+    CHECK(n_kernels_here >= 1 && kernels_here[0]->isa == TFM_ISA_SCALAR);
+    for (i = 1; i < n_kernels_here; i++)
+        CHECK(kernels_here[i]->isa != TFM_ISA_SCALAR);
+    test_halves();
+    test_half_rounding_anywhere();
+    test_packing();
+    test_pack_errors();
+    if (CHECK(p != NULL)) {
+        test_products(p);
+        test_tiles(p);
+    }
+    free(p);
+    test_activations();
+    for (i = 0; i < n_kernels_here; i++) {
+        const tfm__kernels *kernels = kernels_here[i];
+        test_half_loads(kernels, TFM_F16);
+        test_half_loads(kernels, TFM_BF16);
+        for (activation = 0; activation < TFM_ACTIVATION_COUNT; activation++)
+            test_activation_limits(kernels, (tfm_activation)activation);
+        test_finish(kernels);
+        test_vector_functions(kernels);
+        test_norms(kernels);
+        test_softmax(kernels);
+        test_softmax_state(kernels);
+        test_softmax_nan(kernels, 1);
+        test_softmax_nan(kernels, -INFINITY);
+        test_scale_and_multiply(kernels);
+    }
+    test_agreement();
+}
