@@ -7,8 +7,8 @@ WARNINGS = -Wall -Wextra -Wpedantic -Wshadow -Wconversion
 OPENMP ?= 1
 ifeq ($(OPENMP),1)
 # Only if the compiler and its OpenMP library are both there: without them everything works on one thread.
-THREADS := $(shell printf '\#include <omp.h>\nint main(void) { return omp_get_max_threads() < 1; }\n' \
-	| $(CC) -fopenmp -x c - -o /dev/null 2>/dev/null && echo -fopenmp)
+THREADS := $(shell echo 'int main(void) { return omp_get_max_threads() < 1; }' | \
+	$(CC) -fopenmp -include omp.h -x c - -o /dev/null 2>/dev/null && echo -fopenmp)
 endif
 BUILD_C = $(CC) -std=c99 $(CFLAGS) $(WARNINGS) $(THREADS)
 

@@ -1,12 +1,15 @@
 #!/usr/bin/env python3
 """Writes tests/golden/: inputs, weights and expected outputs from PyTorch and transformers, for the C tests.
 
-usage: tests/make_golden.py [layers] [models] [tokenizer] [sampling] [--demo CHECKPOINT]
+usage: tests/make_golden.py [--check] [--demo CHECKPOINT] [layers] [models] [tokenizer] [sampling]
 
-Needs torch and transformers. Everything is seeded: the same versions write the same files. Expected values are computed
+Needs torch and transformers. Everything is seeded: the same versions write the same files. --check writes nothing: it
+says whether the files are what would be written, but for the last bits of random numbers, which other CPUs compute
+otherwise. Expected values are computed
 in float64 from weights and inputs that are exact in float32, so that they are what PyTorch means and not how it rounds.
+
 --demo is the checkpoint directory of the demo model (examples/models/stories.tfm), whose tokenizer the tokenizer's
-golden file is for.
+golden file is for; without it that file is not checked.
 
 The files are .tfm files (see tfm.h): arrays by name. So the tests read them with tfm_file_find.
 """
@@ -30,6 +33,12 @@ from torch import nn
 TESTS = os.path.dirname(os.path.abspath(__file__))
 ROOT = os.path.dirname(TESTS)
 GOLDEN = os.path.join(TESTS, "golden")
+
+
+def quiet():
+    """No warnings and progress bars from transformers."""
+    transformers.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -86,6 +95,44 @@ class Arrays:
         front = header + struct.pack("<I", zlib.crc32(header + meta + directory)) + meta + directory
         with open(path, "wb") as file:
             file.write(padded(front, 64) + data)
+
+
+def read_arrays(path):
+    """All arrays of a .tfm file by name: metadata as bytes, tensors flat."""
+    with open(path, "rb") as file:
+        data = file.read()
+    meta_at, meta_size, directory_at, _, n_tensors = struct.unpack_from("<QQQQI", data, 24)
+    arrays, at = {}, meta_at
+    while at < meta_at + meta_size:
+        key_size, _, size = struct.unpack_from("<IIQ", data, at)
+        value = at + 16 + key_size + -key_size % 8
+        arrays["metadata " + data[at + 16:at + 16 + key_size].decode()] = data[value:value + size]
+        at = value + size + -size % 8
+    at = directory_at
+    for _ in range(n_tensors):
+        name_size, dtype = struct.unpack_from("<II", data, at)
+        offset, size = struct.unpack_from("<QQ", data, at + 48)
+        dtype = {1: torch.float32, 2: torch.float16, 3: torch.bfloat16}[dtype]
+        tensor = torch.frombuffer(bytearray(data[offset:offset + size]), dtype=dtype)
+        arrays[data[at + 72:at + 72 + name_size].decode()] = tensor
+        at += 72 + name_size + -name_size % 8
+    return arrays
+
+
+def differences(found, expected):
+    """The names of the arrays that differ."""
+    names = [name for name in sorted(set(found) | set(expected)) if name not in found or name not in expected]
+    for name in sorted(set(found) & set(expected)):
+        a, b = found[name], expected[name]
+        if isinstance(a, bytes) or isinstance(b, bytes) or a.dtype != b.dtype or a.shape != b.shape:
+            same = isinstance(a, bytes) and a == b
+        else:
+            finite = b.isfinite()
+            limit = b[finite].abs().max().item() * (1e-5 if a.dtype == torch.float32 else 1e-2) if finite.any() else 0
+            same = torch.equal(a[~finite], b[~finite]) and bool(((a - b)[finite].abs() <= limit).all())
+        if not same:
+            names.append(name)
+    return names
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -177,7 +224,7 @@ def linear_cases(out):
 
 
 def put_attention(out, name, heads, kv_heads, head_dim, causal, lengths, x, y, mask=None):
-    """What the test reads of an attention or a block: its shape, the lengths of its sequences, the rows of all of them."""
+    """What the test reads of an attention or a block: its shape, its sequences' lengths, the rows of all of them."""
     out.ints(name, [heads, kv_heads, head_dim, x.shape[-1], causal, mask is not None])
     out.ints(name + ".lengths", lengths)
     out.floats(name + ".x", x)
@@ -363,7 +410,7 @@ def modern_case(out, cases):
     put_gated(out, name, mlp)
 
 
-def write_layers():
+def write_layers(directory):
     out = Arrays()
     torch.manual_seed(1)
     with torch.inference_mode():
@@ -378,7 +425,7 @@ def write_layers():
         encoder_cases(out, blocks)
         modern_case(out, blocks)
         out.ints("block", [len(blocks)])
-    out.write(os.path.join(GOLDEN, "layers.tfm"))
+    out.write(os.path.join(directory, "layers.tfm"))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -459,17 +506,18 @@ GOLDEN_MODELS = {
                         tie_word_embeddings=False),
     "one_token": dict(n_embd=16, n_head=2, n_layer=1, n_positions=1, vocab_size=16, n_inner=8,
                       activation_function="quick_gelu", seed=14),
-    "unscaled": dict(n_embd=15, n_head=5, n_layer=2, n_positions=33, vocab_size=81, n_inner=27,
-                     activation_function="silu", scale_attn_weights=False, tie_word_embeddings=False, layer_norm_epsilon=1e-3, seed=15, load=True),
+    "unscaled": dict(n_embd=15, n_head=5, n_layer=2, n_positions=33, vocab_size=81, n_inner=27, seed=15, load=True,
+                     activation_function="silu", scale_attn_weights=False, tie_word_embeddings=False,
+                     layer_norm_epsilon=1e-3),
 }
 
 
-def write_model(out, name, seed, dtype=torch.float32, load=False, **config):
+def write_model(out, directory, name, seed, dtype=torch.float32, load=False, **config):
     model = random_gpt2(seed, dtype, **config)
-    with tempfile.TemporaryDirectory() as directory:
-        checkpoint = os.path.join(directory, name)
+    with tempfile.TemporaryDirectory() as temporary:
+        checkpoint = os.path.join(temporary, name)
         model.save_pretrained(checkpoint)
-        convert(checkpoint, os.path.join(GOLDEN, "model_%s.tfm" % name))
+        convert(checkpoint, os.path.join(directory, "model_%s.tfm" % name))
     model = model.double()
     generator = random.Random(seed)
     context = config["n_positions"]
@@ -489,11 +537,11 @@ def write_model(out, name, seed, dtype=torch.float32, load=False, **config):
             out.floats("%s.%s" % (name, suffix), run_model(again, few)[0])
 
 
-def write_models():
+def write_models(directory):
     out = Arrays()
     for name, parameters in GOLDEN_MODELS.items():
-        write_model(out, name, **parameters)
-    out.write(os.path.join(GOLDEN, "models.tfm"))
+        write_model(out, directory, name, **parameters)
+    out.write(os.path.join(directory, "models.tfm"))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -547,7 +595,7 @@ def token_ids(tokenizer, text, special):
     return tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids
 
 
-def write_tokenizer(demo):
+def write_tokenizer(directory, demo):
     out = Arrays()
     tokenizer = transformers.GPT2TokenizerFast.from_pretrained(demo)
     texts = nasty_texts(3, 360)
@@ -559,7 +607,7 @@ def write_tokenizer(demo):
         out.bytes(name + ".ids", b"".join(struct.pack("<%dH" % len(part), *part) for part in ids))
         out.ints(name + ".counts", map(len, ids))
     out.floats("version", torch.tensor([1.0]))  # a .tfm file has at least one tensor
-    out.write(os.path.join(GOLDEN, "tokenizer.tfm"))
+    out.write(os.path.join(directory, "tokenizer.tfm"))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -636,8 +684,8 @@ def put_ties(out, model):
 
 
 def pcg32(seed, n):
-    """PCG-XSH-RR (O'Neill 2014) in Python's integers: uniform numbers of 53 bits, as tfm_random_seed starts it: the state
-    is the seed plus the increment, and the first number is thrown away."""
+    """PCG-XSH-RR (O'Neill 2014) in Python's integers: uniform numbers of 53 bits. As tfm_random_seed starts it, the
+    state is the seed plus the increment, and the first number is thrown away."""
     state, mask, increment = (seed + 1442695040888963407) % 2 ** 64, 2 ** 64 - 1, 1442695040888963407
     numbers = []
 
@@ -653,7 +701,7 @@ def pcg32(seed, n):
     return numbers[1:]
 
 
-def write_sampling():
+def write_sampling(directory):
     out = Arrays()
     torch.manual_seed(4)
     generator = random.Random(4)
@@ -667,24 +715,46 @@ def write_sampling():
     put_ties(out, model)
     for seed in (0, 1, 123456789, 2 ** 64 - 1):
         out.bytes("random.%d" % seed, struct.pack("<16d", *pcg32(seed, 16)))
-    out.write(os.path.join(GOLDEN, "sampling.tfm"))
+    out.write(os.path.join(directory, "sampling.tfm"))
+
+
+def check(writers, groups):
+    """Whether the files are what would be written. Prints what differs."""
+    wrong = 0
+    with tempfile.TemporaryDirectory() as directory:
+        for group in groups:
+            writers[group](directory)
+        for name in sorted(os.listdir(directory)):
+            path = os.path.join(GOLDEN, name)
+            differ = differences(read_arrays(path), read_arrays(os.path.join(directory, name))) \
+                if os.path.exists(path) else ["the file is not there"]
+            wrong += bool(differ)
+            print("%s: %s" % (name, "differs: " + ", ".join(differ[:10]) if differ else "as it should be"))
+    return wrong == 0
 
 
 def main():
     parser = argparse.ArgumentParser(description="Writes the golden files of the C tests.")
     parser.add_argument("groups", nargs="*", help="layers, models, tokenizer, sampling; all of them by default")
+    parser.add_argument("--check", action="store_true", help="compare with the files that are there; write nothing")
     parser.add_argument("--demo", default=os.path.join(ROOT, "..", "shared", "demo-gpt2"),
                         help="the demo model's checkpoint (default: %(default)s)")
     arguments = parser.parse_args()
-    writers = {"layers": write_layers, "models": write_models, "tokenizer": lambda: write_tokenizer(arguments.demo),
-               "sampling": write_sampling}
-    for group in arguments.groups or writers:
+    writers = {"layers": write_layers, "models": write_models,
+               "tokenizer": lambda directory: write_tokenizer(directory, arguments.demo), "sampling": write_sampling}
+    groups = arguments.groups or list(writers)
+    for group in groups:
         if group not in writers:
             parser.error("there is no group %s" % group)
-    transformers.logging.set_verbosity_error()
+    quiet()
+    if arguments.check:
+        if "tokenizer" in groups and not os.path.isdir(arguments.demo):
+            print("tokenizer.tfm: not checked, as %s is not there" % arguments.demo)
+            groups.remove("tokenizer")
+        sys.exit(not check(writers, groups))
     os.makedirs(GOLDEN, exist_ok=True)
-    for group in arguments.groups or writers:
-        writers[group]()
+    for group in groups:
+        writers[group](GOLDEN)
         print("wrote", group)
     print("%d bytes in all" % sum(entry.stat().st_size for entry in os.scandir(GOLDEN)))
 

@@ -50,8 +50,8 @@ void test_backwards(void *user, size_t n, tfm_task task, void *argument);
 /* The demo model; also what tests that need any real model use. */
 #define TEST_MODEL "examples/models/stories.tfm"
 
-/* ---- golden files: arrays by name, written by make_golden.py; test_main.c. A name is a format. What is missing is fatal,
- * but for golden_tensor, which returns no tensor. */
+/* ---- golden files: arrays by name, written by make_golden.py; test_main.c. A name is a format. What is missing is
+ * fatal, but for golden_tensor, which returns no tensor. */
 
 tfm_file *golden_open(const char *name); /* tests/golden/NAME.tfm */
 tfm_tensor golden_tensor(const tfm_file *file, const char *format, ...);
@@ -127,7 +127,7 @@ void test_put_tokenizer(test_tfm *tfm, const char *const *more, size_t n);
 
 /* The file's bytes. The caller frees them. */
 unsigned char *test_write_tfm(const test_tfm *tfm, size_t *size);
-/* The file that ought to be there; test_write_tfm and tfm_load_memory. *bytes is the caller's to free, after the model. */
+/* The model; test_write_tfm and tfm_load_memory. *bytes is the caller's to free, after the model. */
 tfm_model *test_load_tfm(const test_tfm *tfm, unsigned char **bytes);
 /* Makes the header's checksum right again, as far as the sizes in the header can be true. */
 void test_seal(unsigned char *file, size_t size);

@@ -138,14 +138,14 @@ class TfmFile:
                 raise ValueError("directory entry of " + name)
             if offset % 64 or offset < previous or offset - previous >= 64 or any(self.data[previous:offset]):
                 raise ValueError("place of " + name)
-            if size != math.prod(shape) * {0: 4, 1: 2, 2: 2}[dtype] or offset + size > len(self.data):
+            if size != math.prod(shape) * {1: 4, 2: 2, 3: 2}[dtype] or offset + size > len(self.data):
                 raise ValueError("size of " + name)
             data = self.data[offset:offset + size]
             if zlib.crc32(data) != crc:
                 raise ValueError("checksum of " + name)
             if name in self.tensors:
                 raise ValueError("tensor twice: " + name)
-            self.tensors[name] = (("f32", "f16", "bf16")[dtype], ("rows", "cols")[layout], tuple(shape[:n_dims]), data)
+            self.tensors[name] = ((None, "f32", "f16", "bf16")[dtype], ("rows", "cols")[layout], tuple(shape[:n_dims]), data)
             previous = offset + size
         if at != end:
             raise ValueError("directory size")

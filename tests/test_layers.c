@@ -121,8 +121,8 @@ static void test_norm(const char *name) {
     free(in_place);
 }
 
-/* The error that a result may have. tanh is computed to an absolute accuracy, the others also to a relative one, but where
- * they are as good as 0 (x * 1e-25): what adds 1 before it multiplies by x loses 2^-24 x. */
+/* The error that a result may have. tanh is computed to an absolute accuracy, the others also to a relative one, but
+ * where they are as good as 0 (x * 1e-25): what adds 1 before it multiplies by x loses 2^-24 x. */
 static double activation_error(tfm_activation activation, float x, float expected) {
     return activation == TFM_TANH ? 2.5e-7 : 1e-6 * fabs((double)expected) + 1e-7 * fabs((double)x);
 }
@@ -161,7 +161,8 @@ static void test_activations(void) {
 }
 
 /* The transpose packs to the same panels. */
-static void check_columns(const char *name, const tfm_linear *linear, const float *x, size_t rows, const float *expected) {
+static void check_columns(const char *name, const tfm_linear *linear, const float *x, size_t rows,
+                          const float *expected) {
     tfm_tensor weight = golden_tensor(golden, "%s.weight", name);
     size_t out = weight.shape[0], in = weight.shape[1], o, i;
     float *transposed = new_floats(out * in), *found = new_floats(rows * out);
@@ -391,7 +392,7 @@ static void test_block(const char *name) {
     free_ffn(&block.ffn);
 }
 
-/* A token that sees nothing gets zeros, which the output layer turns into its bias; the others are not touched by it. */
+/* A token that sees nothing gets zeros, which the output layer turns into its bias; the others don't notice. */
 static void test_blind_token(void) {
     enum { WIDTH = 12, LENGTH = 5 };
     tfm_attention attention = load_attention("attention.2");
@@ -513,13 +514,16 @@ static void test_spans_refused(const tfm_attention *attention) {
     tfm_error error;
     tfm_span span = {0, NULL, NULL};
     tfm_kv kv;
-    check_refused(tfm_attention_forward(engine, attention, 0, x, &span, 1, y, &error), TFM_ERROR_ARGUMENT, &error, "span 0");
+    check_refused(tfm_attention_forward(engine, attention, 0, x, &span, 1, y, &error), TFM_ERROR_ARGUMENT, &error,
+                  "span 0");
     CHECK_OK(tfm_kv_create(&kv, 1, attention->n_kv_heads, attention->head_dim, 2, NULL, &error), error);
     span.kv = &kv;
     span.n_rows = 1;
-    check_refused(tfm_attention_forward(engine, attention, 1, x, &span, 1, y, &error), TFM_ERROR_ARGUMENT, &error, "cache");
+    check_refused(tfm_attention_forward(engine, attention, 1, x, &span, 1, y, &error), TFM_ERROR_ARGUMENT, &error,
+                  "cache");
     kv.head_dim++;
-    check_refused(tfm_attention_forward(engine, attention, 0, x, &span, 1, y, &error), TFM_ERROR_ARGUMENT, &error, "cache");
+    check_refused(tfm_attention_forward(engine, attention, 0, x, &span, 1, y, &error), TFM_ERROR_ARGUMENT, &error,
+                  "cache");
     kv.head_dim--;
     span.n_rows = 3;
     check_refused(tfm_attention_forward(engine, attention, 0, x, &span, 1, y, &error), TFM_ERROR_CONTEXT_FULL, &error,
@@ -545,10 +549,12 @@ static void test_refused(void) {
     check_refused(tfm_activation_forward(engine, TFM_ACTIVATION_COUNT, x, 1, y, &error), TFM_ERROR_ARGUMENT, &error,
                   "activation");
     odd.n_kv_heads = 2;
-    check_refused(tfm_attention_forward(engine, &odd, 0, x, &span, 1, y, &error), TFM_ERROR_ARGUMENT, &error, "n_kv_heads");
+    check_refused(tfm_attention_forward(engine, &odd, 0, x, &span, 1, y, &error), TFM_ERROR_ARGUMENT, &error,
+                  "n_kv_heads");
     odd = attention;
     odd.head_dim = 5;
-    check_refused(tfm_attention_forward(engine, &odd, 0, x, &span, 1, y, &error), TFM_ERROR_ARGUMENT, &error, "expected");
+    check_refused(tfm_attention_forward(engine, &odd, 0, x, &span, 1, y, &error), TFM_ERROR_ARGUMENT, &error,
+                  "expected");
     test_spans_refused(&attention);
     free_attention(&attention);
 }

@@ -221,7 +221,7 @@ static const struct {
     const char *name;
     void (*run)(void);
 } groups[] = {
-    {"kernels", test_kernels},     {"layers", test_layers}, {"models", test_models},     {"tokenizer", test_tokenizer},
+    {"kernels", test_kernels},   {"layers", test_layers}, {"models", test_models},     {"tokenizer", test_tokenizer},
     {"sampling", test_sampling}, {"file", test_file},     {"generate", test_generate}, {"memory", test_memory},
 };
 

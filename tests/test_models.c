@@ -1,5 +1,5 @@
-/* Whole models against transformers: logits, hidden states and greedy text; and the same bits for every way of cutting the
- * tokens into calls, beside any other sequences, on any number of threads. */
+/* Whole models against transformers: logits, hidden states and greedy text; and the same bits for every way of cutting
+ * the tokens into calls, beside any other sequences, on any number of threads. */
 #include "test.h"
 
 #include <math.h>
@@ -56,7 +56,8 @@ static tfm_chunk make_chunk(size_t sequence, const int32_t *tokens, size_t n_tok
 
 /* All of `n` tokens in one call; outputs [n][vocab_size or d_model], the caller's to free. */
 static float *eval_all(const subject *s, const int32_t *ids, size_t n, tfm_output what, size_t max_rows, int threads) {
-    float *outputs = (float *)test_allocate(n * (what == TFM_LOGITS ? s->d->vocab_size : s->d->d_model) * sizeof(float));
+    float *outputs =
+        (float *)test_allocate(n * (what == TFM_LOGITS ? s->d->vocab_size : s->d->d_model) * sizeof(float));
     tfm_session *session = open_session(s, 1, max_rows, threads);
     tfm_chunk chunk = make_chunk(0, ids, n, n);
     tfm_error error;
@@ -227,7 +228,8 @@ static size_t next_chunks(const sequences *q, size_t most, int random, uint64_t 
 }
 
 /* Takes the results of a call apart. */
-static void keep_results(sequences *q, const tfm_chunk *chunks, size_t n_chunks, const float *outputs, size_t vocab_size) {
+static void keep_results(sequences *q, const tfm_chunk *chunks, size_t n_chunks, const float *outputs,
+                         size_t vocab_size) {
     size_t i;
     for (i = 0; i < n_chunks; i++) {
         size_t sequence = chunks[i].sequence, n = chunks[i].n_outputs * vocab_size;
@@ -296,7 +298,8 @@ static void test_one_at_a_time(const subject *s, int threads) {
         CHECK_OK(tfm_truncate(session, 0, half, &error), error);
         chunk = make_chunk(0, s->ids + half, s->n - half, s->n - half);
         CHECK_OK(tfm_eval(session, &chunk, 1, TFM_LOGITS, logits, &error), error);
-        CHECK_SAME(logits, s->logits + half * vocab_size, (s->n - half) * vocab_size, where(s, "the second half again"));
+        CHECK_SAME(logits, s->logits + half * vocab_size, (s->n - half) * vocab_size,
+                   where(s, "the second half again"));
     }
     tfm_session_free(session);
     free(logits);

@@ -27,15 +27,15 @@ static void draw(const tfm_sampling *sampling, const float *logits, size_t vocab
     CHECK_MSG(i == DRAWS, "%s: token %ld, %s", name, (long)token, i < DRAWS ? error.message : "");
 }
 
-/* The set of tokens exactly; the frequencies by Pearson's chi-square, which has the mean n - 1 and the standard deviation
+/* The set of tokens exactly; the frequencies by Pearson's chi-square, whose mean is n - 1 and whose standard deviation is
  * sqrt(2 (n - 1)): five of those, and some for the skew at small n. A wrong distribution is off by hundreds. */
 static void check_counts(const size_t *counts, const float *probabilities, size_t vocab_size, const char *name) {
     double chi_square = 0, limit;
     size_t kept = 0, i;
     for (i = 0; i < vocab_size; i++) {
         double expected = (double)probabilities[i] * DRAWS, difference = (double)counts[i] - expected;
-        CHECK_MSG((counts[i] > 0) == (probabilities[i] > 0), "%s: token %lu came %lu times, its probability is %g", name,
-                  (unsigned long)i, (unsigned long)counts[i], (double)probabilities[i]);
+        CHECK_MSG((counts[i] > 0) == (probabilities[i] > 0), "%s: token %lu came %lu times, its probability is %g",
+                  name, (unsigned long)i, (unsigned long)counts[i], (double)probabilities[i]);
         if (probabilities[i] > 0) {
             chi_square += difference * difference / expected;
             kept++;

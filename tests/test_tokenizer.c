@@ -40,7 +40,8 @@ static void check_text(const unsigned char *text, size_t size, unsigned flags, c
     for (i = 0; same && i < n; i++) /* two bytes each */
         same = ids[i] == (expected[2 * i] | expected[2 * i + 1] << 8);
     CHECK_MSG(same, "%s: %lu ids, expected %lu; id %lu differs: '%.60s'", what, (unsigned long)n,
-              (unsigned long)n_expected, (unsigned long)(i ? i - 1 : 0), test_text("%.*s", (int)(size < 60 ? size : 60), text));
+              (unsigned long)n_expected, (unsigned long)(i ? i - 1 : 0),
+              test_text("%.*s", (int)(size < 60 ? size : 60), text));
     check_decodes(ids, n, text, size, what);
     if (n) { /* no room for the last: counted, not written */
         CHECK(tokenize(text, size, flags, n - 1, ids) == n);
@@ -56,7 +57,8 @@ static void test_golden(const tfm_file *golden, const char *group, unsigned flag
     const int32_t *counts = golden_ints(golden, &n_counts, "%s.counts", group);
     CHECK(n_texts == n_counts && n_texts > 20);
     for (i = 0; i < n_texts; i++) {
-        check_text(text, (size_t)sizes[i], flags, ids, (size_t)counts[i], test_text("%s text %lu", group, (unsigned long)i));
+        check_text(text, (size_t)sizes[i], flags, ids, (size_t)counts[i],
+                   test_text("%s text %lu", group, (unsigned long)i));
         text += sizes[i];
         ids += 2 * counts[i];
     }
@@ -64,8 +66,9 @@ static void test_golden(const tfm_file *golden, const char *group, unsigned flag
 
 /* What is no UTF-8 is bytes like any other: nothing is lost. */
 static void test_any_bytes(void) {
-    static const char *const pieces[] = {"\xff", "\xc3", "\xe4\xb8", "\xf0\x9f\x98", "\xed\xa0\x80", "\xc0\x80", "\x80\x80",
-                                         "\xf5\x80\x80\x80", "a", " ", "\xc3\xa9", "\xe4\xb8\xad", "'s", "\n", "1"};
+    static const char *const pieces[] = {
+        "\xff", "\xc3", "\xe4\xb8", "\xf0\x9f\x98", "\xed\xa0\x80", "\xc0\x80", "\x80\x80", "\xf5\x80\x80\x80",
+        "a",    " ",    "\xc3\xa9", "\xe4\xb8\xad", "'s",           "\n",       "1"};
     static int32_t ids[MAX_IDS];
     unsigned char text[1024];
     uint64_t state = 1;
