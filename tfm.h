@@ -227,8 +227,8 @@ TFM_API size_t tfm_tensor_bytes(const tfm_tensor *tensor);
  * of its own that the caller gives back with tfm_unpack. allocator NULL: the default one. TFM_I8 quantizes: each weight
  * becomes an integer q = round(w / s) from -127 to 127 with a scale s for each output and 64 inputs, |w - s q| <= s / 2,
  * s <= 17 / 16 of the group's largest |w| / 127. TFM_ERROR_ARGUMENT if a weight to be quantized is not finite. */
-TFM_API tfm_status tfm_pack(const tfm_tensor *matrix, tfm_dtype dtype, const tfm_allocator *allocator, tfm_tensor *packed,
-                            tfm_error *error);
+TFM_API tfm_status tfm_pack(const tfm_tensor *matrix, tfm_dtype dtype, const tfm_allocator *allocator,
+                            tfm_tensor *packed, tfm_error *error);
 TFM_API void tfm_unpack(tfm_tensor *packed, const tfm_allocator *allocator);
 
 /* ------------------------------------------------------------------------------------------------------------- layers
@@ -321,29 +321,30 @@ TFM_API void tfm_kv_free(tfm_kv *kv, const tfm_allocator *allocator);
 /* Consecutive rows of x that are consecutive tokens of one sequence; one step may run several spans, and tokens attend
  * only within their own. */
 typedef struct tfm_span {
-    size_t n_rows;     /* tokens of this span: rows of x, after those of the spans before it */
-    tfm_kv *kv;        /* the tokens before this span; this span's keys and values are added behind them (n_tokens stays).
+    size_t n_rows; /* tokens of this span: rows of x, after those of the spans before it */
+    tfm_kv *kv;    /* the tokens before this span; this span's keys and values are added behind them (n_tokens stays).
                         * NULL: the span is the whole sequence and nothing is kept. */
     const float *mask; /* [n_rows][tokens before + n_rows], added to every head's scores (-INFINITY: not seen), or NULL.
                         * A token that sees nothing at all gets zeros. */
 } tfm_span;
 
 /* y[n_rows][out] = x[n_rows][in] W^T + b.  y must not overlap x. */
-TFM_API tfm_status tfm_linear_forward(tfm_engine *engine, const tfm_linear *linear, const float *x, size_t n_rows, float *y,
-                                      tfm_error *error);
+TFM_API tfm_status tfm_linear_forward(tfm_engine *engine, const tfm_linear *linear, const float *x, size_t n_rows,
+                                      float *y, tfm_error *error);
 
 /* y[n_rows][d_model] = norm(x[n_rows][d_model]).  y may be x. */
 TFM_API tfm_status tfm_norm_forward(tfm_engine *engine, const tfm_norm *norm, const float *x, size_t n_rows, float *y,
                                     tfm_error *error);
 
 /* y = activation(x), n numbers.  y may be x. */
-TFM_API tfm_status tfm_activation_forward(tfm_engine *engine, tfm_activation activation, const float *x, size_t n, float *y,
-                                          tfm_error *error);
+TFM_API tfm_status tfm_activation_forward(tfm_engine *engine, tfm_activation activation, const float *x, size_t n,
+                                          float *y, tfm_error *error);
 
 /* y[rows][d_model] = attention(x[rows][d_model]), rows = the spans' n_rows together.  `layer` says which layer of the
  * spans' caches this is. y must not overlap x. */
-TFM_API tfm_status tfm_attention_forward(tfm_engine *engine, const tfm_attention *attention, size_t layer, const float *x,
-                                         const tfm_span *spans, size_t n_spans, float *y, tfm_error *error);
+TFM_API tfm_status tfm_attention_forward(tfm_engine *engine, const tfm_attention *attention, size_t layer,
+                                         const float *x, const tfm_span *spans, size_t n_spans, float *y,
+                                         tfm_error *error);
 
 /* y[n_rows][d_model] = ffn(x[n_rows][d_model]).  y must not overlap x. */
 TFM_API tfm_status tfm_ffn_forward(tfm_engine *engine, const tfm_ffn *ffn, const float *x, size_t n_rows, float *y,
@@ -356,7 +357,14 @@ TFM_API tfm_status tfm_block_forward(tfm_engine *engine, const tfm_block *block,
 /* -------------------------------------------------------------------------------------------------------- .tfm files */
 
 /* Metadata of a .tfm file: one key with `count` values. Text and bytes count bytes; text is not terminated. */
-typedef enum tfm_meta_type { TFM_META_I64 = 1, TFM_META_F64, TFM_META_TEXT, TFM_META_BYTES, TFM_META_I32, TFM_META_F32 } tfm_meta_type;
+typedef enum tfm_meta_type {
+    TFM_META_I64 = 1,
+    TFM_META_F64,
+    TFM_META_TEXT,
+    TFM_META_BYTES,
+    TFM_META_I32,
+    TFM_META_F32
+} tfm_meta_type;
 
 typedef struct tfm_meta {
     const char *key; /* not terminated */
@@ -440,11 +448,11 @@ typedef struct tfm_description {
 typedef struct tfm_model tfm_model;
 
 typedef struct tfm_load_options {
-    tfm_dtype dtype;  /* the matrices' type in memory; 0: as in the file */
-    int verify;       /* 1: compare the checksum of every tensor (reads the whole file) */
-    int copy;         /* 1: copy weights into memory, in 2 MiB pages where the system has them, instead of using the mapped
+    tfm_dtype dtype; /* the matrices' type in memory; 0: as in the file */
+    int verify;      /* 1: compare the checksum of every tensor (reads the whole file) */
+    int copy;    /* 1: copy weights into memory, in 2 MiB pages where the system has them, instead of using the mapped
                        * file in place: they are read faster, but loading takes time and nothing is shared */
-    int threads;      /* for packing, as in tfm_engine_options */
+    int threads; /* for packing, as in tfm_engine_options */
     tfm_allocator allocator;
 } tfm_load_options;
 
@@ -489,9 +497,9 @@ TFM_API int tfm_is_end_token(const tfm_model *model, int32_t id);
 /* ----------------------------------------------------------------------------------------------------------- sessions */
 
 typedef struct tfm_session_options {
-    size_t context;       /* tokens that a sequence may have; 0: the model's n_positions */
-    size_t n_sequences;   /* independent sequences; 0: 1 */
-    size_t max_rows;      /* tokens evaluated in one pass; longer input is cut into passes. 0: 512 */
+    size_t context;     /* tokens that a sequence may have; 0: the model's n_positions */
+    size_t n_sequences; /* independent sequences; 0: 1 */
+    size_t max_rows;    /* tokens evaluated in one pass; longer input is cut into passes. 0: 512 */
     tfm_engine_options engine;
 } tfm_session_options;
 
@@ -521,8 +529,8 @@ typedef enum tfm_output {
 /* Evaluates the chunks together: prompts as matrix-matrix work, single tokens of many sequences in one read of the
  * weights. outputs [sum of n_outputs][vocab_size or d_model], in the chunks' order (NULL when none are wanted).
  * On an error that concerns the arguments (an id out of range, no room) nothing has changed. */
-TFM_API tfm_status tfm_eval(tfm_session *session, const tfm_chunk *chunks, size_t n_chunks, tfm_output what, float *outputs,
-                            tfm_error *error);
+TFM_API tfm_status tfm_eval(tfm_session *session, const tfm_chunk *chunks, size_t n_chunks, tfm_output what,
+                            float *outputs, tfm_error *error);
 
 /* The tokens of a sequence; *n_tokens is how many. Valid until the next call that changes the sequence. */
 TFM_API const int32_t *tfm_sequence_tokens(const tfm_session *session, size_t sequence, size_t *n_tokens);
@@ -545,11 +553,12 @@ typedef struct tfm_logit_bias {
 typedef struct tfm_sampling {
     const tfm_logit_bias *logit_bias;
     size_t n_logit_bias;
-    float repeat_penalty; /* logits of tokens that the sequence has: divided by it if positive, else multiplied. 0: off */
-    float temperature;    /* logits are divided by it. 0: greedy, the largest logit (the lowest id among equals) */
-    size_t top_k;         /* only the k likeliest tokens (and those equal to the k-th). 0: all */
-    float top_p;          /* only the likeliest tokens that together reach this probability. 0 or 1: all */
-    float min_p;          /* only tokens at least this likely, relative to the likeliest. 0: all */
+    float
+        repeat_penalty; /* logits of tokens that the sequence has: divided by it if positive, else multiplied. 0: off */
+    float temperature;  /* logits are divided by it. 0: greedy, the largest logit (the lowest id among equals) */
+    size_t top_k;       /* only the k likeliest tokens (and those equal to the k-th). 0: all */
+    float top_p;        /* only the likeliest tokens that together reach this probability. 0 or 1: all */
+    float min_p;        /* only tokens at least this likely, relative to the likeliest. 0: all */
 } tfm_sampling;
 
 /* Random numbers: PCG32 (O'Neill 2014). The same seed gives the same numbers everywhere. */
@@ -802,9 +811,9 @@ TFM_API tfm_status tfm_isa_from_name(const char *name, tfm_isa *isa, tfm_error *
             *isa = (tfm_isa)i;
             return TFM_OK;
         }
-    return tfm__fail(error, TFM_ERROR_ARGUMENT,
-                     "unknown instruction set '%.64s' (there are scalar, avx2, avxvnni, avx512, avx512vnni, neon, neondot)",
-                     name);
+    return tfm__fail(
+        error, TFM_ERROR_ARGUMENT,
+        "unknown instruction set '%.64s' (there are scalar, avx2, avxvnni, avx512, avx512vnni, neon, neondot)", name);
 }
 
 #ifdef TFM__HAS_AVXVNNI
@@ -824,8 +833,9 @@ TFM_API int tfm_isa_supported(tfm_isa isa) {
     case TFM_ISA_AVX2:
         return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
     case TFM_ISA_AVX512:
-        return tfm_isa_supported(TFM_ISA_AVX2) && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-               __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+        return tfm_isa_supported(TFM_ISA_AVX2) && __builtin_cpu_supports("avx512f") &&
+               __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+               __builtin_cpu_supports("avx512vl");
     case TFM_ISA_AVX512VNNI: return tfm_isa_supported(TFM_ISA_AVX512) && __builtin_cpu_supports("avx512vnni");
 #ifdef TFM__HAS_AVXVNNI
     case TFM_ISA_AVXVNNI: return tfm_isa_supported(TFM_ISA_AVX2) && tfm__has_avxvnni();
@@ -870,8 +880,8 @@ typedef struct tfm__team {
     void *argument[2];
     uint32_t n[2];
     char apart1[64];
-    uint64_t ticket; /* atomic: generation << 32 | pieces that nobody has taken yet */
-    char apart2[64]; /* in cache lines of their own: waiting for one must not disturb the other */
+    uint64_t ticket;   /* atomic: generation << 32 | pieces that nobody has taken yet */
+    char apart2[64];   /* in cache lines of their own: waiting for one must not disturb the other */
     uint32_t finished; /* atomic: pieces of this generation that are done */
     uint32_t over;     /* atomic: 1: no more jobs */
 } tfm__team;
@@ -940,13 +950,12 @@ static void tfm__team_work(tfm__team *team) {
 
 static void tfm__team_wait(tfm__team *team) {
     unsigned waited = 0;
-    while (!__atomic_load_n(&team->over, __ATOMIC_ACQUIRE)) {
+    while (!__atomic_load_n(&team->over, __ATOMIC_ACQUIRE))
         if ((uint32_t)__atomic_load_n(&team->ticket, __ATOMIC_ACQUIRE)) {
             tfm__team_work(team);
             waited = 0;
         } else
             tfm__pause(&waited);
-    }
 }
 
 /* A job for the team, by the thread that leads it. n < 2^32. */
@@ -1084,8 +1093,8 @@ static tfm_status tfm__map_file(const char *path, const tfm_allocator *allocator
         fclose(file);
         return tfm__fail(error, TFM_ERROR_FILE, "%.300s: can't be read", path);
     }
-    memory = (unsigned long long)size > SIZE_MAX ? NULL
-                                                 : tfm__allocate_aligned(allocator, (size_t)size, TFM__CACHE_LINE);
+    memory =
+        (unsigned long long)size > SIZE_MAX ? NULL : tfm__allocate_aligned(allocator, (size_t)size, TFM__CACHE_LINE);
     if (!memory)
         status = tfm__fail(error, TFM_ERROR_MEMORY, "%.300s: no memory for its %lld bytes", path, size);
     else if (fread(memory, 1, (size_t)size, file) != (size_t)size)
@@ -1121,7 +1130,7 @@ static void tfm__advise_huge(void *memory, size_t size) {
 /* The pages that lie wholly within this part of a mapped file may leave memory; they come back when they are read. */
 static void tfm__advise_unneeded(const void *memory, size_t size) {
 #if defined(TFM__MMAP) && defined(__linux__)
-    const int dont_need = 4; /* MADV_DONTNEED */
+    const int dont_need = 4;             /* MADV_DONTNEED */
     const size_t page = (size_t)1 << 16; /* no system has larger ones */
     uintptr_t start = ((uintptr_t)memory + page - 1) / page * page, end = ((uintptr_t)memory + size) / page * page;
     if (start < end)
@@ -1265,7 +1274,8 @@ static size_t tfm__panel_bytes(tfm_dtype dtype, size_t in) {
 TFM_API size_t tfm_tensor_bytes(const tfm_tensor *tensor) {
     size_t elements = tfm__product(tensor->shape[0], tensor->shape[1]);
     if (tensor->layout == TFM_PANELS)
-        return tfm__product(tfm__divide_up(tensor->shape[0], TFM__PANEL), tfm__panel_bytes(tensor->dtype, tensor->shape[1]));
+        return tfm__product(tfm__divide_up(tensor->shape[0], TFM__PANEL),
+                            tfm__panel_bytes(tensor->dtype, tensor->shape[1]));
     elements = tfm__product(elements, tfm__product(tensor->shape[2], tensor->shape[3]));
     return tfm__product(elements, tfm__dtype_sizes[tensor->dtype]);
 }
@@ -1290,7 +1300,8 @@ static float tfm__from_f16(uint16_t half) {
     uint32_t sign = (uint32_t)(half & 0x8000) << 16, magnitude = half & 0x7FFFu;
     if (magnitude >= 0x7C00) /* infinity, NaN */
         return tfm__float_from_bits(sign | 0x7F800000u | (magnitude & 0x3FF) << 13);
-    return tfm__float_from_bits(sign | tfm__float_bits(tfm__float_from_bits(magnitude << 13) * 5192296858534827628530496329220096.0f));
+    return tfm__float_from_bits(
+        sign | tfm__float_bits(tfm__float_from_bits(magnitude << 13) * 5192296858534827628530496329220096.0f));
 }
 
 /* Rounds to nearest, ties to even: adding a power of two that makes the wanted last bit the float's last lets the
@@ -1353,7 +1364,8 @@ static const void *tfm__at(const void *data, tfm_dtype dtype, size_t element) {
 }
 
 /* n weights of one output of an i8 panel, from input `first` on. */
-static void tfm__from_i8(const unsigned char *panel, size_t groups, size_t lane, size_t first, size_t n, float *floats) {
+static void tfm__from_i8(const unsigned char *panel, size_t groups, size_t lane, size_t first, size_t n,
+                         float *floats) {
     const unsigned char *codes = panel + TFM__CACHE_LINE, *integers = panel + tfm__integers_at(groups);
     int32_t base;
     size_t i, k;
@@ -1441,7 +1453,7 @@ static void tfm__quantize_bases(const tfm_tensor *from, size_t panel, int32_t *b
         for (i = 0; i < n * TFM__PANEL; i++) {
             float size = fabsf(part[i]);
             largest[i % TFM__PANEL] = size > largest[i % TFM__PANEL] ? size : largest[i % TFM__PANEL];
-            not_finite |= (uint32_t)!(size <= FLT_MAX) << i % TFM__PANEL;
+            not_finite |= (uint32_t) !(size <= FLT_MAX) << i % TFM__PANEL;
         }
     }
     for (i = 0; i < TFM__PANEL; i++) {
@@ -1451,7 +1463,8 @@ static void tfm__quantize_bases(const tfm_tensor *from, size_t panel, int32_t *b
 }
 
 /* One group of a panel: part[64][16] -> code[16], q[16][16][4]. */
-static void tfm__quantize_group(const float *part, const int32_t *bases, unsigned char *codes, unsigned char *integers) {
+static void tfm__quantize_group(const float *part, const int32_t *bases, unsigned char *codes,
+                                unsigned char *integers) {
     size_t lane, k;
     for (lane = 0; lane < TFM__PANEL; lane++) {
         float largest = 0, scale;
@@ -1459,12 +1472,15 @@ static void tfm__quantize_group(const float *part, const int32_t *bases, unsigne
         for (k = 0; k < TFM__GROUP; k++)
             largest = fabsf(part[k * TFM__PANEL + lane]) > largest ? fabsf(part[k * TFM__PANEL + lane]) : largest;
         bits = tfm__scale_bits(largest);
-        code = bits <= (uint32_t)bases[lane] ? 0 : (bits - (uint32_t)bases[lane] + ((1u << TFM__CODE_STEP) - 1)) >> TFM__CODE_STEP;
+        code = bits <= (uint32_t)bases[lane]
+                   ? 0
+                   : (bits - (uint32_t)bases[lane] + ((1u << TFM__CODE_STEP) - 1)) >> TFM__CODE_STEP;
         codes[lane] = (unsigned char)TFM__MIN(code, 255);
         scale = tfm__float_from_bits((uint32_t)bases[lane] + ((uint32_t)codes[lane] << TFM__CODE_STEP));
         for (k = 0; k < TFM__GROUP; k++) {
             float q = scale > 0 ? rintf(part[k * TFM__PANEL + lane] / scale) : 0;
-            integers[(k / 4 * TFM__PANEL + lane) * 4 + k % 4] = (unsigned char)(128 + (int)TFM__MAX(-127, TFM__MIN(127, q)));
+            integers[(k / 4 * TFM__PANEL + lane) * 4 + k % 4] =
+                (unsigned char)(128 + (int)TFM__MAX(-127, TFM__MIN(127, q)));
         }
     }
 }
@@ -1529,8 +1545,8 @@ TFM_API void tfm_unpack(tfm_tensor *packed, const tfm_allocator *allocator) {
     memset(packed, 0, sizeof *packed);
 }
 
-TFM_API tfm_status tfm_pack(const tfm_tensor *matrix, tfm_dtype dtype, const tfm_allocator *allocator, tfm_tensor *packed,
-                            tfm_error *error) {
+TFM_API tfm_status tfm_pack(const tfm_tensor *matrix, tfm_dtype dtype, const tfm_allocator *allocator,
+                            tfm_tensor *packed, tfm_error *error) {
     tfm_allocator memory = tfm__allocator(allocator);
     tfm__threads alone;
     size_t size;
@@ -1669,7 +1685,8 @@ static void tfm__scalar_matmul_i8(const tfm__matmul *job) {
                 int32_t sum = 0;
                 for (k = g * TFM__GROUP; k < (g + 1) * TFM__GROUP; k++)
                     sum += (w[(k / 4 * TFM__PANEL + lane) * 4 + k % 4] - 128) * q[k];
-                scale = tfm__float_from_bits((uint32_t)base + ((uint32_t)codes[g * TFM__PANEL + lane] << TFM__CODE_STEP));
+                scale =
+                    tfm__float_from_bits((uint32_t)base + ((uint32_t)codes[g * TFM__PANEL + lane] << TFM__CODE_STEP));
                 y += (float)sum * (scale * job->quantized.scales[row * groups + g]);
             }
             job->y[row * job->y_stride + column] = y;
@@ -1725,7 +1742,8 @@ static void tfm__scalar_finish(const tfm__finish *job) {
     }
 }
 
-static void tfm__scalar_layer_norm(const float *x, size_t n, const float *weight, const float *bias, float eps, float *y) {
+static void tfm__scalar_layer_norm(const float *x, size_t n, const float *weight, const float *bias, float eps,
+                                   float *y) {
     float sum = 0, squares = 0, mean, inverse;
     size_t i;
     for (i = 0; i < n; i++)
@@ -1738,7 +1756,8 @@ static void tfm__scalar_layer_norm(const float *x, size_t n, const float *weight
         y[i] = (x[i] - mean) * inverse * weight[i] + (bias ? bias[i] : 0);
 }
 
-static void tfm__scalar_rms_norm(const float *x, size_t n, const float *weight, const float *bias, float eps, float *y) {
+static void tfm__scalar_rms_norm(const float *x, size_t n, const float *weight, const float *bias, float eps,
+                                 float *y) {
     float squares = 0, inverse;
     size_t i;
     for (i = 0; i < n; i++)
@@ -1856,8 +1875,7 @@ static const tfm__kernels tfm__scalar_kernels = {
     _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)(p))), 16))
 #define vf_abs(a) _mm256_andnot_ps(_mm256_set1_ps(-0.0f), a)
 /* the larger of two floats that are not negative, by their bits: NaN is the largest */
-#define vf_max_bits(a, b)                                                                                              \
-    _mm256_castsi256_ps(_mm256_max_epi32(_mm256_castps_si256(a), _mm256_castps_si256(b)))
+#define vf_max_bits(a, b) _mm256_castsi256_ps(_mm256_max_epi32(_mm256_castps_si256(a), _mm256_castps_si256(b)))
 /* a < b ? yes : no */
 #define vf_if_less(a, b, yes, no) _mm256_blendv_ps(no, yes, _mm256_cmp_ps(a, b, _CMP_LT_OQ))
 /* a times two to the n, for n = the low bits of t */
@@ -1902,8 +1920,7 @@ static const tfm__kernels tfm__scalar_kernels = {
 #define vf_load_bf16(p)                                                                                                \
     _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)(p))), 16))
 #define vf_abs(a) _mm512_abs_ps(a)
-#define vf_max_bits(a, b)                                                                                              \
-    _mm512_castsi512_ps(_mm512_max_epi32(_mm512_castps_si512(a), _mm512_castps_si512(b)))
+#define vf_max_bits(a, b) _mm512_castsi512_ps(_mm512_max_epi32(_mm512_castps_si512(a), _mm512_castps_si512(b)))
 #define vf_if_less(a, b, yes, no) _mm512_mask_blend_ps(_mm512_cmp_ps_mask(a, b, _CMP_LT_OQ), no, yes)
 #define vf_times_2_to(a, t)                                                                                            \
     _mm512_castsi512_ps(_mm512_add_epi32(_mm512_castps_si512(a), _mm512_slli_epi32(_mm512_castps_si512(t), 23)))
@@ -1987,8 +2004,8 @@ static TFM__TARGET TFM__INLINE void TFM__FN(tile)(const tfm_dtype dtype, const i
     TFM__UNROLL
     for (r = 0; r < rows; r++)
         TFM__UNROLL
-        for (c = 0; c < columns; c++)
-            sum[r][c] = job->add ? vf_load(y + (size_t)r * y_stride + c * TFM__LANES) : vf_set1(0);
+    for (c = 0; c < columns; c++)
+        sum[r][c] = job->add ? vf_load(y + (size_t)r * y_stride + c * TFM__LANES) : vf_set1(0);
     for (k = 0; k < n_inputs; k++) {
         TFM__UNROLL
         for (c = 0; c < columns; c++)
@@ -2005,8 +2022,8 @@ static TFM__TARGET TFM__INLINE void TFM__FN(tile)(const tfm_dtype dtype, const i
     TFM__UNROLL
     for (r = 0; r < rows; r++)
         TFM__UNROLL
-        for (c = 0; c < columns; c++)
-            vf_store(y + (size_t)r * y_stride + c * TFM__LANES, sum[r][c]);
+    for (c = 0; c < columns; c++)
+        vf_store(y + (size_t)r * y_stride + c * TFM__LANES, sum[r][c]);
 }
 
 static TFM__TARGET TFM__INLINE void TFM__FN(tile_rows)(const tfm_dtype dtype, size_t rows, const int panels,
@@ -2329,8 +2346,8 @@ static TFM__TARGET void TFM__FN(scale)(float *x, size_t n, float by) {
 static TFM__TARGET void TFM__FN(multiply)(float *gate, const float *up, size_t n) {
     size_t i;
     for (i = 0; i < n; i += 16)
-        TFM__FN(store_part)(gate + i, TFM__FN(mul16)(TFM__FN(load_part)(gate + i, n - i, 0),
-                                                     TFM__FN(load_part)(up + i, n - i, 0)), n - i);
+        TFM__FN(store_part)
+    (gate + i, TFM__FN(mul16)(TFM__FN(load_part)(gate + i, n - i, 0), TFM__FN(load_part)(up + i, n - i, 0)), n - i);
 }
 
 /* ---- quantization of activations: as the plain C one, to the bit */
@@ -2346,8 +2363,10 @@ static TFM__TARGET TFM__INLINE void TFM__FN(store_bytes)(int8_t *p, v16 a) {
     __m256i words = _mm256_permute4x64_epi64(_mm256_packus_epi32(first, last), 0xD8); /* packing works by halves */
     _mm_storeu_si128((__m128i *)p, _mm_packus_epi16(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1)));
 #else
-    uint16x8_t first = vcombine_u16(vmovn_u32(vreinterpretq_u32_f32(a.part[0])), vmovn_u32(vreinterpretq_u32_f32(a.part[1])));
-    uint16x8_t last = vcombine_u16(vmovn_u32(vreinterpretq_u32_f32(a.part[2])), vmovn_u32(vreinterpretq_u32_f32(a.part[3])));
+    uint16x8_t first =
+        vcombine_u16(vmovn_u32(vreinterpretq_u32_f32(a.part[0])), vmovn_u32(vreinterpretq_u32_f32(a.part[1])));
+    uint16x8_t last =
+        vcombine_u16(vmovn_u32(vreinterpretq_u32_f32(a.part[2])), vmovn_u32(vreinterpretq_u32_f32(a.part[3])));
     vst1q_u8((uint8_t *)p, vcombine_u8(vmovn_u16(first), vmovn_u16(last)));
 #endif
 }
@@ -2442,8 +2461,8 @@ static TFM__TARGET TFM__INLINE int32x4_t TFM__FN(codes)(const unsigned char *cod
 
 /* One tile: rows x (16 * panels) of y. For each group of 64 inputs the integer sums become floats, times both scales, and
  * are added to the float sums: 2 x 12 accumulators for 4 rows x 48 outputs on AVX-512, all in registers. */
-static TFM__TARGET TFM__INLINE void TFM__FN(tile_i8)(const int rows, const int panels, const tfm__matmul *job, size_t row,
-                                                     const unsigned char *w, float *y, size_t y_stride) {
+static TFM__TARGET TFM__INLINE void TFM__FN(tile_i8)(const int rows, const int panels, const tfm__matmul *job,
+                                                     size_t row, const unsigned char *w, float *y, size_t y_stride) {
     const int columns = panels * TFM__PARTS;
     const size_t groups = tfm__groups(job->k), panel_bytes = job->panel_bytes, q_stride = groups * TFM__GROUP;
     const unsigned char *integers = w + tfm__integers_at(groups), *codes = w + TFM__CACHE_LINE;
@@ -2456,15 +2475,15 @@ static TFM__TARGET TFM__INLINE void TFM__FN(tile_i8)(const int rows, const int p
     TFM__UNROLL
     for (r = 0; r < rows; r++)
         TFM__UNROLL
-        for (c = 0; c < columns; c++)
-            sum[r][c] = vf_set1(0);
+    for (c = 0; c < columns; c++)
+        sum[r][c] = vf_set1(0);
     for (g = 0; g < groups; g++) {
         vi part[TFM__ROWS_I8][TFM__PANELS_I8 * TFM__PARTS], weights[TFM__PANELS_I8 * TFM__PARTS];
         TFM__UNROLL
         for (r = 0; r < rows; r++)
             TFM__UNROLL
-            for (c = 0; c < columns; c++)
-                part[r][c] = vi_set1(TFM__BIASED ? offsets[(size_t)r * groups + g] : 0);
+        for (c = 0; c < columns; c++)
+            part[r][c] = vi_set1(TFM__BIASED ? offsets[(size_t)r * groups + g] : 0);
         for (step = 0; step < 16; step++) {
             TFM__UNROLL
             for (c = 0; c < columns; c++)
@@ -2485,21 +2504,24 @@ static TFM__TARGET TFM__INLINE void TFM__FN(tile_i8)(const int rows, const int p
         for (c = 0; c < columns; c++) {
             const unsigned char *panel = w + (size_t)(c / TFM__PARTS) * panel_bytes;
             const size_t lane = (size_t)(c % TFM__PARTS * TFM__LANES);
-            const vf scale = vi_scales(panel + lane * 4, codes + (size_t)(c / TFM__PARTS) * panel_bytes + g * 16 + lane);
+            const vf scale =
+                vi_scales(panel + lane * 4, codes + (size_t)(c / TFM__PARTS) * panel_bytes + g * 16 + lane);
             TFM__UNROLL
             for (r = 0; r < rows; r++)
-                sum[r][c] = vf_fma(vi_to_floats(part[r][c]), vf_mul(scale, vf_set1(scales[(size_t)r * groups + g])), sum[r][c]);
+                sum[r][c] =
+                    vf_fma(vi_to_floats(part[r][c]), vf_mul(scale, vf_set1(scales[(size_t)r * groups + g])), sum[r][c]);
         }
     }
     TFM__UNROLL
     for (r = 0; r < rows; r++)
         TFM__UNROLL
-        for (c = 0; c < columns; c++)
-            vf_store(y + (size_t)r * y_stride + c * TFM__LANES, sum[r][c]);
+    for (c = 0; c < columns; c++)
+        vf_store(y + (size_t)r * y_stride + c * TFM__LANES, sum[r][c]);
 }
 
-static TFM__TARGET TFM__INLINE void TFM__FN(tile_rows_i8)(size_t rows, const int panels, const tfm__matmul *job, size_t row,
-                                                          const unsigned char *w, float *y, size_t y_stride) {
+static TFM__TARGET TFM__INLINE void TFM__FN(tile_rows_i8)(size_t rows, const int panels, const tfm__matmul *job,
+                                                          size_t row, const unsigned char *w, float *y,
+                                                          size_t y_stride) {
     switch (rows) {
     case 1: TFM__FN(tile_i8)(1, panels, job, row, w, y, y_stride); break;
     case 2: TFM__FN(tile_i8)(2, panels, job, row, w, y, y_stride); break;
@@ -2610,7 +2632,7 @@ struct tfm_engine {
     tfm_allocator allocator;
     tfm__threads threads;
     const tfm__kernels *kernels;
-    float *scratch; /* a stack: layers take from it and put back all they took */
+    float *scratch;                    /* a stack: layers take from it and put back all they took */
     size_t scratch_size, scratch_used; /* floats */
 };
 
@@ -2666,7 +2688,8 @@ static tfm_status tfm__reserve(tfm_engine *engine, size_t floats, tfm_error *err
     float *scratch;
     if (floats <= engine->scratch_size)
         return TFM_OK;
-    scratch = (float *)tfm__allocate_aligned(&engine->allocator, tfm__product(floats, sizeof *scratch), TFM__CACHE_LINE);
+    scratch =
+        (float *)tfm__allocate_aligned(&engine->allocator, tfm__product(floats, sizeof *scratch), TFM__CACHE_LINE);
     if (!scratch)
         return tfm__fail_memory(error, tfm__product(floats, sizeof *scratch));
     tfm__release_aligned(&engine->allocator, engine->scratch);
@@ -2800,11 +2823,13 @@ static void tfm__linear(tfm_engine *engine, const tfm_linear *linear, const floa
         tfm__run(engine, tfm__divide_up(n_rows, TFM__QUANTIZE_ROWS), TFM__QUANTIZE_ROWS * linear->weight.shape[1],
                  tfm__quantize_piece, &job);
     tfm__run(engine, column_blocks * job.row_blocks,
-             TFM__MIN(n_rows, TFM__LINEAR_ROWS) * TFM__LINEAR_COLUMNS * linear->weight.shape[1], tfm__linear_piece, &job);
+             TFM__MIN(n_rows, TFM__LINEAR_ROWS) * TFM__LINEAR_COLUMNS * linear->weight.shape[1], tfm__linear_piece,
+             &job);
     engine->scratch_used = mark;
 }
 
-static tfm_status tfm__check_linear(const tfm_linear *linear, const char *name, size_t out, size_t in, tfm_error *error) {
+static tfm_status tfm__check_linear(const tfm_linear *linear, const char *name, size_t out, size_t in,
+                                    tfm_error *error) {
     const tfm_tensor *weight = &linear->weight, *bias = &linear->bias;
     if (!weight->data || weight->n_dims != 2 || weight->layout != TFM_PANELS ||
         !tfm__is_matrix_dtype(weight->dtype, TFM_PANELS))
@@ -2819,8 +2844,8 @@ static tfm_status tfm__check_linear(const tfm_linear *linear, const char *name, 
     return TFM_OK;
 }
 
-TFM_API tfm_status tfm_linear_forward(tfm_engine *engine, const tfm_linear *linear, const float *x, size_t n_rows, float *y,
-                                      tfm_error *error) {
+TFM_API tfm_status tfm_linear_forward(tfm_engine *engine, const tfm_linear *linear, const float *x, size_t n_rows,
+                                      float *y, tfm_error *error) {
     tfm_status status = tfm__check_linear(linear, "tfm_linear_forward", 0, 0, error);
     if (status == TFM_OK)
         status = tfm__reserve(engine, tfm__linear_scratch(linear, n_rows), error);
@@ -2857,8 +2882,8 @@ static void tfm__norm(tfm_engine *engine, const tfm_norm *norm, const float *x, 
     job.x = x;
     job.n_rows = n_rows;
     job.y = y;
-    tfm__run(engine, tfm__divide_up(n_rows, TFM__NORM_ROWS), TFM__NORM_ROWS * norm->weight.shape[0] * 2, tfm__norm_piece,
-             &job);
+    tfm__run(engine, tfm__divide_up(n_rows, TFM__NORM_ROWS), TFM__NORM_ROWS * norm->weight.shape[0] * 2,
+             tfm__norm_piece, &job);
 }
 
 static tfm_status tfm__check_norm(const tfm_norm *norm, const char *name, size_t d_model, tfm_error *error) {
@@ -2879,8 +2904,8 @@ TFM_API tfm_status tfm_norm_forward(tfm_engine *engine, const tfm_norm *norm, co
     return status;
 }
 
-TFM_API tfm_status tfm_activation_forward(tfm_engine *engine, tfm_activation activation, const float *x, size_t n, float *y,
-                                          tfm_error *error) {
+TFM_API tfm_status tfm_activation_forward(tfm_engine *engine, tfm_activation activation, const float *x, size_t n,
+                                          float *y, tfm_error *error) {
     tfm__finish job;
     if ((unsigned)activation >= TFM_ACTIVATION_COUNT)
         return tfm__fail(error, TFM_ERROR_ARGUMENT, "unknown activation %d", (int)activation);
@@ -3041,7 +3066,7 @@ static void tfm__attend(const tfm__attention_job *job, const tfm__span_view *vie
     const tfm__kernels *kernels = job->engine->kernels;
     size_t n_keys = view->past + view->span->n_rows, dim = attention->head_dim, start, i;
     size_t end = tfm__visible(queries, attention->causal, n_keys, queries->n - 1); /* of the query that sees most */
-    float scores[TFM__QUERIES * TFM_KV_PAGE]; /* [n][TFM_KV_PAGE] */
+    float scores[TFM__QUERIES * TFM_KV_PAGE];                                      /* [n][TFM_KV_PAGE] */
     tfm__softmax softmax[TFM__QUERIES];
     tfm__matmul product;
     for (i = 0; i < queries->n; i++) {
@@ -3186,13 +3211,14 @@ static void tfm__attention(tfm_engine *engine, const tfm_attention *attention, s
     tfm__linear(engine, &attention->qkv, x, rows, TFM_NO_ACTIVATION, qkv, NULL);
     tfm__run(engine, n_spans * attention->n_kv_heads, 4 * attention->head_dim * tfm__divide_up(rows, n_spans),
              tfm__store_piece, &job);
-    tfm__run(engine, pieces, 2 * attention->head_dim * tfm__divide_up(keys * attention->n_heads, pieces), tfm__attend_piece,
-             &job);
+    tfm__run(engine, pieces, 2 * attention->head_dim * tfm__divide_up(keys * attention->n_heads, pieces),
+             tfm__attend_piece, &job);
     tfm__linear(engine, &attention->out, context, rows, TFM_NO_ACTIVATION, y, residual);
     engine->scratch_used = mark;
 }
 
-static tfm_status tfm__check_attention(const tfm_attention *attention, const char *name, size_t d_model, tfm_error *error) {
+static tfm_status tfm__check_attention(const tfm_attention *attention, const char *name, size_t d_model,
+                                       tfm_error *error) {
     size_t heads = attention->n_heads, kv_heads = attention->n_kv_heads, dim = attention->head_dim;
     tfm_status status;
     if (!heads || !kv_heads || !dim || heads % kv_heads)
@@ -3216,17 +3242,19 @@ static tfm_status tfm__check_spans(const tfm_attention *attention, size_t layer,
         if (!kv)
             continue;
         if (kv->n_kv_heads != attention->n_kv_heads || kv->head_dim != attention->head_dim || layer >= kv->n_layers)
-            return tfm__fail(error, TFM_ERROR_ARGUMENT, "the cache of span %lu was made for other layers", (unsigned long)i);
+            return tfm__fail(error, TFM_ERROR_ARGUMENT, "the cache of span %lu was made for other layers",
+                             (unsigned long)i);
         if (kv->n_tokens > kv->capacity || spans[i].n_rows > kv->capacity - kv->n_tokens)
-            return tfm__fail(error, TFM_ERROR_CONTEXT_FULL, "the cache of span %lu has room for %lu tokens, not for %lu",
-                             (unsigned long)i, (unsigned long)kv->capacity,
-                             (unsigned long)(kv->n_tokens + spans[i].n_rows));
+            return tfm__fail(error, TFM_ERROR_CONTEXT_FULL,
+                             "the cache of span %lu has room for %lu tokens, not for %lu", (unsigned long)i,
+                             (unsigned long)kv->capacity, (unsigned long)(kv->n_tokens + spans[i].n_rows));
     }
     return TFM_OK;
 }
 
-TFM_API tfm_status tfm_attention_forward(tfm_engine *engine, const tfm_attention *attention, size_t layer, const float *x,
-                                         const tfm_span *spans, size_t n_spans, float *y, tfm_error *error) {
+TFM_API tfm_status tfm_attention_forward(tfm_engine *engine, const tfm_attention *attention, size_t layer,
+                                         const float *x, const tfm_span *spans, size_t n_spans, float *y,
+                                         tfm_error *error) {
     tfm_status status = tfm__check_attention(attention, "tfm_attention_forward", attention->qkv.weight.shape[1], error);
     if (status == TFM_OK)
         status = tfm__check_spans(attention, layer, spans, n_spans, error);
@@ -3345,7 +3373,8 @@ static tfm_status tfm__check_block(const tfm_block *block, const char *name, tfm
     if (status == TFM_OK)
         status = tfm__check_ffn(&block->ffn, name, d_model, error);
     if (status == TFM_OK && (unsigned)block->norm_place > TFM_POST_NORM)
-        status = tfm__fail(error, TFM_ERROR_ARGUMENT, "%s: unknown place of the norms %d", name, (int)block->norm_place);
+        status =
+            tfm__fail(error, TFM_ERROR_ARGUMENT, "%s: unknown place of the norms %d", name, (int)block->norm_place);
     return status;
 }
 
@@ -3375,9 +3404,9 @@ struct tfm_file {
     int owned;      /* 1: bytes are unmapped on closing */
     char name[256]; /* for error messages */
     size_t n_meta, n_entries;
-    tfm_meta *meta;         /* [n_meta], in the file's order */
-    tfm_entry *entries;     /* [n_entries], in the file's order */
-    uint32_t *meta_by_key;  /* [n_meta]: sorted by key */
+    tfm_meta *meta;          /* [n_meta], in the file's order */
+    tfm_entry *entries;      /* [n_entries], in the file's order */
+    uint32_t *meta_by_key;   /* [n_meta]: sorted by key */
     uint32_t *entry_by_name; /* [n_entries]: sorted by name */
 };
 
@@ -3494,8 +3523,8 @@ static tfm_status tfm__parse_entry(const tfm_file *file, const unsigned char *p,
     tensor->n_dims = (int)TFM__MIN(tfm__u32(p + 12), 255);
     entry->crc = tfm__u32(p + 64);
     if (!tfm__is_float(tensor->dtype) && tensor->dtype != TFM_I8)
-        return tfm__fail(error, TFM_ERROR_UNSUPPORTED, "%s: tensor '%.*s' has the unknown type %lu", file->name, name_size,
-                         entry->name, (unsigned long)tfm__u32(p + 4));
+        return tfm__fail(error, TFM_ERROR_UNSUPPORTED, "%s: tensor '%.*s' has the unknown type %lu", file->name,
+                         name_size, entry->name, (unsigned long)tfm__u32(p + 4));
     if ((unsigned)tensor->layout >= TFM_LAYOUT_COUNT)
         return tfm__fail(error, TFM_ERROR_UNSUPPORTED, "%s: tensor '%.*s' has the unknown layout %lu", file->name,
                          name_size, entry->name, (unsigned long)tfm__u32(p + 8));
@@ -3503,20 +3532,22 @@ static tfm_status tfm__parse_entry(const tfm_file *file, const unsigned char *p,
         return tfm__fail(error, TFM_ERROR_FORMAT, "%s: tensor '%.*s' is i8, but not in panels", file->name, name_size,
                          entry->name);
     if (tensor->n_dims < 1 || tensor->n_dims > TFM_MAX_DIMS || (tensor->layout != TFM_ROWS && tensor->n_dims != 2))
-        return tfm__fail(error, TFM_ERROR_FORMAT, "%s: tensor '%.*s' has %d dimensions", file->name, name_size, entry->name,
-                         tensor->n_dims);
+        return tfm__fail(error, TFM_ERROR_FORMAT, "%s: tensor '%.*s' has %d dimensions", file->name, name_size,
+                         entry->name, tensor->n_dims);
     for (i = 0; i < TFM_MAX_DIMS; i++) {
         uint64_t n = tfm__u64(p + 16 + 8 * i);
         if (!n || n > file->bytes.size || (i >= tensor->n_dims && n != 1) || elements > file->bytes.size / n)
-            return tfm__fail(error, TFM_ERROR_FORMAT, "%s: tensor '%.*s' has an impossible shape", file->name, name_size,
-                             entry->name);
+            return tfm__fail(error, TFM_ERROR_FORMAT, "%s: tensor '%.*s' has an impossible shape", file->name,
+                             name_size, entry->name);
         elements *= n; /* no more than the file has bytes, so that nothing below overflows */
         tensor->shape[i] = (size_t)n;
     }
     if (size != tfm_tensor_bytes(tensor))
-        return tfm__fail(error, TFM_ERROR_FORMAT, "%s: tensor '%.*s' has %llu bytes, but its shape needs %llu", file->name,
-                         name_size, entry->name, (unsigned long long)size, (unsigned long long)tfm_tensor_bytes(tensor));
-    if (offset % TFM__CACHE_LINE || offset < data_start || offset > file->bytes.size || size > file->bytes.size - offset)
+        return tfm__fail(error, TFM_ERROR_FORMAT, "%s: tensor '%.*s' has %llu bytes, but its shape needs %llu",
+                         file->name, name_size, entry->name, (unsigned long long)size,
+                         (unsigned long long)tfm_tensor_bytes(tensor));
+    if (offset % TFM__CACHE_LINE || offset < data_start || offset > file->bytes.size ||
+        size > file->bytes.size - offset)
         return tfm__fail(error, TFM_ERROR_FORMAT, "%s: the data of tensor '%.*s' lies outside of the file's data",
                          file->name, name_size, entry->name);
     tensor->data = file->bytes.data + offset;
@@ -3547,8 +3578,9 @@ static tfm_status tfm__parse_directory(tfm_file *file, size_t at, size_t end, si
         if (status != TFM_OK)
             return status;
         if ((const unsigned char *)entry->tensor.data < last)
-            return tfm__fail(error, TFM_ERROR_FORMAT, "%s: the data of tensor '%.*s' overlaps that of the one before it",
-                             file->name, (int)TFM__MIN(entry->name_size, 100), entry->name);
+            return tfm__fail(error, TFM_ERROR_FORMAT,
+                             "%s: the data of tensor '%.*s' overlaps that of the one before it", file->name,
+                             (int)TFM__MIN(entry->name_size, 100), entry->name);
         last = (const unsigned char *)entry->tensor.data + tfm_tensor_bytes(&entry->tensor);
         file->entry_by_name[file->n_entries] = (uint32_t)file->n_entries;
         at += 72 + tfm__round_up(entry->name_size, 8);
@@ -3595,7 +3627,8 @@ static tfm_status tfm__parse_file(tfm_file *file, tfm_error *error) {
     tfm__crc_prepare(&crc);
     value = tfm__crc(&crc, tfm__crc(&crc, 0, p, 60), p + TFM__HEADER_SIZE, end - TFM__HEADER_SIZE);
     if (value != tfm__u32(p + 60))
-        return tfm__fail(error, TFM_ERROR_FORMAT, "%s: the header's checksum is wrong: the file is damaged", file->name);
+        return tfm__fail(error, TFM_ERROR_FORMAT, "%s: the header's checksum is wrong: the file is damaged",
+                         file->name);
     status = tfm__parse_meta(file, TFM__HEADER_SIZE, directory, error);
     return status == TFM_OK ? tfm__parse_directory(file, directory, end, tfm__u32(p + 56), error) : status;
 }
@@ -3752,7 +3785,7 @@ typedef struct tfm__rewrite {
     tfm_allocator allocator;
     tfm__threads threads;
     FILE *to;
-    const char *path; /* of `to` */
+    const char *path;    /* of `to` */
     unsigned char *head; /* header, metadata and directory of the new file */
     size_t head_size, size;
     uint64_t read, total; /* progress, in bytes of the old file's tensors */
@@ -3791,8 +3824,9 @@ static tfm_status tfm__rewrite_tensor(tfm__rewrite *rewrite, const tfm__crc_tabl
         target = tfm__pack_into(&rewrite->threads, tensor, target.dtype, memory);
         if (tfm__is_not_finite(&target)) {
             tfm__release_aligned(&rewrite->allocator, memory);
-            return tfm__fail(error, TFM_ERROR_FORMAT, "%s: a weight of tensor '%.*s' is not finite, and can't be quantized",
-                             rewrite->from->name, (int)TFM__MIN(entry->name_size, 100), entry->name);
+            return tfm__fail(error, TFM_ERROR_FORMAT,
+                             "%s: a weight of tensor '%.*s' is not finite, and can't be quantized", rewrite->from->name,
+                             (int)TFM__MIN(entry->name_size, 100), entry->name);
         }
     }
     tfm__put_u32(directory + 64, tfm__crc(crc, 0, target.data, size));
@@ -3803,7 +3837,8 @@ static tfm_status tfm__rewrite_tensor(tfm__rewrite *rewrite, const tfm__crc_tabl
     tfm__file_forget(rewrite->from, tensor);
     rewrite->size = offset + size;
     rewrite->read += tfm_tensor_bytes(tensor);
-    if (status == TFM_OK && options->progress && options->progress(options->progress_user, rewrite->read, rewrite->total))
+    if (status == TFM_OK && options->progress &&
+        options->progress(options->progress_user, rewrite->read, rewrite->total))
         status = tfm__fail(error, TFM_ERROR_STOPPED, "%.300s: stopped", rewrite->path);
     return status;
 }
@@ -3843,8 +3878,8 @@ static tfm_status tfm__rewrite_file(tfm__rewrite *rewrite, tfm_error *error) {
     }
     if (status != TFM_OK)
         return status;
-    tfm__put_u32(rewrite->head + 60, tfm__crc(&crc, tfm__crc(&crc, 0, rewrite->head, 60), rewrite->head + TFM__HEADER_SIZE,
-                                              rewrite->head_size - TFM__HEADER_SIZE));
+    tfm__put_u32(rewrite->head + 60, tfm__crc(&crc, tfm__crc(&crc, 0, rewrite->head, 60),
+                                              rewrite->head + TFM__HEADER_SIZE, rewrite->head_size - TFM__HEADER_SIZE));
     if (fseek(rewrite->to, 0, SEEK_SET))
         return tfm__fail(error, TFM_ERROR_FILE, "%.300s: can't be written: %s", rewrite->path, strerror(errno));
     return tfm__write(rewrite, rewrite->head, rewrite->head_size, error);
@@ -3905,21 +3940,16 @@ TFM_API tfm_status tfm_quantize(const char *in_path, const char *out_path, const
 
 #endif /* !TFM_NO_STDIO */
 
-/* BEGIN TOKENIZER */
-/* ====================================================================================================================
-   Tokenizers
-
-   Text to token ids and back. What lives here: the classes of Unicode characters, UTF-8, the rule that cuts a text
-   into pieces ("pre-tokenization"), the byte-level BPE that GPT-2 introduced, and the added tokens (<|endoftext|> and
-   its like) that are found in a text before anything else looks at it.
-
-   The standard is Hugging Face's `tokenizers`: the ids are the same for every text. It takes text in Unicode; here a
-   text is bytes, and a byte that is not well-formed UTF-8 counts as a character of its own that is neither letter, nor
-   number, nor space.
-
-   A tokenizer is built once from tables in a model file, of which nothing is believed, and is never written to again:
-   any number of threads may share it. Memory for the work on a text belongs to the call.
-   ================================================================================================================= */
+/* =====================================================================================================================
+ * f. TOKENIZERS: text to token ids and back
+ *    What lives here: the classes of Unicode characters, UTF-8, the rule that cuts a text into pieces
+ *    ("pre-tokenization"), the byte-level BPE that GPT-2 introduced, and the added tokens (<|endoftext|> and its like)
+ *    that are found in a text before anything else looks at it.
+ *    The standard is Hugging Face's `tokenizers`: the ids are the same for every text. It takes text in Unicode; here a
+ *    text is bytes, and a byte that is not well-formed UTF-8 counts as a character of its own that is neither letter, nor
+ *    number, nor space. A tokenizer is built once from tables in a model file, of which nothing is believed, and is never
+ *    written to again: any number of threads may share it. Memory for the work on a text belongs to the call.
+ * ================================================================================================================== */
 
 /* ---- Classes of characters --------------------------------------------------------------------------------------- */
 
@@ -3929,198 +3959,217 @@ enum { TFM__LETTER = 1, TFM__NUMBER = 2, TFM__SPACE = 4, TFM__MARK = 8, TFM__WOR
 
 /* BEGIN UNICODE (tests/make_unicode.py writes this: the classes as Hugging Face tokenizers has them, Unicode 16.0) */
 static const unsigned char tfm__ascii_classes[128] = {
-    0, 0, 0, 0, 0, 0, 0, 0, 0, 4, 4, 4, 4, 4, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 4, 0, 0, 0, 0, 0, 0,
-    0, 0, 0, 0, 0, 0, 0, 0, 0, 18, 18, 18, 18, 18, 18, 18, 18, 18, 18, 0, 0, 0, 0, 0, 0, 0, 17, 17, 17, 17, 17, 17, 17,
-    17, 17, 17, 17, 17, 17, 17, 17, 17, 17, 17, 17, 17, 17, 17, 17, 17, 17, 17, 0, 0, 0, 0, 16, 0, 17, 17, 17, 17, 17,
-    17, 17, 17, 17, 17, 17, 17, 17, 17, 17, 17, 17, 17, 17, 17, 17, 17, 17, 17, 17, 17, 0, 0, 0, 0, 0,
+    0,  0,  0,  0,  0,  0,  0,  0,  0,  4,  4,  4,  4,  4,  0,  0,  0,  0,  0,  0,  0,  0,  0,  0,  0,  0,
+    0,  0,  0,  0,  0,  0,  4,  0,  0,  0,  0,  0,  0,  0,  0,  0,  0,  0,  0,  0,  0,  0,  18, 18, 18, 18,
+    18, 18, 18, 18, 18, 18, 0,  0,  0,  0,  0,  0,  0,  17, 17, 17, 17, 17, 17, 17, 17, 17, 17, 17, 17, 17,
+    17, 17, 17, 17, 17, 17, 17, 17, 17, 17, 17, 17, 17, 0,  0,  0,  0,  16, 0,  17, 17, 17, 17, 17, 17, 17,
+    17, 17, 17, 17, 17, 17, 17, 17, 17, 17, 17, 17, 17, 17, 17, 17, 17, 17, 17, 0,  0,  0,  0,  0,
 };
 
 /* Every run of code points of one class: (first code point << 8 | class), in order. */
 static const uint32_t tfm__unicode_runs[2012] = {
-    0x0, 0x904, 0xE00, 0x2004, 0x2100, 0x3012, 0x3A00, 0x4111, 0x5B00, 0x5F10, 0x6000, 0x6111, 0x7B00, 0x8504, 0x8600,
-    0xA004, 0xA100, 0xAA11, 0xAB00, 0xB202, 0xB400, 0xB511, 0xB600, 0xB902, 0xBA11, 0xBB00, 0xBC02, 0xBF00, 0xC011,
-    0xD700, 0xD811, 0xF700, 0xF811, 0x2C200, 0x2C611, 0x2D200, 0x2E011, 0x2E500, 0x2EC11, 0x2ED00, 0x2EE11, 0x2EF00,
-    0x30018, 0x37011, 0x37500, 0x37611, 0x37800, 0x37A11, 0x37E00, 0x37F11, 0x38000, 0x38611, 0x38700, 0x38811, 0x38B00,
-    0x38C11, 0x38D00, 0x38E11, 0x3A200, 0x3A311, 0x3F600, 0x3F711, 0x48200, 0x48318, 0x48A11, 0x53000, 0x53111, 0x55700,
-    0x55911, 0x55A00, 0x56011, 0x58900, 0x59118, 0x5BE00, 0x5BF18, 0x5C000, 0x5C118, 0x5C300, 0x5C418, 0x5C600, 0x5C718,
-    0x5C800, 0x5D011, 0x5EB00, 0x5EF11, 0x5F300, 0x61018, 0x61B00, 0x62011, 0x64B18, 0x66012, 0x66A00, 0x66E11, 0x67018,
-    0x67111, 0x6D400, 0x6D511, 0x6D618, 0x6DD00, 0x6DF18, 0x6E511, 0x6E718, 0x6E900, 0x6EA18, 0x6EE11, 0x6F012, 0x6FA11,
-    0x6FD00, 0x6FF11, 0x70000, 0x71011, 0x71118, 0x71211, 0x73018, 0x74B00, 0x74D11, 0x7A618, 0x7B111, 0x7B200, 0x7C012,
-    0x7CA11, 0x7EB18, 0x7F411, 0x7F600, 0x7FA11, 0x7FB00, 0x7FD18, 0x7FE00, 0x80011, 0x81618, 0x81A11, 0x81B18, 0x82411,
-    0x82518, 0x82811, 0x82918, 0x82E00, 0x84011, 0x85918, 0x85C00, 0x86011, 0x86B00, 0x87011, 0x88800, 0x88911, 0x88F00,
-    0x89718, 0x8A011, 0x8CA18, 0x8E200, 0x8E318, 0x90411, 0x93A18, 0x93D11, 0x93E18, 0x95011, 0x95118, 0x95811, 0x96218,
-    0x96400, 0x96612, 0x97000, 0x97111, 0x98118, 0x98400, 0x98511, 0x98D00, 0x98F11, 0x99100, 0x99311, 0x9A900, 0x9AA11,
-    0x9B100, 0x9B211, 0x9B300, 0x9B611, 0x9BA00, 0x9BC18, 0x9BD11, 0x9BE18, 0x9C500, 0x9C718, 0x9C900, 0x9CB18, 0x9CE11,
-    0x9CF00, 0x9D718, 0x9D800, 0x9DC11, 0x9DE00, 0x9DF11, 0x9E218, 0x9E400, 0x9E612, 0x9F011, 0x9F200, 0x9F402, 0x9FA00,
-    0x9FC11, 0x9FD00, 0x9FE18, 0x9FF00, 0xA0118, 0xA0400, 0xA0511, 0xA0B00, 0xA0F11, 0xA1100, 0xA1311, 0xA2900, 0xA2A11,
-    0xA3100, 0xA3211, 0xA3400, 0xA3511, 0xA3700, 0xA3811, 0xA3A00, 0xA3C18, 0xA3D00, 0xA3E18, 0xA4300, 0xA4718, 0xA4900,
-    0xA4B18, 0xA4E00, 0xA5118, 0xA5200, 0xA5911, 0xA5D00, 0xA5E11, 0xA5F00, 0xA6612, 0xA7018, 0xA7211, 0xA7518, 0xA7600,
-    0xA8118, 0xA8400, 0xA8511, 0xA8E00, 0xA8F11, 0xA9200, 0xA9311, 0xAA900, 0xAAA11, 0xAB100, 0xAB211, 0xAB400, 0xAB511,
-    0xABA00, 0xABC18, 0xABD11, 0xABE18, 0xAC600, 0xAC718, 0xACA00, 0xACB18, 0xACE00, 0xAD011, 0xAD100, 0xAE011, 0xAE218,
-    0xAE400, 0xAE612, 0xAF000, 0xAF911, 0xAFA18, 0xB0000, 0xB0118, 0xB0400, 0xB0511, 0xB0D00, 0xB0F11, 0xB1100, 0xB1311,
-    0xB2900, 0xB2A11, 0xB3100, 0xB3211, 0xB3400, 0xB3511, 0xB3A00, 0xB3C18, 0xB3D11, 0xB3E18, 0xB4500, 0xB4718, 0xB4900,
-    0xB4B18, 0xB4E00, 0xB5518, 0xB5800, 0xB5C11, 0xB5E00, 0xB5F11, 0xB6218, 0xB6400, 0xB6612, 0xB7000, 0xB7111, 0xB7202,
-    0xB7800, 0xB8218, 0xB8311, 0xB8400, 0xB8511, 0xB8B00, 0xB8E11, 0xB9100, 0xB9211, 0xB9600, 0xB9911, 0xB9B00, 0xB9C11,
-    0xB9D00, 0xB9E11, 0xBA000, 0xBA311, 0xBA500, 0xBA811, 0xBAB00, 0xBAE11, 0xBBA00, 0xBBE18, 0xBC300, 0xBC618, 0xBC900,
-    0xBCA18, 0xBCE00, 0xBD011, 0xBD100, 0xBD718, 0xBD800, 0xBE612, 0xBF002, 0xBF300, 0xC0018, 0xC0511, 0xC0D00, 0xC0E11,
-    0xC1100, 0xC1211, 0xC2900, 0xC2A11, 0xC3A00, 0xC3C18, 0xC3D11, 0xC3E18, 0xC4500, 0xC4618, 0xC4900, 0xC4A18, 0xC4E00,
-    0xC5518, 0xC5700, 0xC5811, 0xC5B00, 0xC5D11, 0xC5E00, 0xC6011, 0xC6218, 0xC6400, 0xC6612, 0xC7000, 0xC7802, 0xC7F00,
-    0xC8011, 0xC8118, 0xC8400, 0xC8511, 0xC8D00, 0xC8E11, 0xC9100, 0xC9211, 0xCA900, 0xCAA11, 0xCB400, 0xCB511, 0xCBA00,
-    0xCBC18, 0xCBD11, 0xCBE18, 0xCC500, 0xCC618, 0xCC900, 0xCCA18, 0xCCE00, 0xCD518, 0xCD700, 0xCDD11, 0xCDF00, 0xCE011,
-    0xCE218, 0xCE400, 0xCE612, 0xCF000, 0xCF111, 0xCF318, 0xCF400, 0xD0018, 0xD0411, 0xD0D00, 0xD0E11, 0xD1100, 0xD1211,
-    0xD3B18, 0xD3D11, 0xD3E18, 0xD4500, 0xD4618, 0xD4900, 0xD4A18, 0xD4E11, 0xD4F00, 0xD5411, 0xD5718, 0xD5802, 0xD5F11,
-    0xD6218, 0xD6400, 0xD6612, 0xD7002, 0xD7900, 0xD7A11, 0xD8000, 0xD8118, 0xD8400, 0xD8511, 0xD9700, 0xD9A11, 0xDB200,
-    0xDB311, 0xDBC00, 0xDBD11, 0xDBE00, 0xDC011, 0xDC700, 0xDCA18, 0xDCB00, 0xDCF18, 0xDD500, 0xDD618, 0xDD700, 0xDD818,
-    0xDE000, 0xDE612, 0xDF000, 0xDF218, 0xDF400, 0xE0111, 0xE3118, 0xE3211, 0xE3418, 0xE3B00, 0xE4011, 0xE4718, 0xE4F00,
-    0xE5012, 0xE5A00, 0xE8111, 0xE8300, 0xE8411, 0xE8500, 0xE8611, 0xE8B00, 0xE8C11, 0xEA400, 0xEA511, 0xEA600, 0xEA711,
-    0xEB118, 0xEB211, 0xEB418, 0xEBD11, 0xEBE00, 0xEC011, 0xEC500, 0xEC611, 0xEC700, 0xEC818, 0xECF00, 0xED012, 0xEDA00,
-    0xEDC11, 0xEE000, 0xF0011, 0xF0100, 0xF1818, 0xF1A00, 0xF2012, 0xF2A02, 0xF3400, 0xF3518, 0xF3600, 0xF3718, 0xF3800,
-    0xF3918, 0xF3A00, 0xF3E18, 0xF4011, 0xF4800, 0xF4911, 0xF6D00, 0xF7118, 0xF8500, 0xF8618, 0xF8811, 0xF8D18, 0xF9800,
-    0xF9918, 0xFBD00, 0xFC618, 0xFC700, 0x100011, 0x102B18, 0x103F11, 0x104012, 0x104A00, 0x105011, 0x105618, 0x105A11,
-    0x105E18, 0x106111, 0x106218, 0x106511, 0x106718, 0x106E11, 0x107118, 0x107511, 0x108218, 0x108E11, 0x108F18,
-    0x109012, 0x109A18, 0x109E00, 0x10A011, 0x10C600, 0x10C711, 0x10C800, 0x10CD11, 0x10CE00, 0x10D011, 0x10FB00,
-    0x10FC11, 0x124900, 0x124A11, 0x124E00, 0x125011, 0x125700, 0x125811, 0x125900, 0x125A11, 0x125E00, 0x126011,
-    0x128900, 0x128A11, 0x128E00, 0x129011, 0x12B100, 0x12B211, 0x12B600, 0x12B811, 0x12BF00, 0x12C011, 0x12C100,
-    0x12C211, 0x12C600, 0x12C811, 0x12D700, 0x12D811, 0x131100, 0x131211, 0x131600, 0x131811, 0x135B00, 0x135D18,
-    0x136000, 0x136902, 0x137D00, 0x138011, 0x139000, 0x13A011, 0x13F600, 0x13F811, 0x13FE00, 0x140111, 0x166D00,
-    0x166F11, 0x168004, 0x168111, 0x169B00, 0x16A011, 0x16EB00, 0x16EE12, 0x16F111, 0x16F900, 0x170011, 0x171218,
-    0x171600, 0x171F11, 0x173218, 0x173500, 0x174011, 0x175218, 0x175400, 0x176011, 0x176D00, 0x176E11, 0x177100,
-    0x177218, 0x177400, 0x178011, 0x17B418, 0x17D400, 0x17D711, 0x17D800, 0x17DC11, 0x17DD18, 0x17DE00, 0x17E012,
-    0x17EA00, 0x17F002, 0x17FA00, 0x180B18, 0x180E00, 0x180F18, 0x181012, 0x181A00, 0x182011, 0x187900, 0x188011,
-    0x188518, 0x188711, 0x18A918, 0x18AA11, 0x18AB00, 0x18B011, 0x18F600, 0x190011, 0x191F00, 0x192018, 0x192C00,
-    0x193018, 0x193C00, 0x194612, 0x195011, 0x196E00, 0x197011, 0x197500, 0x198011, 0x19AC00, 0x19B011, 0x19CA00,
-    0x19D012, 0x19DA02, 0x19DB00, 0x1A0011, 0x1A1718, 0x1A1C00, 0x1A2011, 0x1A5518, 0x1A5F00, 0x1A6018, 0x1A7D00,
-    0x1A7F18, 0x1A8012, 0x1A8A00, 0x1A9012, 0x1A9A00, 0x1AA711, 0x1AA800, 0x1AB018, 0x1ACF00, 0x1B0018, 0x1B0511,
-    0x1B3418, 0x1B4511, 0x1B4D00, 0x1B5012, 0x1B5A00, 0x1B6B18, 0x1B7400, 0x1B8018, 0x1B8311, 0x1BA118, 0x1BAE11,
-    0x1BB012, 0x1BBA11, 0x1BE618, 0x1BF400, 0x1C0011, 0x1C2418, 0x1C3800, 0x1C4012, 0x1C4A00, 0x1C4D11, 0x1C5012,
-    0x1C5A11, 0x1C7E00, 0x1C8011, 0x1C8B00, 0x1C9011, 0x1CBB00, 0x1CBD11, 0x1CC000, 0x1CD018, 0x1CD300, 0x1CD418,
-    0x1CE911, 0x1CED18, 0x1CEE11, 0x1CF418, 0x1CF511, 0x1CF718, 0x1CFA11, 0x1CFB00, 0x1D0011, 0x1DC018, 0x1E0011,
-    0x1F1600, 0x1F1811, 0x1F1E00, 0x1F2011, 0x1F4600, 0x1F4811, 0x1F4E00, 0x1F5011, 0x1F5800, 0x1F5911, 0x1F5A00,
-    0x1F5B11, 0x1F5C00, 0x1F5D11, 0x1F5E00, 0x1F5F11, 0x1F7E00, 0x1F8011, 0x1FB500, 0x1FB611, 0x1FBD00, 0x1FBE11,
-    0x1FBF00, 0x1FC211, 0x1FC500, 0x1FC611, 0x1FCD00, 0x1FD011, 0x1FD400, 0x1FD611, 0x1FDC00, 0x1FE011, 0x1FED00,
-    0x1FF211, 0x1FF500, 0x1FF611, 0x1FFD00, 0x200004, 0x200B00, 0x200C10, 0x200E00, 0x202804, 0x202A00, 0x202F04,
-    0x203000, 0x203F10, 0x204100, 0x205410, 0x205500, 0x205F04, 0x206000, 0x207002, 0x207111, 0x207200, 0x207402,
-    0x207A00, 0x207F11, 0x208002, 0x208A00, 0x209011, 0x209D00, 0x20D018, 0x20F100, 0x210211, 0x210300, 0x210711,
-    0x210800, 0x210A11, 0x211400, 0x211511, 0x211600, 0x211911, 0x211E00, 0x212411, 0x212500, 0x212611, 0x212700,
-    0x212811, 0x212900, 0x212A11, 0x212E00, 0x212F11, 0x213A00, 0x213C11, 0x214000, 0x214511, 0x214A00, 0x214E11,
-    0x214F00, 0x215002, 0x216012, 0x218311, 0x218512, 0x218902, 0x218A00, 0x246002, 0x249C00, 0x24B610, 0x24EA02,
-    0x250000, 0x277602, 0x279400, 0x2C0011, 0x2CE500, 0x2CEB11, 0x2CEF18, 0x2CF211, 0x2CF400, 0x2CFD02, 0x2CFE00,
-    0x2D0011, 0x2D2600, 0x2D2711, 0x2D2800, 0x2D2D11, 0x2D2E00, 0x2D3011, 0x2D6800, 0x2D6F11, 0x2D7000, 0x2D7F18,
-    0x2D8011, 0x2D9700, 0x2DA011, 0x2DA700, 0x2DA811, 0x2DAF00, 0x2DB011, 0x2DB700, 0x2DB811, 0x2DBF00, 0x2DC011,
-    0x2DC700, 0x2DC811, 0x2DCF00, 0x2DD011, 0x2DD700, 0x2DD811, 0x2DDF00, 0x2DE018, 0x2E0000, 0x2E2F11, 0x2E3000,
-    0x300004, 0x300100, 0x300511, 0x300712, 0x300800, 0x302112, 0x302A18, 0x303000, 0x303111, 0x303600, 0x303812,
-    0x303B11, 0x303D00, 0x304111, 0x309700, 0x309918, 0x309B00, 0x309D11, 0x30A000, 0x30A111, 0x30FB00, 0x30FC11,
-    0x310000, 0x310511, 0x313000, 0x313111, 0x318F00, 0x319202, 0x319600, 0x31A011, 0x31C000, 0x31F011, 0x320000,
-    0x322002, 0x322A00, 0x324802, 0x325000, 0x325102, 0x326000, 0x328002, 0x328A00, 0x32B102, 0x32C000, 0x340011,
-    0x4DC000, 0x4E0011, 0xA48D00, 0xA4D011, 0xA4FE00, 0xA50011, 0xA60D00, 0xA61011, 0xA62012, 0xA62A11, 0xA62C00,
-    0xA64011, 0xA66F18, 0xA67300, 0xA67418, 0xA67E00, 0xA67F11, 0xA69E18, 0xA6A011, 0xA6E612, 0xA6F018, 0xA6F200,
-    0xA71711, 0xA72000, 0xA72211, 0xA78900, 0xA78B11, 0xA7CE00, 0xA7D011, 0xA7D200, 0xA7D311, 0xA7D400, 0xA7D511,
-    0xA7DD00, 0xA7F211, 0xA80218, 0xA80311, 0xA80618, 0xA80711, 0xA80B18, 0xA80C11, 0xA82318, 0xA82800, 0xA82C18,
-    0xA82D00, 0xA83002, 0xA83600, 0xA84011, 0xA87400, 0xA88018, 0xA88211, 0xA8B418, 0xA8C600, 0xA8D012, 0xA8DA00,
-    0xA8E018, 0xA8F211, 0xA8F800, 0xA8FB11, 0xA8FC00, 0xA8FD11, 0xA8FF18, 0xA90012, 0xA90A11, 0xA92618, 0xA92E00,
-    0xA93011, 0xA94718, 0xA95400, 0xA96011, 0xA97D00, 0xA98018, 0xA98411, 0xA9B318, 0xA9C100, 0xA9CF11, 0xA9D012,
-    0xA9DA00, 0xA9E011, 0xA9E518, 0xA9E611, 0xA9F012, 0xA9FA11, 0xA9FF00, 0xAA0011, 0xAA2918, 0xAA3700, 0xAA4011,
-    0xAA4318, 0xAA4411, 0xAA4C18, 0xAA4E00, 0xAA5012, 0xAA5A00, 0xAA6011, 0xAA7700, 0xAA7A11, 0xAA7B18, 0xAA7E11,
-    0xAAB018, 0xAAB111, 0xAAB218, 0xAAB511, 0xAAB718, 0xAAB911, 0xAABE18, 0xAAC011, 0xAAC118, 0xAAC211, 0xAAC300,
-    0xAADB11, 0xAADE00, 0xAAE011, 0xAAEB18, 0xAAF000, 0xAAF211, 0xAAF518, 0xAAF700, 0xAB0111, 0xAB0700, 0xAB0911,
-    0xAB0F00, 0xAB1111, 0xAB1700, 0xAB2011, 0xAB2700, 0xAB2811, 0xAB2F00, 0xAB3011, 0xAB5B00, 0xAB5C11, 0xAB6A00,
-    0xAB7011, 0xABE318, 0xABEB00, 0xABEC18, 0xABEE00, 0xABF012, 0xABFA00, 0xAC0011, 0xD7A400, 0xD7B011, 0xD7C700,
-    0xD7CB11, 0xD7FC00, 0xF90011, 0xFA6E00, 0xFA7011, 0xFADA00, 0xFB0011, 0xFB0700, 0xFB1311, 0xFB1800, 0xFB1D11,
-    0xFB1E18, 0xFB1F11, 0xFB2900, 0xFB2A11, 0xFB3700, 0xFB3811, 0xFB3D00, 0xFB3E11, 0xFB3F00, 0xFB4011, 0xFB4200,
-    0xFB4311, 0xFB4500, 0xFB4611, 0xFBB200, 0xFBD311, 0xFD3E00, 0xFD5011, 0xFD9000, 0xFD9211, 0xFDC800, 0xFDF011,
-    0xFDFC00, 0xFE0018, 0xFE1000, 0xFE2018, 0xFE3000, 0xFE3310, 0xFE3500, 0xFE4D10, 0xFE5000, 0xFE7011, 0xFE7500,
-    0xFE7611, 0xFEFD00, 0xFF1012, 0xFF1A00, 0xFF2111, 0xFF3B00, 0xFF3F10, 0xFF4000, 0xFF4111, 0xFF5B00, 0xFF6611,
-    0xFFBF00, 0xFFC211, 0xFFC800, 0xFFCA11, 0xFFD000, 0xFFD211, 0xFFD800, 0xFFDA11, 0xFFDD00, 0x1000011, 0x1000C00,
-    0x1000D11, 0x1002700, 0x1002811, 0x1003B00, 0x1003C11, 0x1003E00, 0x1003F11, 0x1004E00, 0x1005011, 0x1005E00,
-    0x1008011, 0x100FB00, 0x1010702, 0x1013400, 0x1014012, 0x1017502, 0x1017900, 0x1018A02, 0x1018C00, 0x101FD18,
-    0x101FE00, 0x1028011, 0x1029D00, 0x102A011, 0x102D100, 0x102E018, 0x102E102, 0x102FC00, 0x1030011, 0x1032002,
-    0x1032400, 0x1032D11, 0x1034112, 0x1034211, 0x1034A12, 0x1034B00, 0x1035011, 0x1037618, 0x1037B00, 0x1038011,
-    0x1039E00, 0x103A011, 0x103C400, 0x103C811, 0x103D000, 0x103D112, 0x103D600, 0x1040011, 0x1049E00, 0x104A012,
-    0x104AA00, 0x104B011, 0x104D400, 0x104D811, 0x104FC00, 0x1050011, 0x1052800, 0x1053011, 0x1056400, 0x1057011,
-    0x1057B00, 0x1057C11, 0x1058B00, 0x1058C11, 0x1059300, 0x1059411, 0x1059600, 0x1059711, 0x105A200, 0x105A311,
-    0x105B200, 0x105B311, 0x105BA00, 0x105BB11, 0x105BD00, 0x105C011, 0x105F400, 0x1060011, 0x1073700, 0x1074011,
-    0x1075600, 0x1076011, 0x1076800, 0x1078011, 0x1078600, 0x1078711, 0x107B100, 0x107B211, 0x107BB00, 0x1080011,
-    0x1080600, 0x1080811, 0x1080900, 0x1080A11, 0x1083600, 0x1083711, 0x1083900, 0x1083C11, 0x1083D00, 0x1083F11,
-    0x1085600, 0x1085802, 0x1086011, 0x1087700, 0x1087902, 0x1088011, 0x1089F00, 0x108A702, 0x108B000, 0x108E011,
-    0x108F300, 0x108F411, 0x108F600, 0x108FB02, 0x1090011, 0x1091602, 0x1091C00, 0x1092011, 0x1093A00, 0x1098011,
-    0x109B800, 0x109BC02, 0x109BE11, 0x109C002, 0x109D000, 0x109D202, 0x10A0011, 0x10A0118, 0x10A0400, 0x10A0518,
-    0x10A0700, 0x10A0C18, 0x10A1011, 0x10A1400, 0x10A1511, 0x10A1800, 0x10A1911, 0x10A3600, 0x10A3818, 0x10A3B00,
-    0x10A3F18, 0x10A4002, 0x10A4900, 0x10A6011, 0x10A7D02, 0x10A7F00, 0x10A8011, 0x10A9D02, 0x10AA000, 0x10AC011,
-    0x10AC800, 0x10AC911, 0x10AE518, 0x10AE700, 0x10AEB02, 0x10AF000, 0x10B0011, 0x10B3600, 0x10B4011, 0x10B5600,
-    0x10B5802, 0x10B6011, 0x10B7300, 0x10B7802, 0x10B8011, 0x10B9200, 0x10BA902, 0x10BB000, 0x10C0011, 0x10C4900,
-    0x10C8011, 0x10CB300, 0x10CC011, 0x10CF300, 0x10CFA02, 0x10D0011, 0x10D2418, 0x10D2800, 0x10D3012, 0x10D3A00,
-    0x10D4012, 0x10D4A11, 0x10D6600, 0x10D6918, 0x10D6E00, 0x10D6F11, 0x10D8600, 0x10E6002, 0x10E7F00, 0x10E8011,
-    0x10EAA00, 0x10EAB18, 0x10EAD00, 0x10EB011, 0x10EB200, 0x10EC211, 0x10EC500, 0x10EFC18, 0x10F0011, 0x10F1D02,
-    0x10F2711, 0x10F2800, 0x10F3011, 0x10F4618, 0x10F5102, 0x10F5500, 0x10F7011, 0x10F8218, 0x10F8600, 0x10FB011,
-    0x10FC502, 0x10FCC00, 0x10FE011, 0x10FF700, 0x1100018, 0x1100311, 0x1103818, 0x1104700, 0x1105202, 0x1106612,
-    0x1107018, 0x1107111, 0x1107318, 0x1107511, 0x1107600, 0x1107F18, 0x1108311, 0x110B018, 0x110BB00, 0x110C218,
-    0x110C300, 0x110D011, 0x110E900, 0x110F012, 0x110FA00, 0x1110018, 0x1110311, 0x1112718, 0x1113500, 0x1113612,
-    0x1114000, 0x1114411, 0x1114518, 0x1114711, 0x1114800, 0x1115011, 0x1117318, 0x1117400, 0x1117611, 0x1117700,
-    0x1118018, 0x1118311, 0x111B318, 0x111C111, 0x111C500, 0x111C918, 0x111CD00, 0x111CE18, 0x111D012, 0x111DA11,
-    0x111DB00, 0x111DC11, 0x111DD00, 0x111E102, 0x111F500, 0x1120011, 0x1121200, 0x1121311, 0x1122C18, 0x1123800,
-    0x1123E18, 0x1123F11, 0x1124118, 0x1124200, 0x1128011, 0x1128700, 0x1128811, 0x1128900, 0x1128A11, 0x1128E00,
-    0x1128F11, 0x1129E00, 0x1129F11, 0x112A900, 0x112B011, 0x112DF18, 0x112EB00, 0x112F012, 0x112FA00, 0x1130018,
-    0x1130400, 0x1130511, 0x1130D00, 0x1130F11, 0x1131100, 0x1131311, 0x1132900, 0x1132A11, 0x1133100, 0x1133211,
-    0x1133400, 0x1133511, 0x1133A00, 0x1133B18, 0x1133D11, 0x1133E18, 0x1134500, 0x1134718, 0x1134900, 0x1134B18,
-    0x1134E00, 0x1135011, 0x1135100, 0x1135718, 0x1135800, 0x1135D11, 0x1136218, 0x1136400, 0x1136618, 0x1136D00,
-    0x1137018, 0x1137500, 0x1138011, 0x1138A00, 0x1138B11, 0x1138C00, 0x1138E11, 0x1138F00, 0x1139011, 0x113B600,
-    0x113B711, 0x113B818, 0x113C100, 0x113C218, 0x113C300, 0x113C518, 0x113C600, 0x113C718, 0x113CB00, 0x113CC18,
-    0x113D111, 0x113D218, 0x113D311, 0x113D400, 0x113E118, 0x113E300, 0x1140011, 0x1143518, 0x1144711, 0x1144B00,
-    0x1145012, 0x1145A00, 0x1145E18, 0x1145F11, 0x1146200, 0x1148011, 0x114B018, 0x114C411, 0x114C600, 0x114C711,
-    0x114C800, 0x114D012, 0x114DA00, 0x1158011, 0x115AF18, 0x115B600, 0x115B818, 0x115C100, 0x115D811, 0x115DC18,
-    0x115DE00, 0x1160011, 0x1163018, 0x1164100, 0x1164411, 0x1164500, 0x1165012, 0x1165A00, 0x1168011, 0x116AB18,
-    0x116B811, 0x116B900, 0x116C012, 0x116CA00, 0x116D012, 0x116E400, 0x1170011, 0x1171B00, 0x1171D18, 0x1172C00,
-    0x1173012, 0x1173A02, 0x1173C00, 0x1174011, 0x1174700, 0x1180011, 0x1182C18, 0x1183B00, 0x118A011, 0x118E012,
-    0x118EA02, 0x118F300, 0x118FF11, 0x1190700, 0x1190911, 0x1190A00, 0x1190C11, 0x1191400, 0x1191511, 0x1191700,
-    0x1191811, 0x1193018, 0x1193600, 0x1193718, 0x1193900, 0x1193B18, 0x1193F11, 0x1194018, 0x1194111, 0x1194218,
-    0x1194400, 0x1195012, 0x1195A00, 0x119A011, 0x119A800, 0x119AA11, 0x119D118, 0x119D800, 0x119DA18, 0x119E111,
-    0x119E200, 0x119E311, 0x119E418, 0x119E500, 0x11A0011, 0x11A0118, 0x11A0B11, 0x11A3318, 0x11A3A11, 0x11A3B18,
-    0x11A3F00, 0x11A4718, 0x11A4800, 0x11A5011, 0x11A5118, 0x11A5C11, 0x11A8A18, 0x11A9A00, 0x11A9D11, 0x11A9E00,
-    0x11AB011, 0x11AF900, 0x11BC011, 0x11BE100, 0x11BF012, 0x11BFA00, 0x11C0011, 0x11C0900, 0x11C0A11, 0x11C2F18,
-    0x11C3700, 0x11C3818, 0x11C4011, 0x11C4100, 0x11C5012, 0x11C5A02, 0x11C6D00, 0x11C7211, 0x11C9000, 0x11C9218,
-    0x11CA800, 0x11CA918, 0x11CB700, 0x11D0011, 0x11D0700, 0x11D0811, 0x11D0A00, 0x11D0B11, 0x11D3118, 0x11D3700,
-    0x11D3A18, 0x11D3B00, 0x11D3C18, 0x11D3E00, 0x11D3F18, 0x11D4611, 0x11D4718, 0x11D4800, 0x11D5012, 0x11D5A00,
-    0x11D6011, 0x11D6600, 0x11D6711, 0x11D6900, 0x11D6A11, 0x11D8A18, 0x11D8F00, 0x11D9018, 0x11D9200, 0x11D9318,
-    0x11D9811, 0x11D9900, 0x11DA012, 0x11DAA00, 0x11EE011, 0x11EF318, 0x11EF700, 0x11F0018, 0x11F0211, 0x11F0318,
-    0x11F0411, 0x11F1100, 0x11F1211, 0x11F3418, 0x11F3B00, 0x11F3E18, 0x11F4300, 0x11F5012, 0x11F5A18, 0x11F5B00,
-    0x11FB011, 0x11FB100, 0x11FC002, 0x11FD500, 0x1200011, 0x1239A00, 0x1240012, 0x1246F00, 0x1248011, 0x1254400,
-    0x12F9011, 0x12FF100, 0x1300011, 0x1343000, 0x1344018, 0x1344111, 0x1344718, 0x1345600, 0x1346011, 0x143FB00,
-    0x1440011, 0x1464700, 0x1610011, 0x1611E18, 0x1613012, 0x1613A00, 0x1680011, 0x16A3900, 0x16A4011, 0x16A5F00,
-    0x16A6012, 0x16A6A00, 0x16A7011, 0x16ABF00, 0x16AC012, 0x16ACA00, 0x16AD011, 0x16AEE00, 0x16AF018, 0x16AF500,
-    0x16B0011, 0x16B3018, 0x16B3700, 0x16B4011, 0x16B4400, 0x16B5012, 0x16B5A00, 0x16B5B02, 0x16B6200, 0x16B6311,
-    0x16B7800, 0x16B7D11, 0x16B9000, 0x16D4011, 0x16D6D00, 0x16D7012, 0x16D7A00, 0x16E4011, 0x16E8002, 0x16E9700,
-    0x16F0011, 0x16F4B00, 0x16F4F18, 0x16F5011, 0x16F5118, 0x16F8800, 0x16F8F18, 0x16F9311, 0x16FA000, 0x16FE011,
-    0x16FE200, 0x16FE311, 0x16FE418, 0x16FE500, 0x16FF018, 0x16FF200, 0x1700011, 0x187F800, 0x1880011, 0x18CD600,
-    0x18CFF11, 0x18D0900, 0x1AFF011, 0x1AFF400, 0x1AFF511, 0x1AFFC00, 0x1AFFD11, 0x1AFFF00, 0x1B00011, 0x1B12300,
-    0x1B13211, 0x1B13300, 0x1B15011, 0x1B15300, 0x1B15511, 0x1B15600, 0x1B16411, 0x1B16800, 0x1B17011, 0x1B2FC00,
-    0x1BC0011, 0x1BC6B00, 0x1BC7011, 0x1BC7D00, 0x1BC8011, 0x1BC8900, 0x1BC9011, 0x1BC9A00, 0x1BC9D18, 0x1BC9F00,
-    0x1CCF012, 0x1CCFA00, 0x1CF0018, 0x1CF2E00, 0x1CF3018, 0x1CF4700, 0x1D16518, 0x1D16A00, 0x1D16D18, 0x1D17300,
-    0x1D17B18, 0x1D18300, 0x1D18518, 0x1D18C00, 0x1D1AA18, 0x1D1AE00, 0x1D24218, 0x1D24500, 0x1D2C002, 0x1D2D400,
-    0x1D2E002, 0x1D2F400, 0x1D36002, 0x1D37900, 0x1D40011, 0x1D45500, 0x1D45611, 0x1D49D00, 0x1D49E11, 0x1D4A000,
-    0x1D4A211, 0x1D4A300, 0x1D4A511, 0x1D4A700, 0x1D4A911, 0x1D4AD00, 0x1D4AE11, 0x1D4BA00, 0x1D4BB11, 0x1D4BC00,
-    0x1D4BD11, 0x1D4C400, 0x1D4C511, 0x1D50600, 0x1D50711, 0x1D50B00, 0x1D50D11, 0x1D51500, 0x1D51611, 0x1D51D00,
-    0x1D51E11, 0x1D53A00, 0x1D53B11, 0x1D53F00, 0x1D54011, 0x1D54500, 0x1D54611, 0x1D54700, 0x1D54A11, 0x1D55100,
-    0x1D55211, 0x1D6A600, 0x1D6A811, 0x1D6C100, 0x1D6C211, 0x1D6DB00, 0x1D6DC11, 0x1D6FB00, 0x1D6FC11, 0x1D71500,
-    0x1D71611, 0x1D73500, 0x1D73611, 0x1D74F00, 0x1D75011, 0x1D76F00, 0x1D77011, 0x1D78900, 0x1D78A11, 0x1D7A900,
-    0x1D7AA11, 0x1D7C300, 0x1D7C411, 0x1D7CC00, 0x1D7CE12, 0x1D80000, 0x1DA0018, 0x1DA3700, 0x1DA3B18, 0x1DA6D00,
-    0x1DA7518, 0x1DA7600, 0x1DA8418, 0x1DA8500, 0x1DA9B18, 0x1DAA000, 0x1DAA118, 0x1DAB000, 0x1DF0011, 0x1DF1F00,
-    0x1DF2511, 0x1DF2B00, 0x1E00018, 0x1E00700, 0x1E00818, 0x1E01900, 0x1E01B18, 0x1E02200, 0x1E02318, 0x1E02500,
-    0x1E02618, 0x1E02B00, 0x1E03011, 0x1E06E00, 0x1E08F18, 0x1E09000, 0x1E10011, 0x1E12D00, 0x1E13018, 0x1E13711,
-    0x1E13E00, 0x1E14012, 0x1E14A00, 0x1E14E11, 0x1E14F00, 0x1E29011, 0x1E2AE18, 0x1E2AF00, 0x1E2C011, 0x1E2EC18,
-    0x1E2F012, 0x1E2FA00, 0x1E4D011, 0x1E4EC18, 0x1E4F012, 0x1E4FA00, 0x1E5D011, 0x1E5EE18, 0x1E5F011, 0x1E5F112,
-    0x1E5FB00, 0x1E7E011, 0x1E7E700, 0x1E7E811, 0x1E7EC00, 0x1E7ED11, 0x1E7EF00, 0x1E7F011, 0x1E7FF00, 0x1E80011,
-    0x1E8C500, 0x1E8C702, 0x1E8D018, 0x1E8D700, 0x1E90011, 0x1E94418, 0x1E94B11, 0x1E94C00, 0x1E95012, 0x1E95A00,
-    0x1EC7102, 0x1ECAC00, 0x1ECAD02, 0x1ECB000, 0x1ECB102, 0x1ECB500, 0x1ED0102, 0x1ED2E00, 0x1ED2F02, 0x1ED3E00,
-    0x1EE0011, 0x1EE0400, 0x1EE0511, 0x1EE2000, 0x1EE2111, 0x1EE2300, 0x1EE2411, 0x1EE2500, 0x1EE2711, 0x1EE2800,
-    0x1EE2911, 0x1EE3300, 0x1EE3411, 0x1EE3800, 0x1EE3911, 0x1EE3A00, 0x1EE3B11, 0x1EE3C00, 0x1EE4211, 0x1EE4300,
-    0x1EE4711, 0x1EE4800, 0x1EE4911, 0x1EE4A00, 0x1EE4B11, 0x1EE4C00, 0x1EE4D11, 0x1EE5000, 0x1EE5111, 0x1EE5300,
-    0x1EE5411, 0x1EE5500, 0x1EE5711, 0x1EE5800, 0x1EE5911, 0x1EE5A00, 0x1EE5B11, 0x1EE5C00, 0x1EE5D11, 0x1EE5E00,
-    0x1EE5F11, 0x1EE6000, 0x1EE6111, 0x1EE6300, 0x1EE6411, 0x1EE6500, 0x1EE6711, 0x1EE6B00, 0x1EE6C11, 0x1EE7300,
-    0x1EE7411, 0x1EE7800, 0x1EE7911, 0x1EE7D00, 0x1EE7E11, 0x1EE7F00, 0x1EE8011, 0x1EE8A00, 0x1EE8B11, 0x1EE9C00,
-    0x1EEA111, 0x1EEA400, 0x1EEA511, 0x1EEAA00, 0x1EEAB11, 0x1EEBC00, 0x1F10002, 0x1F10D00, 0x1F13010, 0x1F14A00,
-    0x1F15010, 0x1F16A00, 0x1F17010, 0x1F18A00, 0x1FBF012, 0x1FBFA00, 0x2000011, 0x2A6E000, 0x2A70011, 0x2B73A00,
-    0x2B74011, 0x2B81E00, 0x2B82011, 0x2CEA200, 0x2CEB011, 0x2EBE100, 0x2EBF011, 0x2EE5E00, 0x2F80011, 0x2FA1E00,
-    0x3000011, 0x3134B00, 0x3135011, 0x323B000, 0xE010018, 0xE01F000,
+    0x0,       0x904,     0xE00,     0x2004,    0x2100,    0x3012,    0x3A00,    0x4111,    0x5B00,    0x5F10,
+    0x6000,    0x6111,    0x7B00,    0x8504,    0x8600,    0xA004,    0xA100,    0xAA11,    0xAB00,    0xB202,
+    0xB400,    0xB511,    0xB600,    0xB902,    0xBA11,    0xBB00,    0xBC02,    0xBF00,    0xC011,    0xD700,
+    0xD811,    0xF700,    0xF811,    0x2C200,   0x2C611,   0x2D200,   0x2E011,   0x2E500,   0x2EC11,   0x2ED00,
+    0x2EE11,   0x2EF00,   0x30018,   0x37011,   0x37500,   0x37611,   0x37800,   0x37A11,   0x37E00,   0x37F11,
+    0x38000,   0x38611,   0x38700,   0x38811,   0x38B00,   0x38C11,   0x38D00,   0x38E11,   0x3A200,   0x3A311,
+    0x3F600,   0x3F711,   0x48200,   0x48318,   0x48A11,   0x53000,   0x53111,   0x55700,   0x55911,   0x55A00,
+    0x56011,   0x58900,   0x59118,   0x5BE00,   0x5BF18,   0x5C000,   0x5C118,   0x5C300,   0x5C418,   0x5C600,
+    0x5C718,   0x5C800,   0x5D011,   0x5EB00,   0x5EF11,   0x5F300,   0x61018,   0x61B00,   0x62011,   0x64B18,
+    0x66012,   0x66A00,   0x66E11,   0x67018,   0x67111,   0x6D400,   0x6D511,   0x6D618,   0x6DD00,   0x6DF18,
+    0x6E511,   0x6E718,   0x6E900,   0x6EA18,   0x6EE11,   0x6F012,   0x6FA11,   0x6FD00,   0x6FF11,   0x70000,
+    0x71011,   0x71118,   0x71211,   0x73018,   0x74B00,   0x74D11,   0x7A618,   0x7B111,   0x7B200,   0x7C012,
+    0x7CA11,   0x7EB18,   0x7F411,   0x7F600,   0x7FA11,   0x7FB00,   0x7FD18,   0x7FE00,   0x80011,   0x81618,
+    0x81A11,   0x81B18,   0x82411,   0x82518,   0x82811,   0x82918,   0x82E00,   0x84011,   0x85918,   0x85C00,
+    0x86011,   0x86B00,   0x87011,   0x88800,   0x88911,   0x88F00,   0x89718,   0x8A011,   0x8CA18,   0x8E200,
+    0x8E318,   0x90411,   0x93A18,   0x93D11,   0x93E18,   0x95011,   0x95118,   0x95811,   0x96218,   0x96400,
+    0x96612,   0x97000,   0x97111,   0x98118,   0x98400,   0x98511,   0x98D00,   0x98F11,   0x99100,   0x99311,
+    0x9A900,   0x9AA11,   0x9B100,   0x9B211,   0x9B300,   0x9B611,   0x9BA00,   0x9BC18,   0x9BD11,   0x9BE18,
+    0x9C500,   0x9C718,   0x9C900,   0x9CB18,   0x9CE11,   0x9CF00,   0x9D718,   0x9D800,   0x9DC11,   0x9DE00,
+    0x9DF11,   0x9E218,   0x9E400,   0x9E612,   0x9F011,   0x9F200,   0x9F402,   0x9FA00,   0x9FC11,   0x9FD00,
+    0x9FE18,   0x9FF00,   0xA0118,   0xA0400,   0xA0511,   0xA0B00,   0xA0F11,   0xA1100,   0xA1311,   0xA2900,
+    0xA2A11,   0xA3100,   0xA3211,   0xA3400,   0xA3511,   0xA3700,   0xA3811,   0xA3A00,   0xA3C18,   0xA3D00,
+    0xA3E18,   0xA4300,   0xA4718,   0xA4900,   0xA4B18,   0xA4E00,   0xA5118,   0xA5200,   0xA5911,   0xA5D00,
+    0xA5E11,   0xA5F00,   0xA6612,   0xA7018,   0xA7211,   0xA7518,   0xA7600,   0xA8118,   0xA8400,   0xA8511,
+    0xA8E00,   0xA8F11,   0xA9200,   0xA9311,   0xAA900,   0xAAA11,   0xAB100,   0xAB211,   0xAB400,   0xAB511,
+    0xABA00,   0xABC18,   0xABD11,   0xABE18,   0xAC600,   0xAC718,   0xACA00,   0xACB18,   0xACE00,   0xAD011,
+    0xAD100,   0xAE011,   0xAE218,   0xAE400,   0xAE612,   0xAF000,   0xAF911,   0xAFA18,   0xB0000,   0xB0118,
+    0xB0400,   0xB0511,   0xB0D00,   0xB0F11,   0xB1100,   0xB1311,   0xB2900,   0xB2A11,   0xB3100,   0xB3211,
+    0xB3400,   0xB3511,   0xB3A00,   0xB3C18,   0xB3D11,   0xB3E18,   0xB4500,   0xB4718,   0xB4900,   0xB4B18,
+    0xB4E00,   0xB5518,   0xB5800,   0xB5C11,   0xB5E00,   0xB5F11,   0xB6218,   0xB6400,   0xB6612,   0xB7000,
+    0xB7111,   0xB7202,   0xB7800,   0xB8218,   0xB8311,   0xB8400,   0xB8511,   0xB8B00,   0xB8E11,   0xB9100,
+    0xB9211,   0xB9600,   0xB9911,   0xB9B00,   0xB9C11,   0xB9D00,   0xB9E11,   0xBA000,   0xBA311,   0xBA500,
+    0xBA811,   0xBAB00,   0xBAE11,   0xBBA00,   0xBBE18,   0xBC300,   0xBC618,   0xBC900,   0xBCA18,   0xBCE00,
+    0xBD011,   0xBD100,   0xBD718,   0xBD800,   0xBE612,   0xBF002,   0xBF300,   0xC0018,   0xC0511,   0xC0D00,
+    0xC0E11,   0xC1100,   0xC1211,   0xC2900,   0xC2A11,   0xC3A00,   0xC3C18,   0xC3D11,   0xC3E18,   0xC4500,
+    0xC4618,   0xC4900,   0xC4A18,   0xC4E00,   0xC5518,   0xC5700,   0xC5811,   0xC5B00,   0xC5D11,   0xC5E00,
+    0xC6011,   0xC6218,   0xC6400,   0xC6612,   0xC7000,   0xC7802,   0xC7F00,   0xC8011,   0xC8118,   0xC8400,
+    0xC8511,   0xC8D00,   0xC8E11,   0xC9100,   0xC9211,   0xCA900,   0xCAA11,   0xCB400,   0xCB511,   0xCBA00,
+    0xCBC18,   0xCBD11,   0xCBE18,   0xCC500,   0xCC618,   0xCC900,   0xCCA18,   0xCCE00,   0xCD518,   0xCD700,
+    0xCDD11,   0xCDF00,   0xCE011,   0xCE218,   0xCE400,   0xCE612,   0xCF000,   0xCF111,   0xCF318,   0xCF400,
+    0xD0018,   0xD0411,   0xD0D00,   0xD0E11,   0xD1100,   0xD1211,   0xD3B18,   0xD3D11,   0xD3E18,   0xD4500,
+    0xD4618,   0xD4900,   0xD4A18,   0xD4E11,   0xD4F00,   0xD5411,   0xD5718,   0xD5802,   0xD5F11,   0xD6218,
+    0xD6400,   0xD6612,   0xD7002,   0xD7900,   0xD7A11,   0xD8000,   0xD8118,   0xD8400,   0xD8511,   0xD9700,
+    0xD9A11,   0xDB200,   0xDB311,   0xDBC00,   0xDBD11,   0xDBE00,   0xDC011,   0xDC700,   0xDCA18,   0xDCB00,
+    0xDCF18,   0xDD500,   0xDD618,   0xDD700,   0xDD818,   0xDE000,   0xDE612,   0xDF000,   0xDF218,   0xDF400,
+    0xE0111,   0xE3118,   0xE3211,   0xE3418,   0xE3B00,   0xE4011,   0xE4718,   0xE4F00,   0xE5012,   0xE5A00,
+    0xE8111,   0xE8300,   0xE8411,   0xE8500,   0xE8611,   0xE8B00,   0xE8C11,   0xEA400,   0xEA511,   0xEA600,
+    0xEA711,   0xEB118,   0xEB211,   0xEB418,   0xEBD11,   0xEBE00,   0xEC011,   0xEC500,   0xEC611,   0xEC700,
+    0xEC818,   0xECF00,   0xED012,   0xEDA00,   0xEDC11,   0xEE000,   0xF0011,   0xF0100,   0xF1818,   0xF1A00,
+    0xF2012,   0xF2A02,   0xF3400,   0xF3518,   0xF3600,   0xF3718,   0xF3800,   0xF3918,   0xF3A00,   0xF3E18,
+    0xF4011,   0xF4800,   0xF4911,   0xF6D00,   0xF7118,   0xF8500,   0xF8618,   0xF8811,   0xF8D18,   0xF9800,
+    0xF9918,   0xFBD00,   0xFC618,   0xFC700,   0x100011,  0x102B18,  0x103F11,  0x104012,  0x104A00,  0x105011,
+    0x105618,  0x105A11,  0x105E18,  0x106111,  0x106218,  0x106511,  0x106718,  0x106E11,  0x107118,  0x107511,
+    0x108218,  0x108E11,  0x108F18,  0x109012,  0x109A18,  0x109E00,  0x10A011,  0x10C600,  0x10C711,  0x10C800,
+    0x10CD11,  0x10CE00,  0x10D011,  0x10FB00,  0x10FC11,  0x124900,  0x124A11,  0x124E00,  0x125011,  0x125700,
+    0x125811,  0x125900,  0x125A11,  0x125E00,  0x126011,  0x128900,  0x128A11,  0x128E00,  0x129011,  0x12B100,
+    0x12B211,  0x12B600,  0x12B811,  0x12BF00,  0x12C011,  0x12C100,  0x12C211,  0x12C600,  0x12C811,  0x12D700,
+    0x12D811,  0x131100,  0x131211,  0x131600,  0x131811,  0x135B00,  0x135D18,  0x136000,  0x136902,  0x137D00,
+    0x138011,  0x139000,  0x13A011,  0x13F600,  0x13F811,  0x13FE00,  0x140111,  0x166D00,  0x166F11,  0x168004,
+    0x168111,  0x169B00,  0x16A011,  0x16EB00,  0x16EE12,  0x16F111,  0x16F900,  0x170011,  0x171218,  0x171600,
+    0x171F11,  0x173218,  0x173500,  0x174011,  0x175218,  0x175400,  0x176011,  0x176D00,  0x176E11,  0x177100,
+    0x177218,  0x177400,  0x178011,  0x17B418,  0x17D400,  0x17D711,  0x17D800,  0x17DC11,  0x17DD18,  0x17DE00,
+    0x17E012,  0x17EA00,  0x17F002,  0x17FA00,  0x180B18,  0x180E00,  0x180F18,  0x181012,  0x181A00,  0x182011,
+    0x187900,  0x188011,  0x188518,  0x188711,  0x18A918,  0x18AA11,  0x18AB00,  0x18B011,  0x18F600,  0x190011,
+    0x191F00,  0x192018,  0x192C00,  0x193018,  0x193C00,  0x194612,  0x195011,  0x196E00,  0x197011,  0x197500,
+    0x198011,  0x19AC00,  0x19B011,  0x19CA00,  0x19D012,  0x19DA02,  0x19DB00,  0x1A0011,  0x1A1718,  0x1A1C00,
+    0x1A2011,  0x1A5518,  0x1A5F00,  0x1A6018,  0x1A7D00,  0x1A7F18,  0x1A8012,  0x1A8A00,  0x1A9012,  0x1A9A00,
+    0x1AA711,  0x1AA800,  0x1AB018,  0x1ACF00,  0x1B0018,  0x1B0511,  0x1B3418,  0x1B4511,  0x1B4D00,  0x1B5012,
+    0x1B5A00,  0x1B6B18,  0x1B7400,  0x1B8018,  0x1B8311,  0x1BA118,  0x1BAE11,  0x1BB012,  0x1BBA11,  0x1BE618,
+    0x1BF400,  0x1C0011,  0x1C2418,  0x1C3800,  0x1C4012,  0x1C4A00,  0x1C4D11,  0x1C5012,  0x1C5A11,  0x1C7E00,
+    0x1C8011,  0x1C8B00,  0x1C9011,  0x1CBB00,  0x1CBD11,  0x1CC000,  0x1CD018,  0x1CD300,  0x1CD418,  0x1CE911,
+    0x1CED18,  0x1CEE11,  0x1CF418,  0x1CF511,  0x1CF718,  0x1CFA11,  0x1CFB00,  0x1D0011,  0x1DC018,  0x1E0011,
+    0x1F1600,  0x1F1811,  0x1F1E00,  0x1F2011,  0x1F4600,  0x1F4811,  0x1F4E00,  0x1F5011,  0x1F5800,  0x1F5911,
+    0x1F5A00,  0x1F5B11,  0x1F5C00,  0x1F5D11,  0x1F5E00,  0x1F5F11,  0x1F7E00,  0x1F8011,  0x1FB500,  0x1FB611,
+    0x1FBD00,  0x1FBE11,  0x1FBF00,  0x1FC211,  0x1FC500,  0x1FC611,  0x1FCD00,  0x1FD011,  0x1FD400,  0x1FD611,
+    0x1FDC00,  0x1FE011,  0x1FED00,  0x1FF211,  0x1FF500,  0x1FF611,  0x1FFD00,  0x200004,  0x200B00,  0x200C10,
+    0x200E00,  0x202804,  0x202A00,  0x202F04,  0x203000,  0x203F10,  0x204100,  0x205410,  0x205500,  0x205F04,
+    0x206000,  0x207002,  0x207111,  0x207200,  0x207402,  0x207A00,  0x207F11,  0x208002,  0x208A00,  0x209011,
+    0x209D00,  0x20D018,  0x20F100,  0x210211,  0x210300,  0x210711,  0x210800,  0x210A11,  0x211400,  0x211511,
+    0x211600,  0x211911,  0x211E00,  0x212411,  0x212500,  0x212611,  0x212700,  0x212811,  0x212900,  0x212A11,
+    0x212E00,  0x212F11,  0x213A00,  0x213C11,  0x214000,  0x214511,  0x214A00,  0x214E11,  0x214F00,  0x215002,
+    0x216012,  0x218311,  0x218512,  0x218902,  0x218A00,  0x246002,  0x249C00,  0x24B610,  0x24EA02,  0x250000,
+    0x277602,  0x279400,  0x2C0011,  0x2CE500,  0x2CEB11,  0x2CEF18,  0x2CF211,  0x2CF400,  0x2CFD02,  0x2CFE00,
+    0x2D0011,  0x2D2600,  0x2D2711,  0x2D2800,  0x2D2D11,  0x2D2E00,  0x2D3011,  0x2D6800,  0x2D6F11,  0x2D7000,
+    0x2D7F18,  0x2D8011,  0x2D9700,  0x2DA011,  0x2DA700,  0x2DA811,  0x2DAF00,  0x2DB011,  0x2DB700,  0x2DB811,
+    0x2DBF00,  0x2DC011,  0x2DC700,  0x2DC811,  0x2DCF00,  0x2DD011,  0x2DD700,  0x2DD811,  0x2DDF00,  0x2DE018,
+    0x2E0000,  0x2E2F11,  0x2E3000,  0x300004,  0x300100,  0x300511,  0x300712,  0x300800,  0x302112,  0x302A18,
+    0x303000,  0x303111,  0x303600,  0x303812,  0x303B11,  0x303D00,  0x304111,  0x309700,  0x309918,  0x309B00,
+    0x309D11,  0x30A000,  0x30A111,  0x30FB00,  0x30FC11,  0x310000,  0x310511,  0x313000,  0x313111,  0x318F00,
+    0x319202,  0x319600,  0x31A011,  0x31C000,  0x31F011,  0x320000,  0x322002,  0x322A00,  0x324802,  0x325000,
+    0x325102,  0x326000,  0x328002,  0x328A00,  0x32B102,  0x32C000,  0x340011,  0x4DC000,  0x4E0011,  0xA48D00,
+    0xA4D011,  0xA4FE00,  0xA50011,  0xA60D00,  0xA61011,  0xA62012,  0xA62A11,  0xA62C00,  0xA64011,  0xA66F18,
+    0xA67300,  0xA67418,  0xA67E00,  0xA67F11,  0xA69E18,  0xA6A011,  0xA6E612,  0xA6F018,  0xA6F200,  0xA71711,
+    0xA72000,  0xA72211,  0xA78900,  0xA78B11,  0xA7CE00,  0xA7D011,  0xA7D200,  0xA7D311,  0xA7D400,  0xA7D511,
+    0xA7DD00,  0xA7F211,  0xA80218,  0xA80311,  0xA80618,  0xA80711,  0xA80B18,  0xA80C11,  0xA82318,  0xA82800,
+    0xA82C18,  0xA82D00,  0xA83002,  0xA83600,  0xA84011,  0xA87400,  0xA88018,  0xA88211,  0xA8B418,  0xA8C600,
+    0xA8D012,  0xA8DA00,  0xA8E018,  0xA8F211,  0xA8F800,  0xA8FB11,  0xA8FC00,  0xA8FD11,  0xA8FF18,  0xA90012,
+    0xA90A11,  0xA92618,  0xA92E00,  0xA93011,  0xA94718,  0xA95400,  0xA96011,  0xA97D00,  0xA98018,  0xA98411,
+    0xA9B318,  0xA9C100,  0xA9CF11,  0xA9D012,  0xA9DA00,  0xA9E011,  0xA9E518,  0xA9E611,  0xA9F012,  0xA9FA11,
+    0xA9FF00,  0xAA0011,  0xAA2918,  0xAA3700,  0xAA4011,  0xAA4318,  0xAA4411,  0xAA4C18,  0xAA4E00,  0xAA5012,
+    0xAA5A00,  0xAA6011,  0xAA7700,  0xAA7A11,  0xAA7B18,  0xAA7E11,  0xAAB018,  0xAAB111,  0xAAB218,  0xAAB511,
+    0xAAB718,  0xAAB911,  0xAABE18,  0xAAC011,  0xAAC118,  0xAAC211,  0xAAC300,  0xAADB11,  0xAADE00,  0xAAE011,
+    0xAAEB18,  0xAAF000,  0xAAF211,  0xAAF518,  0xAAF700,  0xAB0111,  0xAB0700,  0xAB0911,  0xAB0F00,  0xAB1111,
+    0xAB1700,  0xAB2011,  0xAB2700,  0xAB2811,  0xAB2F00,  0xAB3011,  0xAB5B00,  0xAB5C11,  0xAB6A00,  0xAB7011,
+    0xABE318,  0xABEB00,  0xABEC18,  0xABEE00,  0xABF012,  0xABFA00,  0xAC0011,  0xD7A400,  0xD7B011,  0xD7C700,
+    0xD7CB11,  0xD7FC00,  0xF90011,  0xFA6E00,  0xFA7011,  0xFADA00,  0xFB0011,  0xFB0700,  0xFB1311,  0xFB1800,
+    0xFB1D11,  0xFB1E18,  0xFB1F11,  0xFB2900,  0xFB2A11,  0xFB3700,  0xFB3811,  0xFB3D00,  0xFB3E11,  0xFB3F00,
+    0xFB4011,  0xFB4200,  0xFB4311,  0xFB4500,  0xFB4611,  0xFBB200,  0xFBD311,  0xFD3E00,  0xFD5011,  0xFD9000,
+    0xFD9211,  0xFDC800,  0xFDF011,  0xFDFC00,  0xFE0018,  0xFE1000,  0xFE2018,  0xFE3000,  0xFE3310,  0xFE3500,
+    0xFE4D10,  0xFE5000,  0xFE7011,  0xFE7500,  0xFE7611,  0xFEFD00,  0xFF1012,  0xFF1A00,  0xFF2111,  0xFF3B00,
+    0xFF3F10,  0xFF4000,  0xFF4111,  0xFF5B00,  0xFF6611,  0xFFBF00,  0xFFC211,  0xFFC800,  0xFFCA11,  0xFFD000,
+    0xFFD211,  0xFFD800,  0xFFDA11,  0xFFDD00,  0x1000011, 0x1000C00, 0x1000D11, 0x1002700, 0x1002811, 0x1003B00,
+    0x1003C11, 0x1003E00, 0x1003F11, 0x1004E00, 0x1005011, 0x1005E00, 0x1008011, 0x100FB00, 0x1010702, 0x1013400,
+    0x1014012, 0x1017502, 0x1017900, 0x1018A02, 0x1018C00, 0x101FD18, 0x101FE00, 0x1028011, 0x1029D00, 0x102A011,
+    0x102D100, 0x102E018, 0x102E102, 0x102FC00, 0x1030011, 0x1032002, 0x1032400, 0x1032D11, 0x1034112, 0x1034211,
+    0x1034A12, 0x1034B00, 0x1035011, 0x1037618, 0x1037B00, 0x1038011, 0x1039E00, 0x103A011, 0x103C400, 0x103C811,
+    0x103D000, 0x103D112, 0x103D600, 0x1040011, 0x1049E00, 0x104A012, 0x104AA00, 0x104B011, 0x104D400, 0x104D811,
+    0x104FC00, 0x1050011, 0x1052800, 0x1053011, 0x1056400, 0x1057011, 0x1057B00, 0x1057C11, 0x1058B00, 0x1058C11,
+    0x1059300, 0x1059411, 0x1059600, 0x1059711, 0x105A200, 0x105A311, 0x105B200, 0x105B311, 0x105BA00, 0x105BB11,
+    0x105BD00, 0x105C011, 0x105F400, 0x1060011, 0x1073700, 0x1074011, 0x1075600, 0x1076011, 0x1076800, 0x1078011,
+    0x1078600, 0x1078711, 0x107B100, 0x107B211, 0x107BB00, 0x1080011, 0x1080600, 0x1080811, 0x1080900, 0x1080A11,
+    0x1083600, 0x1083711, 0x1083900, 0x1083C11, 0x1083D00, 0x1083F11, 0x1085600, 0x1085802, 0x1086011, 0x1087700,
+    0x1087902, 0x1088011, 0x1089F00, 0x108A702, 0x108B000, 0x108E011, 0x108F300, 0x108F411, 0x108F600, 0x108FB02,
+    0x1090011, 0x1091602, 0x1091C00, 0x1092011, 0x1093A00, 0x1098011, 0x109B800, 0x109BC02, 0x109BE11, 0x109C002,
+    0x109D000, 0x109D202, 0x10A0011, 0x10A0118, 0x10A0400, 0x10A0518, 0x10A0700, 0x10A0C18, 0x10A1011, 0x10A1400,
+    0x10A1511, 0x10A1800, 0x10A1911, 0x10A3600, 0x10A3818, 0x10A3B00, 0x10A3F18, 0x10A4002, 0x10A4900, 0x10A6011,
+    0x10A7D02, 0x10A7F00, 0x10A8011, 0x10A9D02, 0x10AA000, 0x10AC011, 0x10AC800, 0x10AC911, 0x10AE518, 0x10AE700,
+    0x10AEB02, 0x10AF000, 0x10B0011, 0x10B3600, 0x10B4011, 0x10B5600, 0x10B5802, 0x10B6011, 0x10B7300, 0x10B7802,
+    0x10B8011, 0x10B9200, 0x10BA902, 0x10BB000, 0x10C0011, 0x10C4900, 0x10C8011, 0x10CB300, 0x10CC011, 0x10CF300,
+    0x10CFA02, 0x10D0011, 0x10D2418, 0x10D2800, 0x10D3012, 0x10D3A00, 0x10D4012, 0x10D4A11, 0x10D6600, 0x10D6918,
+    0x10D6E00, 0x10D6F11, 0x10D8600, 0x10E6002, 0x10E7F00, 0x10E8011, 0x10EAA00, 0x10EAB18, 0x10EAD00, 0x10EB011,
+    0x10EB200, 0x10EC211, 0x10EC500, 0x10EFC18, 0x10F0011, 0x10F1D02, 0x10F2711, 0x10F2800, 0x10F3011, 0x10F4618,
+    0x10F5102, 0x10F5500, 0x10F7011, 0x10F8218, 0x10F8600, 0x10FB011, 0x10FC502, 0x10FCC00, 0x10FE011, 0x10FF700,
+    0x1100018, 0x1100311, 0x1103818, 0x1104700, 0x1105202, 0x1106612, 0x1107018, 0x1107111, 0x1107318, 0x1107511,
+    0x1107600, 0x1107F18, 0x1108311, 0x110B018, 0x110BB00, 0x110C218, 0x110C300, 0x110D011, 0x110E900, 0x110F012,
+    0x110FA00, 0x1110018, 0x1110311, 0x1112718, 0x1113500, 0x1113612, 0x1114000, 0x1114411, 0x1114518, 0x1114711,
+    0x1114800, 0x1115011, 0x1117318, 0x1117400, 0x1117611, 0x1117700, 0x1118018, 0x1118311, 0x111B318, 0x111C111,
+    0x111C500, 0x111C918, 0x111CD00, 0x111CE18, 0x111D012, 0x111DA11, 0x111DB00, 0x111DC11, 0x111DD00, 0x111E102,
+    0x111F500, 0x1120011, 0x1121200, 0x1121311, 0x1122C18, 0x1123800, 0x1123E18, 0x1123F11, 0x1124118, 0x1124200,
+    0x1128011, 0x1128700, 0x1128811, 0x1128900, 0x1128A11, 0x1128E00, 0x1128F11, 0x1129E00, 0x1129F11, 0x112A900,
+    0x112B011, 0x112DF18, 0x112EB00, 0x112F012, 0x112FA00, 0x1130018, 0x1130400, 0x1130511, 0x1130D00, 0x1130F11,
+    0x1131100, 0x1131311, 0x1132900, 0x1132A11, 0x1133100, 0x1133211, 0x1133400, 0x1133511, 0x1133A00, 0x1133B18,
+    0x1133D11, 0x1133E18, 0x1134500, 0x1134718, 0x1134900, 0x1134B18, 0x1134E00, 0x1135011, 0x1135100, 0x1135718,
+    0x1135800, 0x1135D11, 0x1136218, 0x1136400, 0x1136618, 0x1136D00, 0x1137018, 0x1137500, 0x1138011, 0x1138A00,
+    0x1138B11, 0x1138C00, 0x1138E11, 0x1138F00, 0x1139011, 0x113B600, 0x113B711, 0x113B818, 0x113C100, 0x113C218,
+    0x113C300, 0x113C518, 0x113C600, 0x113C718, 0x113CB00, 0x113CC18, 0x113D111, 0x113D218, 0x113D311, 0x113D400,
+    0x113E118, 0x113E300, 0x1140011, 0x1143518, 0x1144711, 0x1144B00, 0x1145012, 0x1145A00, 0x1145E18, 0x1145F11,
+    0x1146200, 0x1148011, 0x114B018, 0x114C411, 0x114C600, 0x114C711, 0x114C800, 0x114D012, 0x114DA00, 0x1158011,
+    0x115AF18, 0x115B600, 0x115B818, 0x115C100, 0x115D811, 0x115DC18, 0x115DE00, 0x1160011, 0x1163018, 0x1164100,
+    0x1164411, 0x1164500, 0x1165012, 0x1165A00, 0x1168011, 0x116AB18, 0x116B811, 0x116B900, 0x116C012, 0x116CA00,
+    0x116D012, 0x116E400, 0x1170011, 0x1171B00, 0x1171D18, 0x1172C00, 0x1173012, 0x1173A02, 0x1173C00, 0x1174011,
+    0x1174700, 0x1180011, 0x1182C18, 0x1183B00, 0x118A011, 0x118E012, 0x118EA02, 0x118F300, 0x118FF11, 0x1190700,
+    0x1190911, 0x1190A00, 0x1190C11, 0x1191400, 0x1191511, 0x1191700, 0x1191811, 0x1193018, 0x1193600, 0x1193718,
+    0x1193900, 0x1193B18, 0x1193F11, 0x1194018, 0x1194111, 0x1194218, 0x1194400, 0x1195012, 0x1195A00, 0x119A011,
+    0x119A800, 0x119AA11, 0x119D118, 0x119D800, 0x119DA18, 0x119E111, 0x119E200, 0x119E311, 0x119E418, 0x119E500,
+    0x11A0011, 0x11A0118, 0x11A0B11, 0x11A3318, 0x11A3A11, 0x11A3B18, 0x11A3F00, 0x11A4718, 0x11A4800, 0x11A5011,
+    0x11A5118, 0x11A5C11, 0x11A8A18, 0x11A9A00, 0x11A9D11, 0x11A9E00, 0x11AB011, 0x11AF900, 0x11BC011, 0x11BE100,
+    0x11BF012, 0x11BFA00, 0x11C0011, 0x11C0900, 0x11C0A11, 0x11C2F18, 0x11C3700, 0x11C3818, 0x11C4011, 0x11C4100,
+    0x11C5012, 0x11C5A02, 0x11C6D00, 0x11C7211, 0x11C9000, 0x11C9218, 0x11CA800, 0x11CA918, 0x11CB700, 0x11D0011,
+    0x11D0700, 0x11D0811, 0x11D0A00, 0x11D0B11, 0x11D3118, 0x11D3700, 0x11D3A18, 0x11D3B00, 0x11D3C18, 0x11D3E00,
+    0x11D3F18, 0x11D4611, 0x11D4718, 0x11D4800, 0x11D5012, 0x11D5A00, 0x11D6011, 0x11D6600, 0x11D6711, 0x11D6900,
+    0x11D6A11, 0x11D8A18, 0x11D8F00, 0x11D9018, 0x11D9200, 0x11D9318, 0x11D9811, 0x11D9900, 0x11DA012, 0x11DAA00,
+    0x11EE011, 0x11EF318, 0x11EF700, 0x11F0018, 0x11F0211, 0x11F0318, 0x11F0411, 0x11F1100, 0x11F1211, 0x11F3418,
+    0x11F3B00, 0x11F3E18, 0x11F4300, 0x11F5012, 0x11F5A18, 0x11F5B00, 0x11FB011, 0x11FB100, 0x11FC002, 0x11FD500,
+    0x1200011, 0x1239A00, 0x1240012, 0x1246F00, 0x1248011, 0x1254400, 0x12F9011, 0x12FF100, 0x1300011, 0x1343000,
+    0x1344018, 0x1344111, 0x1344718, 0x1345600, 0x1346011, 0x143FB00, 0x1440011, 0x1464700, 0x1610011, 0x1611E18,
+    0x1613012, 0x1613A00, 0x1680011, 0x16A3900, 0x16A4011, 0x16A5F00, 0x16A6012, 0x16A6A00, 0x16A7011, 0x16ABF00,
+    0x16AC012, 0x16ACA00, 0x16AD011, 0x16AEE00, 0x16AF018, 0x16AF500, 0x16B0011, 0x16B3018, 0x16B3700, 0x16B4011,
+    0x16B4400, 0x16B5012, 0x16B5A00, 0x16B5B02, 0x16B6200, 0x16B6311, 0x16B7800, 0x16B7D11, 0x16B9000, 0x16D4011,
+    0x16D6D00, 0x16D7012, 0x16D7A00, 0x16E4011, 0x16E8002, 0x16E9700, 0x16F0011, 0x16F4B00, 0x16F4F18, 0x16F5011,
+    0x16F5118, 0x16F8800, 0x16F8F18, 0x16F9311, 0x16FA000, 0x16FE011, 0x16FE200, 0x16FE311, 0x16FE418, 0x16FE500,
+    0x16FF018, 0x16FF200, 0x1700011, 0x187F800, 0x1880011, 0x18CD600, 0x18CFF11, 0x18D0900, 0x1AFF011, 0x1AFF400,
+    0x1AFF511, 0x1AFFC00, 0x1AFFD11, 0x1AFFF00, 0x1B00011, 0x1B12300, 0x1B13211, 0x1B13300, 0x1B15011, 0x1B15300,
+    0x1B15511, 0x1B15600, 0x1B16411, 0x1B16800, 0x1B17011, 0x1B2FC00, 0x1BC0011, 0x1BC6B00, 0x1BC7011, 0x1BC7D00,
+    0x1BC8011, 0x1BC8900, 0x1BC9011, 0x1BC9A00, 0x1BC9D18, 0x1BC9F00, 0x1CCF012, 0x1CCFA00, 0x1CF0018, 0x1CF2E00,
+    0x1CF3018, 0x1CF4700, 0x1D16518, 0x1D16A00, 0x1D16D18, 0x1D17300, 0x1D17B18, 0x1D18300, 0x1D18518, 0x1D18C00,
+    0x1D1AA18, 0x1D1AE00, 0x1D24218, 0x1D24500, 0x1D2C002, 0x1D2D400, 0x1D2E002, 0x1D2F400, 0x1D36002, 0x1D37900,
+    0x1D40011, 0x1D45500, 0x1D45611, 0x1D49D00, 0x1D49E11, 0x1D4A000, 0x1D4A211, 0x1D4A300, 0x1D4A511, 0x1D4A700,
+    0x1D4A911, 0x1D4AD00, 0x1D4AE11, 0x1D4BA00, 0x1D4BB11, 0x1D4BC00, 0x1D4BD11, 0x1D4C400, 0x1D4C511, 0x1D50600,
+    0x1D50711, 0x1D50B00, 0x1D50D11, 0x1D51500, 0x1D51611, 0x1D51D00, 0x1D51E11, 0x1D53A00, 0x1D53B11, 0x1D53F00,
+    0x1D54011, 0x1D54500, 0x1D54611, 0x1D54700, 0x1D54A11, 0x1D55100, 0x1D55211, 0x1D6A600, 0x1D6A811, 0x1D6C100,
+    0x1D6C211, 0x1D6DB00, 0x1D6DC11, 0x1D6FB00, 0x1D6FC11, 0x1D71500, 0x1D71611, 0x1D73500, 0x1D73611, 0x1D74F00,
+    0x1D75011, 0x1D76F00, 0x1D77011, 0x1D78900, 0x1D78A11, 0x1D7A900, 0x1D7AA11, 0x1D7C300, 0x1D7C411, 0x1D7CC00,
+    0x1D7CE12, 0x1D80000, 0x1DA0018, 0x1DA3700, 0x1DA3B18, 0x1DA6D00, 0x1DA7518, 0x1DA7600, 0x1DA8418, 0x1DA8500,
+    0x1DA9B18, 0x1DAA000, 0x1DAA118, 0x1DAB000, 0x1DF0011, 0x1DF1F00, 0x1DF2511, 0x1DF2B00, 0x1E00018, 0x1E00700,
+    0x1E00818, 0x1E01900, 0x1E01B18, 0x1E02200, 0x1E02318, 0x1E02500, 0x1E02618, 0x1E02B00, 0x1E03011, 0x1E06E00,
+    0x1E08F18, 0x1E09000, 0x1E10011, 0x1E12D00, 0x1E13018, 0x1E13711, 0x1E13E00, 0x1E14012, 0x1E14A00, 0x1E14E11,
+    0x1E14F00, 0x1E29011, 0x1E2AE18, 0x1E2AF00, 0x1E2C011, 0x1E2EC18, 0x1E2F012, 0x1E2FA00, 0x1E4D011, 0x1E4EC18,
+    0x1E4F012, 0x1E4FA00, 0x1E5D011, 0x1E5EE18, 0x1E5F011, 0x1E5F112, 0x1E5FB00, 0x1E7E011, 0x1E7E700, 0x1E7E811,
+    0x1E7EC00, 0x1E7ED11, 0x1E7EF00, 0x1E7F011, 0x1E7FF00, 0x1E80011, 0x1E8C500, 0x1E8C702, 0x1E8D018, 0x1E8D700,
+    0x1E90011, 0x1E94418, 0x1E94B11, 0x1E94C00, 0x1E95012, 0x1E95A00, 0x1EC7102, 0x1ECAC00, 0x1ECAD02, 0x1ECB000,
+    0x1ECB102, 0x1ECB500, 0x1ED0102, 0x1ED2E00, 0x1ED2F02, 0x1ED3E00, 0x1EE0011, 0x1EE0400, 0x1EE0511, 0x1EE2000,
+    0x1EE2111, 0x1EE2300, 0x1EE2411, 0x1EE2500, 0x1EE2711, 0x1EE2800, 0x1EE2911, 0x1EE3300, 0x1EE3411, 0x1EE3800,
+    0x1EE3911, 0x1EE3A00, 0x1EE3B11, 0x1EE3C00, 0x1EE4211, 0x1EE4300, 0x1EE4711, 0x1EE4800, 0x1EE4911, 0x1EE4A00,
+    0x1EE4B11, 0x1EE4C00, 0x1EE4D11, 0x1EE5000, 0x1EE5111, 0x1EE5300, 0x1EE5411, 0x1EE5500, 0x1EE5711, 0x1EE5800,
+    0x1EE5911, 0x1EE5A00, 0x1EE5B11, 0x1EE5C00, 0x1EE5D11, 0x1EE5E00, 0x1EE5F11, 0x1EE6000, 0x1EE6111, 0x1EE6300,
+    0x1EE6411, 0x1EE6500, 0x1EE6711, 0x1EE6B00, 0x1EE6C11, 0x1EE7300, 0x1EE7411, 0x1EE7800, 0x1EE7911, 0x1EE7D00,
+    0x1EE7E11, 0x1EE7F00, 0x1EE8011, 0x1EE8A00, 0x1EE8B11, 0x1EE9C00, 0x1EEA111, 0x1EEA400, 0x1EEA511, 0x1EEAA00,
+    0x1EEAB11, 0x1EEBC00, 0x1F10002, 0x1F10D00, 0x1F13010, 0x1F14A00, 0x1F15010, 0x1F16A00, 0x1F17010, 0x1F18A00,
+    0x1FBF012, 0x1FBFA00, 0x2000011, 0x2A6E000, 0x2A70011, 0x2B73A00, 0x2B74011, 0x2B81E00, 0x2B82011, 0x2CEA200,
+    0x2CEB011, 0x2EBE100, 0x2EBF011, 0x2EE5E00, 0x2F80011, 0x2FA1E00, 0x3000011, 0x3134B00, 0x3135011, 0x323B000,
+    0xE010018, 0xE01F000,
 };
 /* END UNICODE */
 
@@ -4128,14 +4177,12 @@ static const uint32_t tfm__unicode_runs[2012] = {
 static unsigned tfm__unicode_class(uint32_t code_point) {
     size_t first = 0, n = sizeof tfm__unicode_runs / sizeof tfm__unicode_runs[0];
     uint32_t last_start = code_point << 8 | 0xFF;
-    if (code_point < 128) {
+    if (code_point < 128)
         return tfm__ascii_classes[code_point];
-    }
     while (n > 1) { /* the run is one of n from first on */
         size_t half = n / 2;
-        if (tfm__unicode_runs[first + half] <= last_start) {
+        if (tfm__unicode_runs[first + half] <= last_start)
             first += half;
-        }
         n -= half;
     }
     return tfm__unicode_runs[first] & 0xFF;
@@ -4152,18 +4199,16 @@ static size_t tfm__utf8_prefix(const unsigned char *text, size_t size, size_t *l
     unsigned lead = text[0], low = 0x80, high = 0xBF;
     size_t n = 1;
     *length = lead < 0xC2 ? 1 : lead < 0xE0 ? 2 : lead < 0xF0 ? 3 : lead < 0xF5 ? 4 : 1;
-    if (*length == 1) {
+    if (*length == 1)
         return lead < 0x80;
-    }
-    if (lead == 0xE0) {
+    if (lead == 0xE0)
         low = 0xA0;
-    } else if (lead == 0xED) {
+    else if (lead == 0xED)
         high = 0x9F;
-    } else if (lead == 0xF0) {
+    else if (lead == 0xF0)
         low = 0x90;
-    } else if (lead == 0xF4) {
+    else if (lead == 0xF4)
         high = 0x8F;
-    }
     while (n < *length && n < size && text[n] >= low && text[n] <= high) {
         n++;
         low = 0x80;
@@ -4181,9 +4226,8 @@ static uint32_t tfm__utf8_decode(const unsigned char *text, size_t size, size_t 
         return TFM__NOT_UTF8;
     }
     code_point = length == 1 ? text[0] : text[0] & (0x7Fu >> length);
-    for (i = 1; i < length; i++) {
+    for (i = 1; i < length; i++)
         code_point = code_point << 6 | (text[i] & 0x3Fu);
-    }
     *used = length;
     return code_point;
 }
@@ -4202,9 +4246,8 @@ static unsigned tfm__class_before(const unsigned char *text, size_t at, size_t *
     size_t back;
     for (back = at < 4 ? at : 4; back > 1; back--) {
         uint32_t code_point = tfm__utf8_decode(text + at - back, back, used);
-        if (*used == back) {
+        if (*used == back)
             return tfm__unicode_class(code_point);
-        }
     }
     return tfm__class_at(text + at - 1, 1, used);
 }
@@ -4214,11 +4257,9 @@ static unsigned tfm__class_before(const unsigned char *text, size_t at, size_t *
 static size_t tfm__utf8_incomplete(const char *text, size_t size) {
     const unsigned char *end = (const unsigned char *)text + size;
     size_t back, length;
-    for (back = 1; back <= 3 && back <= size; back++) {
-        if ((end[-(ptrdiff_t)back] & 0xC0) != 0x80) {
+    for (back = 1; back <= 3 && back <= size; back++)
+        if ((end[-(ptrdiff_t)back] & 0xC0) != 0x80)
             return tfm__utf8_prefix(end - back, back, &length) == back && back < length ? back : 0;
-        }
-    }
     return 0;
 }
 
@@ -4227,12 +4268,10 @@ static size_t tfm__utf8_incomplete(const char *text, size_t size) {
 /* The size of the English contraction at the start of text, in lower case only; 0 if there is none. */
 static size_t tfm__gpt2_contraction(const unsigned char *text, size_t size) {
     unsigned char a = size >= 2 ? text[1] : 0, b = size >= 3 ? text[2] : 0;
-    if (text[0] != '\'') {
+    if (text[0] != '\'')
         return 0;
-    }
-    if (a == 's' || a == 't' || a == 'm' || a == 'd') {
+    if (a == 's' || a == 't' || a == 'm' || a == 'd')
         return 2;
-    }
     return (a == 'r' && b == 'e') || (a == 'v' && b == 'e') || (a == 'l' && b == 'l') ? 3 : 0;
 }
 
@@ -4249,18 +4288,16 @@ static size_t tfm__gpt2_piece(const unsigned char *text, size_t size, int lead) 
     size_t end = !lead && text[0] == ' ' && size >= 2, used; /* after the one space */
     unsigned kind = tfm__class_at(text + end, size - end, &used) & kinds;
     size_t last = 0; /* where the last character of the run of white space begins */
-    if (contraction > 0) {
+    if (contraction > 0)
         return contraction;
-    }
     if (kind != TFM__SPACE) {
         do {
             end += used;
         } while (end < size && (tfm__class_at(text + end, size - end, &used) & kinds) == kind);
         return end;
     }
-    for (end = 0; end < size && (tfm__class_at(text + end, size - end, &used) & TFM__SPACE); end += used) {
+    for (end = 0; end < size && (tfm__class_at(text + end, size - end, &used) & TFM__SPACE); end += used)
         last = end;
-    }
     return end < size && (last > 0 || lead) ? last : end;
 }
 
@@ -4280,27 +4317,24 @@ typedef struct tfm__pairs {
 
 static void *tfm__tokenizer_allocate(const tfm_allocator *allocator, size_t size, tfm_error *error) {
     void *memory = allocator->allocate(allocator->user, size);
-    if (!memory) {
+    if (!memory)
         tfm__fail(error, TFM_ERROR_MEMORY, "tokenizer: out of memory, %zu bytes are not to be had", size);
-    }
     return memory;
 }
 
 /* How many slots a table of n entries has: at least half of them stay empty. */
 static size_t tfm__table_slots(size_t n) {
     size_t n_slots = 2;
-    while (n_slots < 2 * n) {
+    while (n_slots < 2 * n)
         n_slots *= 2;
-    }
     return n_slots;
 }
 
 static tfm_status tfm__pairs_create(tfm__pairs *pairs, size_t n, const tfm_allocator *allocator, tfm_error *error) {
     size_t n_slots = tfm__table_slots(n);
     pairs->slots = (uint64_t *)tfm__tokenizer_allocate(allocator, n_slots * sizeof *pairs->slots, error);
-    if (!pairs->slots) {
+    if (!pairs->slots)
         return TFM_ERROR_MEMORY;
-    }
     memset(pairs->slots, 0xFF, n_slots * sizeof *pairs->slots);
     pairs->mask = n_slots - 1;
     return TFM_OK;
@@ -4316,9 +4350,8 @@ static uint64_t *tfm__pairs_slot(const tfm__pairs *pairs, uint32_t first, uint32
     slot = (size_t)(hash >> 32);
     for (probes = 0; probes < TFM__MAX_PROBES; probes++, slot++) {
         uint64_t *entry = &pairs->slots[slot & pairs->mask];
-        if (*entry == UINT64_MAX || *entry >> 22 == key) {
+        if (*entry == UINT64_MAX || *entry >> 22 == key)
             return entry;
-        }
     }
     return NULL;
 }
@@ -4390,20 +4423,17 @@ static void tfm__bpe_free(tfm__bpe *bpe) {
     memory[3] = bpe->added.slots;
     memory[4] = bpe->added_ids;
     memory[5] = bpe->words;
-    for (i = 0; i < sizeof memory / sizeof memory[0]; i++) {
-        if (memory[i]) {
+    for (i = 0; i < sizeof memory / sizeof memory[0]; i++)
+        if (memory[i])
             bpe->allocator.release(bpe->allocator.user, memory[i]);
-        }
-    }
     memset(bpe, 0, sizeof *bpe);
 }
 
 /* The bytes of a token and their number; NULL if there is no such id. */
 static const unsigned char *tfm__bpe_token_bytes(const tfm__bpe *bpe, int32_t id, size_t *size) {
     *size = 0;
-    if (id < 0 || (size_t)id >= bpe->source.n_tokens) {
+    if (id < 0 || (size_t)id >= bpe->source.n_tokens)
         return NULL;
-    }
     *size = bpe->offsets[id + 1] - bpe->offsets[id];
     return bpe->source.tokens + bpe->offsets[id];
 }
@@ -4421,23 +4451,20 @@ static tfm_status tfm__bpe_build_tokens(tfm__bpe *bpe, tfm_error *error) {
     const tfm__bpe_source *source = &bpe->source;
     uint32_t offset = 0;
     size_t size, i;
-    if (source->n_tokens == 0 || source->tokens_size == 0) {
+    if (source->n_tokens == 0 || source->tokens_size == 0)
         return tfm__fail(error, TFM_ERROR_FORMAT, "tokenizer: the vocabulary is empty");
-    }
     if (source->n_tokens > TFM__PAIR_MEMBERS || source->n_merges > TFM__PAIR_VALUES) {
         return tfm__fail(error, TFM_ERROR_UNSUPPORTED,
                          "tokenizer: %zu tokens and %zu merges are too many (the limits are %lu and %lu)",
                          source->n_tokens, source->n_merges, (unsigned long)TFM__PAIR_MEMBERS,
                          (unsigned long)TFM__PAIR_VALUES);
     }
-    if (source->tokens_size > UINT32_MAX) {
+    if (source->tokens_size > UINT32_MAX)
         return tfm__fail(error, TFM_ERROR_UNSUPPORTED, "tokenizer: the tokens have 4 GiB of bytes or more");
-    }
     size = (source->n_tokens + 1) * sizeof *bpe->offsets;
     bpe->offsets = (uint32_t *)tfm__tokenizer_allocate(&bpe->allocator, size, error);
-    if (!bpe->offsets) {
+    if (!bpe->offsets)
         return TFM_ERROR_MEMORY;
-    }
     for (i = 0; i < source->n_tokens; i++) {
         int32_t token_size = source->token_sizes[i];
         if (token_size < 0 || (uint32_t)token_size > source->tokens_size - offset) {
@@ -4469,9 +4496,8 @@ static tfm_status tfm__bpe_check_ids(const tfm__bpe *bpe, const int32_t *ids, si
                                      tfm_error *error) {
     tfm_status status = TFM_OK;
     size_t i;
-    for (i = 0; i < n && status == TFM_OK; i++) {
+    for (i = 0; i < n && status == TFM_OK; i++)
         status = tfm__bpe_check_id(bpe, ids[i], what, i, error);
-    }
     return status;
 }
 
@@ -4482,12 +4508,10 @@ static tfm_status tfm__bpe_check_bytes(const tfm__bpe *bpe, tfm_error *error) {
         int32_t id = bpe->source.byte_ids[i];
         size_t size;
         const unsigned char *bytes;
-        if (id == -1) {
+        if (id == -1)
             continue;
-        }
-        if (tfm__bpe_check_id(bpe, id, "byte", i, error) != TFM_OK) {
+        if (tfm__bpe_check_id(bpe, id, "byte", i, error) != TFM_OK)
             return TFM_ERROR_FORMAT;
-        }
         bytes = tfm__bpe_token_bytes(bpe, id, &size);
         if (size != 1 || bytes[0] != i) {
             return tfm__fail(error, TFM_ERROR_FORMAT, "tokenizer: byte %zu: its token, %ld, is not that byte", i,
@@ -4504,9 +4528,8 @@ static tfm_status tfm__bpe_check_merge(const tfm__bpe *bpe, size_t rank, tfm_err
     const unsigned char *bytes[3];
     size_t sizes[3], i;
     for (i = 0; i < 3; i++) {
-        if (tfm__bpe_check_id(bpe, merge[i], "merge", rank, error) != TFM_OK) {
+        if (tfm__bpe_check_id(bpe, merge[i], "merge", rank, error) != TFM_OK)
             return TFM_ERROR_FORMAT;
-        }
         bytes[i] = tfm__bpe_token_bytes(bpe, merge[i], &sizes[i]);
     }
     if (sizes[0] == 0 || sizes[1] == 0) {
@@ -4516,8 +4539,8 @@ static tfm_status tfm__bpe_check_merge(const tfm__bpe *bpe, size_t rank, tfm_err
     if (sizes[2] != sizes[0] + sizes[1] || memcmp(bytes[2], bytes[0], sizes[0]) != 0 ||
         memcmp(bytes[2] + sizes[0], bytes[1], sizes[1]) != 0) {
         return tfm__fail(error, TFM_ERROR_FORMAT,
-                         "tokenizer: merge %zu: token %ld is not token %ld followed by token %ld", rank,
-                         (long)merge[2], (long)merge[0], (long)merge[1]);
+                         "tokenizer: merge %zu: token %ld is not token %ld followed by token %ld", rank, (long)merge[2],
+                         (long)merge[0], (long)merge[1]);
     }
     return TFM_OK;
 }
@@ -4527,15 +4550,13 @@ static tfm_status tfm__bpe_build_merges(tfm__bpe *bpe, tfm_error *error) {
     const int32_t *merge = bpe->source.merges;
     uint64_t compared = 0;
     size_t rank;
-    if (tfm__pairs_create(&bpe->merges, bpe->source.n_merges, &bpe->allocator, error) != TFM_OK) {
+    if (tfm__pairs_create(&bpe->merges, bpe->source.n_merges, &bpe->allocator, error) != TFM_OK)
         return TFM_ERROR_MEMORY;
-    }
     for (rank = 0; rank < bpe->source.n_merges; rank++, merge += 3) {
         tfm_status status = tfm__bpe_check_merge(bpe, rank, error);
         uint64_t *slot;
-        if (status != TFM_OK) {
+        if (status != TFM_OK)
             return status;
-        }
         compared += bpe->offsets[merge[2] + 1] - bpe->offsets[merge[2]];
         slot = tfm__pairs_slot(&bpe->merges, (uint32_t)merge[0], (uint32_t)merge[1]);
         if (!slot || compared > UINT32_MAX) {
@@ -4592,22 +4613,19 @@ static tfm_status tfm__bpe_build_flags(tfm__bpe *bpe, size_t *max_nodes, tfm_err
     size_t i;
     *max_nodes = 2;
     bpe->token_flags = (unsigned char *)tfm__tokenizer_allocate(&bpe->allocator, bpe->source.n_tokens, error);
-    if (!bpe->token_flags) {
+    if (!bpe->token_flags)
         return TFM_ERROR_MEMORY;
-    }
     memset(bpe->token_flags, 0, bpe->source.n_tokens);
     for (i = 0; i < bpe->source.n_added; i++) {
         int32_t id = added[2 * i], flags = added[2 * i + 1];
-        if (tfm__bpe_check_id(bpe, id, "added token", i, error) != TFM_OK) {
+        if (tfm__bpe_check_id(bpe, id, "added token", i, error) != TFM_OK)
             return TFM_ERROR_FORMAT;
-        }
         if (flags < 0 || flags >= TFM__ADDED) {
             return tfm__fail(error, TFM_ERROR_UNSUPPORTED, "tokenizer: the added token %ld has unknown flags, %ld",
                              (long)id, (long)flags);
         }
-        if (bpe->token_flags[id]) {
+        if (bpe->token_flags[id])
             return tfm__fail(error, TFM_ERROR_FORMAT, "tokenizer: token %ld is added twice", (long)id);
-        }
         bpe->token_flags[id] = (unsigned char)(flags | TFM__ADDED);
         *max_nodes += bpe->offsets[id + 1] - bpe->offsets[id];
     }
@@ -4622,20 +4640,16 @@ static tfm_status tfm__bpe_build_added(tfm__bpe *bpe, tfm_error *error) {
     size_t max_nodes, i;
     uint32_t n_nodes = 2;
     tfm_status status = tfm__bpe_build_flags(bpe, &max_nodes, error);
-    if (status == TFM_OK) {
+    if (status == TFM_OK)
         status = tfm__pairs_create(&bpe->added, max_nodes, &bpe->allocator, error);
-    }
-    if (status != TFM_OK) {
+    if (status != TFM_OK)
         return status;
-    }
     bpe->added_ids = (int32_t *)tfm__tokenizer_allocate(&bpe->allocator, max_nodes * sizeof *bpe->added_ids, error);
-    if (!bpe->added_ids) {
+    if (!bpe->added_ids)
         return TFM_ERROR_MEMORY;
-    }
     bpe->added_ids[0] = bpe->added_ids[1] = -1;
-    for (i = 0; i < bpe->source.n_added && status == TFM_OK; i++) {
+    for (i = 0; i < bpe->source.n_added && status == TFM_OK; i++)
         status = tfm__bpe_build_added_token(bpe, bpe->source.added[2 * i], &n_nodes, error);
-    }
     return status;
 }
 
@@ -4644,21 +4658,18 @@ static tfm_status tfm__bpe_build_added(tfm__bpe *bpe, tfm_error *error) {
 static uint32_t *tfm__bpe_word_slot(const tfm__bpe *bpe, const unsigned char *text, size_t size, int lead) {
     uint32_t hash = 2166136261u; /* FNV-1a */
     size_t i, probes;
-    if (lead) {
+    if (lead)
         hash = (hash ^ ' ') * 16777619u;
-    }
-    for (i = 0; i < size; i++) {
+    for (i = 0; i < size; i++)
         hash = (hash ^ text[i]) * 16777619u;
-    }
     for (probes = 0; probes < TFM__MAX_PROBES; probes++) {
         uint32_t *slot = &bpe->words[(hash + probes) & bpe->words_mask];
         if (*slot != TFM__NONE) {
             size_t token_size;
             const unsigned char *token = tfm__bpe_token_bytes(bpe, (int32_t)*slot, &token_size);
             if (token_size != size + (lead ? 1u : 0u) || (lead && token[0] != ' ') ||
-                memcmp(token + (lead ? 1 : 0), text, size) != 0) {
+                memcmp(token + (lead ? 1 : 0), text, size) != 0)
                 continue;
-            }
         }
         return slot;
     }
@@ -4668,13 +4679,11 @@ static uint32_t *tfm__bpe_word_slot(const tfm__bpe *bpe, const unsigned char *te
 /* The table of whole tokens, for ignore_merges. Added tokens are not in it: they are found by their own rules. */
 static tfm_status tfm__bpe_build_words(tfm__bpe *bpe, tfm_error *error) {
     size_t n_slots = tfm__table_slots(bpe->source.n_tokens), id;
-    if (!bpe->source.ignore_merges) {
+    if (!bpe->source.ignore_merges)
         return TFM_OK;
-    }
     bpe->words = (uint32_t *)tfm__tokenizer_allocate(&bpe->allocator, n_slots * sizeof *bpe->words, error);
-    if (!bpe->words) {
+    if (!bpe->words)
         return TFM_ERROR_MEMORY;
-    }
     bpe->words_mask = n_slots - 1;
     memset(bpe->words, 0xFF, n_slots * sizeof *bpe->words);
     for (id = 0; id < bpe->source.n_tokens; id++) {
@@ -4682,12 +4691,10 @@ static tfm_status tfm__bpe_build_words(tfm__bpe *bpe, tfm_error *error) {
         const unsigned char *bytes = tfm__bpe_token_bytes(bpe, (int32_t)id, &size);
         if (size > 0 && !bpe->token_flags[id]) {
             uint32_t *slot = tfm__bpe_word_slot(bpe, bytes, size, 0);
-            if (!slot) {
+            if (!slot)
                 return tfm__fail(error, TFM_ERROR_FORMAT, "tokenizer: token %zu collides with too many others", id);
-            }
-            if (*slot == TFM__NONE) {
+            if (*slot == TFM__NONE)
                 *slot = (uint32_t)id;
-            }
         }
     }
     return TFM_OK;
@@ -4701,30 +4708,22 @@ static tfm_status tfm__bpe_build(tfm__bpe *bpe, const tfm__bpe_source *source, c
     bpe->source = *source;
     bpe->allocator = *allocator;
     status = tfm__bpe_build_tokens(bpe, error);
-    if (status == TFM_OK) {
+    if (status == TFM_OK)
         status = tfm__bpe_check_bytes(bpe, error);
-    }
-    if (status == TFM_OK) {
+    if (status == TFM_OK)
         status = tfm__bpe_check_ids(bpe, source->prefix_ids, source->n_prefix, "prefix id", error);
-    }
-    if (status == TFM_OK) {
+    if (status == TFM_OK)
         status = tfm__bpe_check_ids(bpe, source->suffix_ids, source->n_suffix, "suffix id", error);
-    }
-    if (status == TFM_OK) {
+    if (status == TFM_OK)
         status = tfm__bpe_check_ids(bpe, &source->unk_id, source->unk_id != -1, "unknown token's id", error);
-    }
-    if (status == TFM_OK) {
+    if (status == TFM_OK)
         status = tfm__bpe_build_merges(bpe, error);
-    }
-    if (status == TFM_OK) {
+    if (status == TFM_OK)
         status = tfm__bpe_build_added(bpe, error);
-    }
-    if (status == TFM_OK) {
+    if (status == TFM_OK)
         status = tfm__bpe_build_words(bpe, error);
-    }
-    if (status != TFM_OK) {
+    if (status != TFM_OK)
         tfm__bpe_free(bpe);
-    }
     return status;
 }
 
@@ -4775,13 +4774,11 @@ static void tfm__merge_set_rank(tfm__merge_state *state, size_t place, uint32_t 
     for (level = 1; level < state->n_levels; level++) {
         const uint32_t *group = state->ranks[level - 1] + place / 16 * 16;
         uint32_t lowest = group[0];
-        for (i = 1; i < 16; i++) {
+        for (i = 1; i < 16; i++)
             lowest = group[i] < lowest ? group[i] : lowest;
-        }
         place /= 16;
-        if (state->ranks[level][place] == lowest) {
+        if (state->ranks[level][place] == lowest)
             return;
-        }
         state->ranks[level][place] = lowest;
     }
 }
@@ -4792,9 +4789,8 @@ static size_t tfm__merge_lowest(const tfm__merge_state *state) {
     while (level-- > 0) {
         const uint32_t *group = state->ranks[level] + place * 16;
         size_t lowest = 0, i;
-        for (i = 1; i < size; i++) {
+        for (i = 1; i < size; i++)
             lowest = group[i] < group[lowest] ? i : lowest;
-        }
         place = place * 16 + lowest;
         size = 16;
     }
@@ -4804,25 +4800,22 @@ static size_t tfm__merge_lowest(const tfm__merge_state *state) {
 /* Merges the n symbols in state->ids (n > 0). */
 static void tfm__merge(const tfm__bpe *bpe, tfm__merge_state *state, size_t n) {
     size_t i;
-    for (i = 0; i < n; i++) {
+    for (i = 0; i < n; i++)
         state->lengths[i] = 1;
-    }
-    for (i = 0; i + 1 < n; i++) {
+    for (i = 0; i + 1 < n; i++)
         tfm__merge_set_rank(state, i, tfm__pairs_find(&bpe->merges, state->ids[i], state->ids[i + 1]));
-    }
     for (;;) {
         size_t left = tfm__merge_lowest(state), right, next;
         uint32_t rank = state->ranks[0][left];
-        if (rank == TFM__NONE) {
+        if (rank == TFM__NONE)
             return;
-        }
         right = left + state->lengths[left];
         next = right + state->lengths[right];
         state->ids[left] = (uint32_t)bpe->source.merges[3 * (size_t)rank + 2];
         state->lengths[left] = state->lengths[next - 1] = (uint32_t)(next - left);
         tfm__merge_set_rank(state, right, TFM__NONE);
-        tfm__merge_set_rank(
-            state, left, next < n ? tfm__pairs_find(&bpe->merges, state->ids[left], state->ids[next]) : TFM__NONE);
+        tfm__merge_set_rank(state, left,
+                            next < n ? tfm__pairs_find(&bpe->merges, state->ids[left], state->ids[next]) : TFM__NONE);
         if (left > 0) {
             size_t before = left - state->lengths[left - 1];
             tfm__merge_set_rank(state, before, tfm__pairs_find(&bpe->merges, state->ids[before], state->ids[left]));
@@ -4846,27 +4839,23 @@ typedef struct tfm__bpe_encoder {
 } tfm__bpe_encoder;
 
 static void tfm__bpe_emit(tfm__bpe_encoder *encoder, int32_t id) {
-    if (encoder->n_ids < encoder->capacity) {
+    if (encoder->n_ids < encoder->capacity)
         encoder->ids[encoder->n_ids] = id;
-    }
     encoder->n_ids++;
 }
 
 /* Sees to it that n_words words of memory are there. */
 static tfm_status tfm__bpe_reserve(tfm__bpe_encoder *encoder, size_t n_words) {
     const tfm_allocator *allocator = &encoder->bpe->allocator;
-    if (n_words <= encoder->n_words) {
+    if (n_words <= encoder->n_words)
         return TFM_OK;
-    }
-    if (encoder->own) {
+    if (encoder->own)
         allocator->release(allocator->user, encoder->own);
-    }
     encoder->n_words = 0;
     encoder->memory = NULL;
     encoder->own = tfm__tokenizer_allocate(allocator, n_words * sizeof *encoder->memory, encoder->error);
-    if (!encoder->own) {
+    if (!encoder->own)
         return TFM_ERROR_MEMORY;
-    }
     encoder->memory = (uint32_t *)encoder->own;
     encoder->n_words = n_words;
     return TFM_OK;
@@ -4879,11 +4868,10 @@ static size_t tfm__bpe_symbols(const tfm__bpe *bpe, const unsigned char *text, s
     while (lead || i < size) {
         int32_t id = bpe->source.byte_ids[lead ? ' ' : text[i++]];
         lead = 0;
-        if (id >= 0) {
+        if (id >= 0)
             ids[n++] = (uint32_t)id;
-        } else if (bpe->source.unk_id >= 0 && !(unknown && bpe->source.fuse_unk)) {
+        else if (bpe->source.unk_id >= 0 && !(unknown && bpe->source.fuse_unk))
             ids[n++] = (uint32_t)bpe->source.unk_id;
-        }
         unknown = id < 0;
     }
     return n;
@@ -4905,18 +4893,15 @@ static tfm_status tfm__bpe_encode_piece(tfm__bpe_encoder *encoder, const unsigne
         return tfm__fail(encoder->error, TFM_ERROR_ARGUMENT, "tokenizer: a piece of text has %zu bytes without a break",
                          size);
     }
-    if (tfm__bpe_reserve(encoder, tfm__merge_layout(&state, n, NULL)) != TFM_OK) {
+    if (tfm__bpe_reserve(encoder, tfm__merge_layout(&state, n, NULL)) != TFM_OK)
         return TFM_ERROR_MEMORY;
-    }
     n = tfm__bpe_symbols(bpe, text, size, lead, encoder->memory);
-    if (n == 0) {
+    if (n == 0)
         return TFM_OK;
-    }
     tfm__merge_layout(&state, n, encoder->memory);
     tfm__merge(bpe, &state, n);
-    for (i = 0; i < n; i += state.lengths[i]) {
+    for (i = 0; i < n; i += state.lengths[i])
         tfm__bpe_emit(encoder, (int32_t)state.ids[i]);
-    }
     return TFM_OK;
 }
 
@@ -4942,9 +4927,8 @@ static int32_t tfm__bpe_added_at(const tfm__bpe *bpe, unsigned root, const unsig
     size_t i;
     for (i = 0; i < size; i++) {
         node = tfm__pairs_find(&bpe->added, node, text[i]);
-        if (node == TFM__NONE) {
+        if (node == TFM__NONE)
             break;
-        }
         if (bpe->added_ids[node] >= 0) {
             found = bpe->added_ids[node];
             *token_size = i + 1;
@@ -4980,42 +4964,35 @@ static tfm_status tfm__bpe_encode_text(tfm__bpe_encoder *encoder, unsigned root,
     size_t start = 0, end = 0, used;
     tfm_status status = TFM_OK;
     int32_t id;
-    if (root == 2) {
+    if (root == 2)
         return tfm__bpe_encode_plain(encoder, text, size);
-    }
     for (; (id = tfm__bpe_find_added(bpe, root, text, size, &start, &end)) >= 0; start = end) {
         unsigned flags = bpe->token_flags[id];
         size_t token_end = end;
-        if ((flags & TFM__ADDED_SPECIAL) && !(encoder->flags & TFM_TOKENIZE_SPECIAL)) {
+        if ((flags & TFM__ADDED_SPECIAL) && !(encoder->flags & TFM_TOKENIZE_SPECIAL))
             continue;
-        }
         if ((flags & TFM__ADDED_SINGLE_WORD) &&
             ((start > 0 && (tfm__class_before(text, start, &used) & TFM__WORD)) ||
-             (end < size && (tfm__class_at(text + end, size - end, &used) & TFM__WORD)))) {
+             (end < size && (tfm__class_at(text + end, size - end, &used) & TFM__WORD))))
             continue;
-        }
         if (flags & TFM__ADDED_LSTRIP) {
             start = start > done ? start : done;
-            while (start > done && (tfm__class_before(text, start, &used) & TFM__SPACE)) {
+            while (start > done && (tfm__class_before(text, start, &used) & TFM__SPACE))
                 start -= used;
-            }
         }
         if (flags & TFM__ADDED_RSTRIP) {
             stripped = stripped > end ? stripped : end;
-            while (stripped < size && (tfm__class_at(text + stripped, size - stripped, &used) & TFM__SPACE)) {
+            while (stripped < size && (tfm__class_at(text + stripped, size - stripped, &used) & TFM__SPACE))
                 stripped += used;
-            }
             token_end = stripped;
         }
         if (start > done) {
             status = tfm__bpe_encode_text(encoder, root + 1, text + done, start - done);
-            if (status != TFM_OK) {
+            if (status != TFM_OK)
                 return status;
-            }
         }
-        if (start < token_end) { /* else an rstrip before has taken all of it, as white space */
+        if (start < token_end) /* else an rstrip before has taken all of it, as white space */
             tfm__bpe_emit(encoder, id);
-        }
         done = token_end;
     }
     return done < size ? tfm__bpe_encode_text(encoder, root + 1, text + done, size - done) : TFM_OK;
@@ -5044,25 +5021,20 @@ static tfm_status tfm__bpe_encode(const tfm__bpe *bpe, void *scratch, size_t scr
         encoder.memory = (uint32_t *)scratch;
         encoder.n_words = scratch_size / sizeof *encoder.memory;
     }
-    for (i = 0; i < bpe->source.n_prefix && !(flags & TFM_TOKENIZE_PLAIN); i++) {
+    for (i = 0; i < bpe->source.n_prefix && !(flags & TFM_TOKENIZE_PLAIN); i++)
         tfm__bpe_emit(&encoder, bpe->source.prefix_ids[i]);
-    }
-    if (size > 0) {
+    if (size > 0)
         status = tfm__bpe_encode_text(&encoder, 0, (const unsigned char *)text, size);
-    }
-    for (i = 0; i < bpe->source.n_suffix && !(flags & TFM_TOKENIZE_PLAIN); i++) {
+    for (i = 0; i < bpe->source.n_suffix && !(flags & TFM_TOKENIZE_PLAIN); i++)
         tfm__bpe_emit(&encoder, bpe->source.suffix_ids[i]);
-    }
-    if (encoder.own) {
+    if (encoder.own)
         bpe->allocator.release(bpe->allocator.user, encoder.own);
-    }
     *n_ids = encoder.n_ids;
     return status;
 }
-/* END TOKENIZER */
 
 /* =====================================================================================================================
- * f. THE MODEL: description + weights -> a Transformer that runs
+ * g. THE MODEL: description + weights -> a Transformer that runs
  * ================================================================================================================== */
 
 struct tfm_model {
@@ -5073,8 +5045,8 @@ struct tfm_model {
     tfm_tensor position_embedding; /* [n_positions + position_offset, d_model], for learned positions */
     tfm_block *blocks;             /* [n_layers] */
     tfm_norm final_norm;
-    tfm_linear head;               /* [vocab_size, d_model]; tied: the token embedding */
-    void *weights;                 /* what could not be used where it lies in the file */
+    tfm_linear head; /* [vocab_size, d_model]; tied: the token embedding */
+    void *weights;   /* what could not be used where it lies in the file */
     uint64_t parameters, bytes_per_token;
     int has_tokenizer;
     tfm__bpe tokenizer;
@@ -5092,8 +5064,8 @@ typedef struct tfm__reader {
 
 static void tfm__reader_fail(tfm__reader *reader, const char *key, const char *expected) {
     if (reader->status == TFM_OK)
-        reader->status = tfm__fail(reader->error, TFM_ERROR_FORMAT, "%s: metadata '%s': expected %s", reader->file->name, key,
-                                   expected);
+        reader->status = tfm__fail(reader->error, TFM_ERROR_FORMAT, "%s: metadata '%s': expected %s",
+                                   reader->file->name, key, expected);
 }
 
 /* The values of a key, or NULL: an error if it has another type, or is required and not there. */
@@ -5148,8 +5120,8 @@ static int tfm__read_word(tfm__reader *reader, const char *key, const char *cons
             return i;
     if (reader->status == TFM_OK)
         reader->status = tfm__fail(reader->error, TFM_ERROR_UNSUPPORTED,
-                                   "%s: '%.*s' as %s is not supported by this version of the library", reader->file->name,
-                                   (int)TFM__MIN(meta->count, 40), (const char *)meta->values, key);
+                                   "%s: '%.*s' as %s is not supported by this version of the library",
+                                   reader->file->name, (int)TFM__MIN(meta->count, 40), (const char *)meta->values, key);
     return 0;
 }
 
@@ -5215,7 +5187,8 @@ static char *tfm__loader_take(tfm__loader *loader, size_t size) {
 }
 
 /* The entry with that name and shape ([rows, columns], or [rows] if columns is 0), NULL if it is optional and not there. */
-static const tfm_entry *tfm__load_entry(tfm__loader *loader, const char *name, size_t rows, size_t columns, int optional) {
+static const tfm_entry *tfm__load_entry(tfm__loader *loader, const char *name, size_t rows, size_t columns,
+                                        int optional) {
     tfm__reader *reader = &loader->reader;
     const tfm_entry *entry = tfm_file_find(reader->file, name);
     const tfm_tensor *tensor = entry ? &entry->tensor : NULL;
@@ -5223,15 +5196,17 @@ static const tfm_entry *tfm__load_entry(tfm__loader *loader, const char *name, s
         return NULL;
     if (!entry) {
         if (!optional)
-            reader->status = tfm__fail(reader->error, TFM_ERROR_FORMAT, "%s: tensor '%s' is missing", reader->file->name, name);
+            reader->status =
+                tfm__fail(reader->error, TFM_ERROR_FORMAT, "%s: tensor '%s' is missing", reader->file->name, name);
         return NULL;
     }
-    if (tensor->n_dims != (columns ? 2 : 1) || tensor->shape[0] != rows || tensor->shape[1] != (columns ? columns : 1)) {
-        reader->status = tfm__fail(reader->error, TFM_ERROR_FORMAT,
-                                   "%s: tensor '%s' is [%llu, %llu], but the description makes it [%llu, %llu]",
-                                   reader->file->name, name, (unsigned long long)tensor->shape[0],
-                                   (unsigned long long)tensor->shape[1], (unsigned long long)rows,
-                                   (unsigned long long)(columns ? columns : 1));
+    if (tensor->n_dims != (columns ? 2 : 1) || tensor->shape[0] != rows ||
+        tensor->shape[1] != (columns ? columns : 1)) {
+        reader->status =
+            tfm__fail(reader->error, TFM_ERROR_FORMAT,
+                      "%s: tensor '%s' is [%llu, %llu], but the description makes it [%llu, %llu]", reader->file->name,
+                      name, (unsigned long long)tensor->shape[0], (unsigned long long)tensor->shape[1],
+                      (unsigned long long)rows, (unsigned long long)(columns ? columns : 1));
         return NULL;
     }
     loader->parameters += (uint64_t)rows * (columns ? columns : 1);
@@ -5404,6 +5379,7 @@ static void tfm__read_tokenizer(tfm__reader *reader, tfm_model *model) {
     source.unk_id = (int32_t)tfm__read_size(reader, "tokenizer.unk_id", 0, TFM__MAX_SIZE, TFM__MAX_SIZE);
     if (source.unk_id == TFM__MAX_SIZE) /* there is none */
         source.unk_id = -1;
+    source.fuse_unk = (int)tfm__read_size(reader, "tokenizer.fuse_unk", 0, 1, 0);
     source.prefix_ids = tfm__read_ids(reader, "tokenizer.prefix_ids", &source.n_prefix);
     source.suffix_ids = tfm__read_ids(reader, "tokenizer.suffix_ids", &source.n_suffix);
     source.add_prefix_space = (int)tfm__read_size(reader, "tokenizer.add_prefix_space", 0, 1, 0);
@@ -5530,8 +5506,9 @@ TFM_API int tfm_has_tokenizer(const tfm_model *model) {
 }
 
 /* tfm_tokenize with memory for long stretches of text. */
-static tfm_status tfm__tokenize(const tfm_model *model, void *scratch, size_t scratch_size, const char *text, size_t size,
-                                unsigned flags, int32_t *ids, size_t capacity, size_t *n_ids, tfm_error *error) {
+static tfm_status tfm__tokenize(const tfm_model *model, void *scratch, size_t scratch_size, const char *text,
+                                size_t size, unsigned flags, int32_t *ids, size_t capacity, size_t *n_ids,
+                                tfm_error *error) {
     *n_ids = 0;
     if (!model->has_tokenizer)
         return tfm__fail(error, TFM_ERROR_UNSUPPORTED, "%s: the model has no tokenizer", model->file->name);
@@ -5686,7 +5663,8 @@ static tfm_status tfm__session_setup(tfm_session *session, const tfm_session_opt
     session->context = options->context ? options->context : d->n_positions;
     session->n_sequences = options->n_sequences ? options->n_sequences : 1;
     if (session->context > d->n_positions)
-        return tfm__fail(error, TFM_ERROR_ARGUMENT, "a context of %lu tokens was asked for, but the model has %lu positions",
+        return tfm__fail(error, TFM_ERROR_ARGUMENT,
+                         "a context of %lu tokens was asked for, but the model has %lu positions",
                          (unsigned long)session->context, (unsigned long)d->n_positions);
     session->n_pages = tfm__divide_up(session->context, TFM_KV_PAGE);
     if (session->n_sequences > (size_t)TFM__MAX_SIZE / session->n_pages)
@@ -5808,8 +5786,8 @@ static void tfm__output(tfm_session *session, size_t n, tfm_output what, float *
 static tfm_status tfm__check_chunk(tfm_session *session, const tfm_chunk *chunk, size_t index, tfm_error *error) {
     size_t vocab_size = session->model->description.vocab_size, n_tokens, i;
     if (chunk->sequence >= session->n_sequences)
-        return tfm__fail(error, TFM_ERROR_ARGUMENT, "chunk %lu: sequence %lu, but the session has %lu", (unsigned long)index,
-                         (unsigned long)chunk->sequence, (unsigned long)session->n_sequences);
+        return tfm__fail(error, TFM_ERROR_ARGUMENT, "chunk %lu: sequence %lu, but the session has %lu",
+                         (unsigned long)index, (unsigned long)chunk->sequence, (unsigned long)session->n_sequences);
     if (session->in_call[chunk->sequence])
         return tfm__fail(error, TFM_ERROR_ARGUMENT, "chunk %lu: sequence %lu has another chunk in this call",
                          (unsigned long)index, (unsigned long)chunk->sequence);
@@ -5911,8 +5889,8 @@ static void tfm__evaluate(void *argument) {
     }
 }
 
-TFM_API tfm_status tfm_eval(tfm_session *session, const tfm_chunk *chunks, size_t n_chunks, tfm_output what, float *outputs,
-                            tfm_error *error) {
+TFM_API tfm_status tfm_eval(tfm_session *session, const tfm_chunk *chunks, size_t n_chunks, tfm_output what,
+                            float *outputs, tfm_error *error) {
     tfm__evaluation evaluation;
     tfm_status status = tfm__check_chunks(session, chunks, n_chunks, what, outputs, error);
     if (status != TFM_OK)
@@ -6107,7 +6085,8 @@ static double tfm__to_weights(float temperature, float *logits, size_t vocab_siz
         if (logits[i] == largest)
             logits[i] = 1; /* infinities included: they leave nothing to the others */
         else
-            logits[i] = logits[i] > -INFINITY ? (float)exp(((double)logits[i] - (double)largest) / (double)temperature) : 0;
+            logits[i] =
+                logits[i] > -INFINITY ? (float)exp(((double)logits[i] - (double)largest) / (double)temperature) : 0;
         sum += (double)logits[i];
     }
     return sum;
@@ -6245,14 +6224,16 @@ static tfm_stop tfm__stream_add(tfm__stream *stream, const char *text, size_t si
 
 /* ---- generation */
 
-static tfm_status tfm__check_generate(const tfm_session *session, const tfm_generate_options *options, tfm_error *error) {
+static tfm_status tfm__check_generate(const tfm_session *session, const tfm_generate_options *options,
+                                      tfm_error *error) {
     size_t i;
     for (i = 0; i < options->n_stop_strings; i++)
         if (strlen(options->stop_strings[i]) > TFM__MAX_STOP_STRING)
             return tfm__fail(error, TFM_ERROR_ARGUMENT, "stop string %lu is longer than %lu bytes", (unsigned long)i,
                              (unsigned long)TFM__MAX_STOP_STRING);
     if (options->shift && (session->context < 2 || options->shift_keep > session->context - 2))
-        return tfm__fail(error, TFM_ERROR_ARGUMENT, "shift_keep is %lu, which leaves no room in a context of %lu tokens",
+        return tfm__fail(error, TFM_ERROR_ARGUMENT,
+                         "shift_keep is %lu, which leaves no room in a context of %lu tokens",
                          (unsigned long)options->shift_keep, (unsigned long)session->context);
     return tfm__check_sequence(session, options->sequence, error);
 }
@@ -6275,9 +6256,8 @@ static tfm_status tfm__prefill(tfm_session *session, const int32_t *prompt, size
     if (!n_prompt)
         return tfm__fail(error, TFM_ERROR_ARGUMENT, "the prompt is empty: there is nothing to continue");
     if (n_prompt > session->context - before)
-        return tfm__fail(error, TFM_ERROR_CONTEXT_FULL,
-                         "the prompt has %lu tokens, but the context has room for %lu", (unsigned long)n_prompt,
-                         (unsigned long)(session->context - before));
+        return tfm__fail(error, TFM_ERROR_CONTEXT_FULL, "the prompt has %lu tokens, but the context has room for %lu",
+                         (unsigned long)n_prompt, (unsigned long)(session->context - before));
     if (!options->append) { /* the last token is always evaluated: its logits are wanted */
         while (reused < TFM__MIN(kv->n_tokens, n_prompt - 1) && tokens[reused] == prompt[reused])
             reused++;
@@ -6293,7 +6273,8 @@ static tfm_status tfm__prefill(tfm_session *session, const int32_t *prompt, size
 }
 
 /* Evaluates a new token; makes room for it first if it has to and may. */
-static tfm_status tfm__step(tfm_session *session, int32_t token, const tfm_generate_options *options, tfm_error *error) {
+static tfm_status tfm__step(tfm_session *session, int32_t token, const tfm_generate_options *options,
+                            tfm_error *error) {
     tfm_status status = TFM_OK;
     tfm_chunk chunk;
     if (options->shift && session->kv[options->sequence].n_tokens == session->context)
@@ -6375,8 +6356,9 @@ TFM_API tfm_status tfm_generate(tfm_session *session, const char *prompt, const 
     unsigned flags = options && options->special ? TFM_TOKENIZE_SPECIAL : 0;
     tfm_engine *engine = session->engine; /* whose scratch memory is idle */
     size_t n_prompt;
-    tfm_status status = tfm__tokenize(session->model, engine->scratch, engine->scratch_size * sizeof *engine->scratch, prompt,
-                                      strlen(prompt), flags, session->prompt, session->context, &n_prompt, error);
+    tfm_status status =
+        tfm__tokenize(session->model, engine->scratch, engine->scratch_size * sizeof *engine->scratch, prompt,
+                      strlen(prompt), flags, session->prompt, session->context, &n_prompt, error);
     if (status != TFM_OK)
         return status;
     return tfm_generate_ids(session, session->prompt, n_prompt, options, print, print_user, error);

@@ -197,8 +197,8 @@ static tfm_status generate(tfm_session *session, const arguments *args, watch *w
         size_t n;
         int32_t *ids = parse_ids(args->prompt_ids, &n);
         if (!ids) {
-            snprintf(error->message, sizeof error->message, "--prompt-ids: expected numbers separated by commas, found '%.60s'",
-                     args->prompt_ids);
+            snprintf(error->message, sizeof error->message,
+                     "--prompt-ids: expected numbers separated by commas, found '%.60s'", args->prompt_ids);
             return error->status = TFM_ERROR_ARGUMENT;
         }
         status = tfm_generate_ids(session, ids, n, &options, args->ids ? NULL : print, stdout, error);

@@ -145,7 +145,8 @@ class TfmFile:
                 raise ValueError("checksum of " + name)
             if name in self.tensors:
                 raise ValueError("tensor twice: " + name)
-            self.tensors[name] = ((None, "f32", "f16", "bf16")[dtype], ("rows", "cols")[layout], tuple(shape[:n_dims]), data)
+            self.tensors[name] = ((None, "f32", "f16", "bf16")[dtype], ("rows", "cols")[layout], tuple(shape[:n_dims]),
+                                  data)
             previous = offset + size
         if at != end:
             raise ValueError("directory size")
@@ -997,13 +998,12 @@ def test_tokenizer_json(converter, _):
         value["model"][key] = option
         write_json(os.path.join(folder, "tokenizer.json"), value)
         converter.refuse("tokenizer.json: model.%s" % key, folder, says=("tokenizer.json",))
-    for key, change in (("byte_fallback", {}), ("fuse_unk", {"unk_token": "<|endoftext|>"})):
-        folder = tokenizer_folder(converter, model)
-        value = json.loads(train_tokenizer().to_str())
-        lack_bytes(value)
-        value["model"].update(change, **{key: True})
-        write_json(os.path.join(folder, "tokenizer.json"), value)
-        converter.refuse("tokenizer.json: %s" % key, folder, says=("tokenizer.json", key))
+    folder = tokenizer_folder(converter, model)
+    value = json.loads(train_tokenizer().to_str())
+    lack_bytes(value)
+    value["model"]["byte_fallback"] = True
+    write_json(os.path.join(folder, "tokenizer.json"), value)
+    converter.refuse("tokenizer.json: byte_fallback", folder, says=("tokenizer.json", "byte_fallback"))
 
 
 def save_vocab_and_merges(tokenizer, folder):
@@ -1189,6 +1189,11 @@ def test_configurations(converter, _):
         converter.refuse("config %s" % changes, hf_directory(converter, model, **changes), says=says)
     converter.refuse("config without a family", hf_directory(converter, model, model_type="drop",
                                                              architectures="drop"), says=("--arch",), status=2)
+    bare, config = converter.path("x.pt"), converter.path("config.json")
+    torch.save(LinearGpt().state_dict(), bare)
+    write_json(config, dict(LinearGpt().model_args, architectures=[["x"]]))
+    converter.refuse("architectures for nanoGPT", bare, "--arch", "nanogpt", "--config", config,
+                     says=("architectures",))
     for text in (b"", b"[]", b"{", b'{"a": 1, "a": 2}', b"\xff", b"[" * 100000, b"9" * 5000,
                  b'{"model_type": "gpt2", "n_embd": ' + b"[" * 900 + b"]" * 900 + b"}",
                  b'{"model_type": "gpt2", "n_embd": ' + b"9" * 4000 + b"}"):
@@ -1231,6 +1236,11 @@ def test_tensors(converter, _):
     ]
     for what, changed, says in cases:
         converter.refuse("tensors: " + what, hf_directory(converter, model, changed), says=says)
+    for what, tensor in (("head and embedding of bytes", torch.ones(24, 97, dtype=torch.uint8).t()),
+                         ("head and embedding without end", torch.ones(1, 1).expand(1 << 40, 1 << 20))):
+        folder = hf_directory(converter, model, dict(state, **{"lm_head.weight": tensor,
+                                                               "transformer.wte.weight": tensor[:, :]}))
+        converter.refuse("tensors: " + what, folder, says=("wte.weight",))
     bias_free = LinearGpt(bias=False).state_dict()
     converter.refuse("gpt2 without biases", hf_directory(converter, model, bias_free), says=(".bias",))
     some = LinearGpt(bias=True).state_dict()

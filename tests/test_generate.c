@@ -15,6 +15,12 @@
 #define VOCAB 320
 #define POSITIONS 64
 
+static float *zeroed(size_t n) {
+    float *floats = (float *)test_allocate(n * sizeof *floats);
+    memset(floats, 0, n * sizeof *floats);
+    return floats;
+}
+
 /* Logits by position: table[POSITIONS][VOCAB]. The embedding of a token is zero and that of a position the unit vector;
  * the block adds nothing to it; so that the head's rows, which are the table's columns, are what comes out. */
 static tfm_model *table_model(const float *table, const char *const *more, size_t n_more, unsigned char **bytes) {
@@ -23,7 +29,7 @@ static tfm_model *table_model(const float *table, const char *const *more, size_
     static const float zeros[VOCAB * POSITIONS];
     static float head[VOCAB * POSITIONS];
     const test_shape shape = {VOCAB, POSITIONS, 1, 1, 1, 4, 4, POSITIONS};
-    float *unit = (float *)calloc(POSITIONS * POSITIONS, sizeof *unit);
+    float *unit = zeroed(POSITIONS * POSITIONS);
     test_tfm tfm;
     tfm_model *model;
     size_t i, k;
@@ -54,7 +60,7 @@ static tfm_model *table_model(const float *table, const char *const *more, size_
 /* The token after position i is script[i]; behind the script, the end. */
 static tfm_model *script_model(const int32_t *script, size_t n, const char *const *more, size_t n_more,
                                unsigned char **bytes) {
-    float *table = (float *)calloc(POSITIONS * VOCAB, sizeof *table);
+    float *table = zeroed(POSITIONS * VOCAB);
     tfm_model *model;
     size_t i;
     for (i = 0; i < POSITIONS; i++)
@@ -528,7 +534,7 @@ static void test_bad_options(void) {
 
 /* Letters whose logits are the same at every position. */
 static void check_choice(const float *letters, float others, const tfm_generate_options *options, const char *text) {
-    float *table = (float *)malloc(POSITIONS * VOCAB * sizeof *table);
+    float *table = zeroed(POSITIONS * VOCAB);
     unsigned char *bytes;
     tfm_model *model;
     tfm_session *session;
@@ -927,11 +933,10 @@ static void test_append(const tfm_model *model) {
 
 /* ---- threads: the same text however many, and whoever has them */
 
-static void backwards(void *user, size_t n, tfm_task task, void *argument) {
+static void watched_backwards(void *user, size_t n, tfm_task task, void *argument) {
     size_t *largest = (size_t *)user;
     *largest = n > *largest ? n : *largest;
-    while (n--)
-        task(argument, n);
+    test_backwards(NULL, n, task, argument);
 }
 
 #ifdef HAVE_THREADS
@@ -1008,7 +1013,7 @@ static void test_threads(void) {
     tfm_error error = {TFM_OK, ""};
     tfm_model *model = tfm_load(TEST_MODEL, NULL, &error);
     size_t size = model ? tfm_model_description(model)->vocab_size * sizeof(float) : 0, largest = 0;
-    float *expected = (float *)malloc(size + 1), *found = (float *)malloc(size + 1);
+    float *expected = (float *)test_allocate(size), *found = (float *)test_allocate(size);
     tfm_engine_options engine;
     static result first, r;
     int threads;
@@ -1021,7 +1026,7 @@ static void test_threads(void) {
             tell(model, &engine, 1, &r, found);
             CHECK_MSG(!strcmp(r.text, first.text) && !memcmp(expected, found, size), "%d threads: %s", threads, r.text);
         }
-        engine.parallel_for = backwards;
+        engine.parallel_for = watched_backwards;
         engine.parallel_user = &largest;
         tell(model, &engine, 1, &r, found);
         CHECK_MSG(!strcmp(r.text, first.text) && !memcmp(expected, found, size), "backwards: %s", r.text);

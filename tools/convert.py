@@ -236,6 +236,13 @@ class Fields:
         value = self.get(keys, dict, "an object", default)
         return value if value is None else Fields(value, "%s: %s" % (self.where, quote(keys)))
 
+    def texts(self, keys):
+        values = self.list(keys, [])
+        if not all(isinstance(value, str) for value in values):
+            raise ConvertError("%s: %s should be a list of strings, not %s"
+                               % (self.where, self.spelling(keys), quote(values)))
+        return values
+
     def ids(self, keys):
         """Token ids, of which the files write one as a number and several as a list."""
         value = self.get(keys, (int, list), "a token id or a list of them", [])
@@ -1071,7 +1078,7 @@ def describe_gpt2(config, family):
     head_dim = head_size(config, d_model, n_heads)
     scale = head_dim ** -0.5 if config.flag("scale_attn_weights", True) else 1.0
     by_layer = config.flag("scale_attn_by_inverse_layer_idx", False)
-    kinds = config.list("architectures", None)
+    kinds = config.texts("architectures")
     stack = Stack(
         n_layers=n_layers, n_heads=n_heads, n_kv_heads=n_heads, head_dim=head_dim,
         d_ff=config.size("n_inner", None) or 4 * d_model,
@@ -1124,7 +1131,7 @@ def choose_family(arch, config, arguments):
     if arch is not None and not FAMILIES[arch].model_types:
         return arch
     model_type = config.text("model_type", None)
-    kinds = config.list("architectures", None) or []
+    kinds = config.texts("architectures")
     if model_type is None and not kinds:
         if arch is None:
             raise UsageError("%s has neither 'model_type' nor 'architectures'; --arch (%s) should say what it is"
@@ -1132,7 +1139,7 @@ def choose_family(arch, config, arguments):
         return arch
     for name in [arch] if arch else FAMILIES:
         family = FAMILIES[name]
-        if model_type in family.model_types or model_type is None and kinds[0] in list(family.architectures):
+        if model_type in family.model_types or model_type is None and kinds[0] in family.architectures:
             check_architectures(config, kinds, family)
             return name
     raise ConvertError("%s: %s is not supported%s (supported: %s)" % (
@@ -1143,7 +1150,7 @@ def choose_family(arch, config, arguments):
 
 def check_architectures(config, kinds, family):
     for kind in kinds:
-        if kind not in list(family.architectures):
+        if kind not in family.architectures:
             raise ConvertError("%s: %s is not supported, only a language model is (%s)"
                                % (config.where, quote(kind), ", ".join(family.architectures)))
 
@@ -1197,7 +1204,8 @@ def settle_head(tensors, model, family, notes):
         return
     if table is None and model.tied:  # a tied pair may be saved under either name
         tensors[family.embedding] = tensors.pop(family.head)
-    elif table is not None and same_elements(head, table):
+    elif (table is not None and head.shape == (model.vocab_size, model.d_model) and head.dtype in SOURCE_DTYPES
+          and same_elements(head, table)):
         model.head = "tied"
         del tensors[family.head]
     elif model.head == "tied":  # as transformers does since version 5; before, it dropped the head
@@ -1295,6 +1303,7 @@ class Bpe:
     add_prefix_space: bool = False
     ignore_merges: bool = False
     unk_token: Optional[str] = None  # what a byte without a token becomes; None: nothing
+    fuse_unk: bool = False  # one of them for a run of such bytes
     prefix_ids: List[int] = dataclasses.field(default_factory=list)  # what is put around a text by default
     suffix_ids: List[int] = dataclasses.field(default_factory=list)
 
@@ -1383,6 +1392,7 @@ def read_tokenizer_json(source):
     bpe.add_prefix_space = splitter.flag("add_prefix_space")
     bpe.ignore_merges = model.flag("ignore_merges", False)
     bpe.unk_token = model.text("unk_token", None)
+    bpe.fuse_unk = model.flag("fuse_unk", False)
     check_bpe_options(model, bpe)
     for token in root.list("added_tokens", []):
         if not isinstance(token, dict):
@@ -1401,9 +1411,8 @@ def check_bpe_options(model, bpe):
         if model.text(key, ""):
             raise ConvertError("%s: %r is not supported yet" % (model.where, key))
     lacks_bytes = any(character not in bpe.vocab for character in byte_alphabet())
-    for key in ("byte_fallback", "fuse_unk"):
-        if model.flag(key, False) and lacks_bytes and (bpe.unk_token or key == "byte_fallback"):
-            raise ConvertError("%s: %r is not supported for a vocabulary that lacks bytes" % (model.where, key))
+    if model.flag("byte_fallback", False) and lacks_bytes:
+        raise ConvertError("%s: 'byte_fallback' is not supported for a vocabulary that lacks bytes" % model.where)
 
 
 def only_step(root, key, steps_key):
@@ -1654,6 +1663,7 @@ def put_tokenizer(metadata, bpe):
     # Not the unk_token that the Python classes name: BPE itself knows none unless its model says so.
     if bpe.vocab.get(bpe.unk_token) is not None:
         metadata.i64("tokenizer.unk_id", bpe.vocab[bpe.unk_token])
+        metadata.i64("tokenizer.fuse_unk", bpe.fuse_unk)
 
 
 def token_bytes(bpe, alphabet):
