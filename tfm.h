@@ -816,8 +816,16 @@ TFM_API tfm_status tfm_isa_from_name(const char *name, tfm_isa *isa, tfm_error *
         "unknown instruction set '%.64s' (there are scalar, avx2, avxvnni, avx512, avx512vnni, neon, neondot)", name);
 }
 
+#ifdef TFM__X86
+/* What not every compiler's __builtin_cpu_supports knows. F16C: leaf 1, ECX bit 29. */
+static int tfm__has_f16c(void) {
+    unsigned a = 0, b = 0, c = 0, d = 0;
+    return __get_cpuid(1, &a, &b, &c, &d) && (c >> 29 & 1);
+}
+#endif
+
 #ifdef TFM__HAS_AVXVNNI
-/* Not every compiler's __builtin_cpu_supports knows AVX-VNNI: leaf 7, subleaf 1, EAX bit 4. */
+/* AVX-VNNI: leaf 7, subleaf 1, EAX bit 4. */
 static int tfm__has_avxvnni(void) {
     unsigned a = 0, b = 0, c = 0, d = 0;
     return __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a >> 4 & 1);
@@ -831,7 +839,7 @@ TFM_API int tfm_isa_supported(tfm_isa isa) {
     case TFM_ISA_SCALAR: return 1;
 #if defined(TFM__X86)
     case TFM_ISA_AVX2:
-        return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+        return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && tfm__has_f16c();
     case TFM_ISA_AVX512:
         return tfm_isa_supported(TFM_ISA_AVX2) && __builtin_cpu_supports("avx512f") &&
                __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
@@ -1808,6 +1816,11 @@ static const tfm__kernels tfm__scalar_kernels = {
 
 /* ---- the vector kernels: this file once more for each instruction set, which compiles the part below */
 
+#if defined(__GNUC__) && !defined(__clang__) /* GCC's own intrinsics: its bug 105593 */
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wuninitialized"
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#endif
 #ifdef TFM__X86
 #define TFM__TIER 20 /* AVX2 */
 #include TFM_HEADER
@@ -1831,6 +1844,10 @@ static const tfm__kernels tfm__scalar_kernels = {
 #define TFM__TIER 11 /* NEON dot-product: NEON with another int8 product */
 #include TFM_HEADER
 #undef TFM__TIER
+#endif
+
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC diagnostic pop
 #endif
 
 #endif /* TFM_IMPLEMENTATION: interrupted, it goes on after the vector kernels */

@@ -798,7 +798,7 @@ def test_orientation(converter, _):
 
 TEXTS = ("Once upon a time, there was a bear.", " the  forest\n\n\tis DARK and it's deep",
          "naïve café – 東京 🐻‍❄️ Ωmega",
-         "x" * 40 + " 12345 67,89 !!??", "we'll they've I'm don't 'S", "", " ",
+         "x" * 40 + " 12345 67,89 !!??", "we'll they've I'm don't 'S", "", " ", "zzz qzéz aqzb",
          "a\u2028b\x85c \u00a0 d", "# #version # #")
 
 
@@ -838,6 +838,7 @@ class TfmTokenizer:
         self.byte_ids = file.metadata["tokenizer.byte_ids"]
         self.ignore_merges = file["tokenizer.ignore_merges"]
         self.unk_id = file.metadata.get("tokenizer.unk_id", [None])[0]
+        self.fuse_unk = file.metadata.get("tokenizer.fuse_unk", [0])[0]
         self.prefix = file.metadata.get("tokenizer.prefix_ids", [])
         self.suffix = file.metadata.get("tokenizer.suffix_ids", [])
         self.splitter = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=bool(file["tokenizer.add_prefix_space"]))
@@ -851,11 +852,21 @@ class TfmTokenizer:
             if self.ignore_merges and data in self.whole:
                 ids.append(self.whole[data])
             else:
-                ids += self.merge([self.unk_id if self.byte_ids[byte] < 0 else self.byte_ids[byte] for byte in data])
+                ids += self.merge(self.start(data))
         return self.prefix + ids + self.suffix
 
+    def start(self, data):
+        """The ids of single bytes, before any merge."""
+        ids, was_unknown = [], False
+        for number in map(self.byte_ids.__getitem__, data):
+            if number >= 0:
+                ids.append(number)
+            elif self.unk_id is not None and not (was_unknown and self.fuse_unk):
+                ids.append(self.unk_id)
+            was_unknown = number < 0
+        return ids
+
     def merge(self, ids):
-        ids = [number for number in ids if number is not None]
         while len(ids) > 1:
             rank, i, merged = min((*self.merges[pair][:1], i, self.merges[pair][1]) if pair in self.merges
                                   else (math.inf, 0, 0) for i, pair in enumerate(zip(ids, ids[1:])))
@@ -946,6 +957,11 @@ def test_tokenizer_json(converter, _):
         lack_bytes(value)
         value["model"]["unk_token"] = "<|endoftext|>"
     convert("bytes that become unk", train_tokenizer(), unknown, named=dict(unk=0))
+
+    def fused(value):
+        unknown(value)
+        value["model"]["fuse_unk"] = True
+    convert("runs of bytes that become one unk", train_tokenizer(), fused, named=dict(unk=0))
 
     tokenizer = train_tokenizer(special=("<|endoftext|>", "<s>", "</s>"))
     tokenizer.add_tokens([tokenizers.AddedToken("été", lstrip=True), tokenizers.AddedToken(" two words ", rstrip=True),

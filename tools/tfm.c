@@ -1,14 +1,17 @@
 /* tfm - looks at models, runs them, converts them
  *
  *   tfm info MODEL [--verify]
- *   tfm quantize IN.tfm OUT.tfm [--type f32|f16|bf16] [--threads N]
+ *   tfm quantize IN.tfm OUT.tfm [--type int8|f16|bf16|f32] [--threads N]
  *   tfm dump MODEL --ids 1,2,3 [--what logits|hidden] [--isa NAME] [--threads N] -o OUT.npy
  *   tfm tokenize MODEL [--decode] [--special] [--whole] [--plain] < text
  *   tfm perplexity MODEL TEXTFILE [--context N] [--stride N] [--isa NAME] [--threads N]
+ *   tfm bench MODEL [--type f32,f16,int8] [--threads N] [--isa NAME] [--prompt 512] [--gen 64] [--batch 1]
+ *       [--json FILE] [--svg FILE]
  *
  * Exit status: 0, 1 for errors, 2 for wrong usage.
  */
 #define _POSIX_C_SOURCE 200809L
+#define _DEFAULT_SOURCE /* madvise */
 #define TFM_IMPLEMENTATION
 #include "../tfm.h"
 
@@ -17,14 +20,25 @@
 #include <stdlib.h>
 #include <string.h>
 #include <time.h>
+#include <sys/mman.h>
 #include <unistd.h>
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+#if (defined(__GNUC__) || defined(__clang__)) && defined(__x86_64__)
+#include <immintrin.h>
+#elif (defined(__GNUC__) || defined(__clang__)) && defined(__aarch64__)
+#include <arm_neon.h>
+#endif
 
 static const char usage_text[] =
     "usage: tfm info MODEL [--verify]\n"
-    "       tfm quantize IN.tfm OUT.tfm [--type f32|f16|bf16] [--threads N]\n"
+    "       tfm quantize IN.tfm OUT.tfm [--type int8|f16|bf16|f32] [--threads N]\n"
     "       tfm dump MODEL --ids 1,2,3 [--what logits|hidden] [--isa NAME] [--threads N] -o OUT.npy\n"
     "       tfm tokenize MODEL [--decode] [--special] [--whole] [--plain] < text\n"
-    "       tfm perplexity MODEL TEXTFILE [--context N] [--stride N] [--isa NAME] [--threads N]\n";
+    "       tfm perplexity MODEL TEXTFILE [--context N] [--stride N] [--isa NAME] [--threads N]\n"
+    "       tfm bench MODEL [--type f32,f16,int8] [--threads N] [--isa NAME] [--prompt 512] [--gen 64] [--batch 1]\n"
+    "                 [--json FILE] [--svg FILE]\n";
 
 /* ---- errors, the command line */
 
@@ -47,9 +61,9 @@ static int fail_system(const char *path) {
 typedef struct arguments {
     const char *paths[2];
     int n_paths;
-    const char *ids, *what, *isa, *output, *type;
+    const char *ids, *what, *isa, *output, *type, *json, *svg;
     int verify, decode, special, whole, plain;
-    long threads, context, stride;
+    long threads, context, stride, prompt, gen, batch;
 } arguments;
 
 /* One option of a subcommand: exactly one of text, number, flag is set. */
@@ -76,7 +90,9 @@ static int parse(int argc, char **argv, int n_paths, const char *allowed, argume
         {"--context", NULL, &args->context, NULL}, {"--stride", NULL, &args->stride, NULL},
         {"--verify", NULL, NULL, &args->verify}, {"--decode", NULL, NULL, &args->decode},
         {"--special", NULL, NULL, &args->special}, {"--whole", NULL, NULL, &args->whole},
-        {"--plain", NULL, NULL, &args->plain},
+        {"--plain", NULL, NULL, &args->plain},   {"--json", &args->json, NULL, NULL},
+        {"--svg", &args->svg, NULL, NULL},       {"--prompt", NULL, &args->prompt, NULL},
+        {"--gen", NULL, &args->gen, NULL},       {"--batch", NULL, &args->batch, NULL},
     };
     int i;
     size_t k;
@@ -130,6 +146,41 @@ static void show_progress(const char *what, double share) {
         fputc('\n', stderr);
 }
 
+/* ---- files that are written: whole, under their name, or not at all */
+
+typedef struct output {
+    const char *path;
+    char *temporary; /* what it is called until it is whole */
+    FILE *file;
+} output;
+
+/* 0, or the exit status after a message. */
+static int output_open(output *out, const char *path) {
+    out->path = path;
+    out->temporary = (char *)malloc(strlen(path) + sizeof ".part");
+    if (!out->temporary)
+        return fail("out of memory");
+    strcpy(out->temporary, path);
+    strcat(out->temporary, ".part");
+    out->file = fopen(out->temporary, "wb");
+    if (out->file)
+        return 0;
+    free(out->temporary);
+    return fail_system(path);
+}
+
+/* Failures of the writes before are found here too. */
+static int output_close(output *out) {
+    int bad = fflush(out->file) || ferror(out->file);
+    bad = fclose(out->file) || bad || rename(out->temporary, out->path);
+    if (bad) {
+        bad = fail_system(out->path);
+        remove(out->temporary);
+    }
+    free(out->temporary);
+    return bad;
+}
+
 /* ---- info */
 
 static void print_meta(const tfm_meta *meta) {
@@ -168,7 +219,8 @@ static void print_tensor(const tfm_entry *entry) {
     char shape[64] = "";
     int i;
     for (i = 0; i < tensor->n_dims; i++)
-        snprintf(shape + strlen(shape), sizeof shape - strlen(shape), "%s%lu", i ? ", " : "", (unsigned long)tensor->shape[i]);
+        snprintf(shape + strlen(shape), sizeof shape - strlen(shape), "%s%lu", i ? ", " : "",
+                 (unsigned long)tensor->shape[i]);
     printf("  %-44.*s %-5s %-7s [%s]\n", (int)entry->name_size, entry->name, tfm_dtype_name(tensor->dtype),
            layouts[tensor->layout], shape);
 }
@@ -261,31 +313,21 @@ static int32_t *parse_ids(const char *text, size_t *n) {
     return NULL;
 }
 
-/* A two-dimensional float32 array in NumPy's format, version 1.0: whole or not at all. */
+/* A two-dimensional float32 array in NumPy's format, version 1.0. */
 static int write_npy(const char *path, const float *data, size_t rows, size_t columns) {
-    char header[128], *temporary = (char *)malloc(strlen(path) + sizeof ".part");
-    int size, bad = 1;
-    FILE *file;
-    if (!temporary)
-        return fail("out of memory");
-    strcpy(temporary, path);
-    strcat(temporary, ".part");
+    char header[128];
+    output out;
+    int size;
+    if (output_open(&out, path))
+        return 1;
     memcpy(header, "\x93NUMPY\x01\x00\x76\x00", 10); /* 0x76 = 118 bytes follow */
     size = snprintf(header + 10, sizeof header - 10, "{'descr': '<f4', 'fortran_order': False, 'shape': (%lu, %lu), }",
                     (unsigned long)rows, (unsigned long)columns);
     memset(header + 10 + size, ' ', sizeof header - 10 - (size_t)size);
     header[sizeof header - 1] = '\n';
-    file = fopen(temporary, "wb");
-    if (file) {
-        bad = fwrite(header, 1, sizeof header, file) != sizeof header || fwrite(data, sizeof *data, rows * columns, file) != rows * columns;
-        bad = fclose(file) || bad || rename(temporary, path);
-    }
-    if (bad) {
-        bad = fail_system(path);
-        remove(temporary);
-    }
-    free(temporary);
-    return bad;
+    fwrite(header, 1, sizeof header, out.file);
+    fwrite(data, sizeof *data, rows * columns, out.file);
+    return output_close(&out);
 }
 
 static int dump(int argc, char **argv) {
@@ -413,7 +455,8 @@ static int decode_line(const tfm_model *model, const char *text, size_t size, in
         id = strtol(text, &next, 10);
         token = id >= 0 && id <= INT32_MAX && !errno ? tfm_token_text(model, (int32_t)id, &token_size) : NULL;
         if (next == text || next > end || !token) {
-            fprintf(stderr, "tfm: '%.*s' is not the id of a token\n", (int)(strcspn(text, " \n") < 40 ? strcspn(text, " \n") : 40), text);
+            size_t shown = strcspn(text, " \n");
+            fprintf(stderr, "tfm: '%.*s' is not the id of a token\n", (int)(shown < 40 ? shown : 40), text);
             return 1;
         }
         fwrite(token, 1, token_size, stdout);
@@ -476,8 +519,8 @@ static double surprise(const float *logits, size_t n, int32_t id) {
 }
 
 /* Windows of `context` tokens, each `stride` after the last; a token is scored in the first window that holds it. */
-static tfm_status score(tfm_session *session, const int32_t *ids, size_t n, size_t context, size_t stride, float *logits,
-                        double *total, size_t *scored, tfm_error *error) {
+static tfm_status score(tfm_session *session, const int32_t *ids, size_t n, size_t context, size_t stride,
+                        float *logits, double *total, size_t *scored, tfm_error *error) {
     size_t vocab_size = tfm_model_description(tfm_session_model(session))->vocab_size, begin, done = 0, i;
     for (begin = 0; done < n; begin += stride) { /* done: the end of the last window */
         size_t end = begin + context < n ? begin + context : n, first = done > begin + 1 ? done : begin + 1;
@@ -562,12 +605,995 @@ static int perplexity(int argc, char **argv) {
     return status;
 }
 
+/* ---- bench: what this machine can do at most
+ * The read bandwidth, and the multiply-add peaks of the instruction set in use. Each loop is handed out in small
+ * pieces, as in the library, so that limits suffer from a busy neighbour no more than what is compared with them. */
+
+static double now(void) {
+    struct timespec time;
+    clock_gettime(CLOCK_MONOTONIC, &time);
+    return (double)time.tv_sec + 1e-9 * (double)time.tv_nsec;
+}
+
+enum { PEAK_ROUNDS = 10000 }; /* of a piece: less than 0.1 ms */
+
+/* Ten sums at a time, which do not wait for each other: more than the latency of any x86 times its ports. In assembly,
+ * because GCC 12 spills dpbusd's accumulators, and because volatile assembly is not optimized away. Operands: %0 to %9
+ * sums, %10 for results between, %11 factors. */
+#define PEAK_TEN(step, constraint, sum, between, x)                                                                    \
+    __asm__ volatile(step(0) step(1) step(2) step(3) step(4) step(5) step(6) step(7) step(8) step(9)                   \
+                     : "+" constraint((sum)[0]), "+" constraint((sum)[1]), "+" constraint((sum)[2]),                   \
+                       "+" constraint((sum)[3]), "+" constraint((sum)[4]), "+" constraint((sum)[5]),                   \
+                       "+" constraint((sum)[6]), "+" constraint((sum)[7]), "+" constraint((sum)[8]),                   \
+                       "+" constraint((sum)[9]), "=&" constraint(between)                                              \
+                     : constraint(x))
+
+/* A piece: PEAK_ROUNDS times `tens` times ten steps. The factors are bytes of 60, which as floats are 0.0115. */
+#define PEAK(name, target, vector, constraint, step, tens)                                                             \
+    static target void name(void *unused, size_t index) {                                                              \
+        vector sum[10 * tens], between, x;                                                                             \
+        long round;                                                                                                    \
+        (void)unused, (void)index;                                                                                     \
+        memset(sum, 0, sizeof sum);                                                                                    \
+        memset(&x, 60, sizeof x);                                                                                      \
+        for (round = 0; round < PEAK_ROUNDS; round++) {                                                                \
+            PEAK_TEN(step, constraint, sum, between, x);                                                               \
+            if (tens > 1)                                                                                              \
+                PEAK_TEN(step, constraint, sum + 10 * (tens - 1), between, x);                                         \
+        }                                                                                                              \
+    }
+
+#if (defined(__GNUC__) || defined(__clang__)) && defined(__x86_64__)
+#define FMA(i) "vfmadd231ps {%11, %11, %" #i "|%" #i ", %11, %11}\n\t"
+#define DPBUSD(i) "vpdpbusd {%11, %11, %" #i "|%" #i ", %11, %11}\n\t"
+#define DPBUSD_VEX(i) "%{vex%} vpdpbusd {%11, %11, %" #i "|%" #i ", %11, %11}\n\t"
+#define MADDUBS(i)                                                                                                     \
+    "vpmaddubsw {%11, %11, %10|%10, %11, %11}\n\tvpmaddwd {%11, %10, %10|%10, %10, %11}\n\t"                           \
+    "vpaddd {%10, %" #i ", %" #i "|%" #i ", %" #i ", %10}\n\t"
+PEAK(peak_fp32_avx2, __attribute__((target("avx2,fma"))), __m256, "x", FMA, 1)
+PEAK(peak_int8_avx2, __attribute__((target("avx2,fma"))), __m256i, "x", MADDUBS, 1)
+PEAK(peak_fp32_avx512, __attribute__((target("avx512f,avx512bw"))), __m512, "v", FMA, 1)
+PEAK(peak_int8_avx512, __attribute__((target("avx512f,avx512bw"))), __m512i, "v", MADDUBS, 1)
+PEAK(peak_int8_avx512vnni, __attribute__((target("avx512f,avx512vnni"))), __m512i, "v", DPBUSD, 1)
+#if (defined(__clang__) && __clang_major__ >= 12) || (!defined(__clang__) && __GNUC__ >= 11)
+#define PEAK_AVXVNNI
+PEAK(peak_int8_avxvnni, __attribute__((target("avx2,avxvnni"))), __m256i, "x", DPBUSD_VEX, 1)
+#endif
+#elif (defined(__GNUC__) || defined(__clang__)) && defined(__aarch64__)
+/* The largest cores have four pipes with a latency of four: twenty sums. */
+#define FMLA(i) "fmla %" #i ".4s, %11.4s, %11.4s\n\t"
+#define SMULL(i) "smull %10.8h, %11.8b, %11.8b\n\tsmlal2 %10.8h, %11.16b, %11.16b\n\tsadalp %" #i ".4s, %10.8h\n\t"
+#define SDOT(i) "sdot %" #i ".4s, %11.16b, %11.16b\n\t"
+PEAK(peak_fp32_neon, , float32x4_t, "w", FMLA, 2)
+PEAK(peak_int8_neon, , int32x4_t, "w", SMULL, 2)
+#ifdef __clang__
+PEAK(peak_int8_neondot, __attribute__((target("dotprod"))), int32x4_t, "w", SDOT, 2)
+#else
+PEAK(peak_int8_neondot, __attribute__((target("arch=armv8.2-a+dotprod"))), int32x4_t, "w", SDOT, 2)
+#endif
+#endif
+
+/* The plain C peaks: what the compiler makes of sixteen sums side by side, as in the library's plain C kernels. The
+ * factor is volatile so that the loop is not made into one multiplication. */
+#define PLAIN_STEP(i) sum[i] += w[i] * x;
+#define PLAIN_FOUR(i) PLAIN_STEP(i) PLAIN_STEP(i + 1) PLAIN_STEP(i + 2) PLAIN_STEP(i + 3)
+static volatile float plain_sink_fp32, plain_factor_fp32 = 0.01f;
+static volatile int plain_sink_int8, plain_factor_int8 = 60;
+
+static void peak_fp32_plain(void *unused, size_t index) {
+    float sum[16] = {0}, w[16] = {1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16};
+    int round, i;
+    (void)unused, (void)index;
+    for (round = 0; round < PEAK_ROUNDS; round++) {
+        const float x = plain_factor_fp32;
+        PLAIN_FOUR(0) PLAIN_FOUR(4) PLAIN_FOUR(8) PLAIN_FOUR(12)
+    }
+    for (i = 0; i < 16; i++)
+        plain_sink_fp32 = sum[i];
+}
+
+static void peak_int8_plain(void *unused, size_t index) {
+    int32_t sum[16] = {0};
+    int8_t w[16] = {1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16};
+    int round, i;
+    (void)unused, (void)index;
+    for (round = 0; round < PEAK_ROUNDS; round++) {
+        const int8_t x = (int8_t)plain_factor_int8;
+        PLAIN_FOUR(0) PLAIN_FOUR(4) PLAIN_FOUR(8) PLAIN_FOUR(12)
+    }
+    for (i = 0; i < 16; i++)
+        plain_sink_int8 = sum[i];
+}
+
+/* The loops of each instruction set, and what one round of them counts: a multiplication and an addition are two. */
+typedef struct peak {
+    tfm_isa isa;
+    tfm_task fp32, int8;
+    double fp32_operations, int8_operations;
+} peak;
+
+static const peak peaks[] = {
+    {TFM_ISA_SCALAR, peak_fp32_plain, peak_int8_plain, 16 * 2, 16 * 2},
+#if (defined(__GNUC__) || defined(__clang__)) && defined(__x86_64__)
+    {TFM_ISA_AVX2, peak_fp32_avx2, peak_int8_avx2, 10 * 8 * 2, 10 * 32 * 2},
+    {TFM_ISA_AVX512, peak_fp32_avx512, peak_int8_avx512, 10 * 16 * 2, 10 * 64 * 2},
+    {TFM_ISA_AVX512VNNI, peak_fp32_avx512, peak_int8_avx512vnni, 10 * 16 * 2, 10 * 64 * 2},
+#ifdef PEAK_AVXVNNI
+    {TFM_ISA_AVXVNNI, peak_fp32_avx2, peak_int8_avxvnni, 10 * 8 * 2, 10 * 32 * 2},
+#endif
+#elif (defined(__GNUC__) || defined(__clang__)) && defined(__aarch64__)
+    {TFM_ISA_NEON, peak_fp32_neon, peak_int8_neon, 20 * 4 * 2, 20 * 16 * 2},
+    {TFM_ISA_NEONDOT, peak_fp32_neon, peak_int8_neondot, 20 * 4 * 2, 20 * 16 * 2},
+#endif
+};
+
+typedef struct limits {
+    int threads;
+    const peak *peak;
+    uint64_t *buffer;        /* much larger than the caches */
+    size_t buffer_pieces;    /* its size */
+    size_t next;             /* the piece of the buffer that is read next */
+    size_t n_pieces;         /* of one measurement */
+    double *ends;            /* [n_pieces]: when each was done */
+    double when;             /* measured last; -1: not yet */
+    double read, fp32, int8; /* bytes a second, operations a second: the most that was seen */
+} limits;
+
+enum { READ_PIECE = 1 << 18 }; /* bytes */
+
+/* Reads one piece. 16 bytes a cycle are more than any memory gives to a core, so plain C is enough. */
+static void read_piece(void *argument, size_t index) {
+    const limits *l = (const limits *)argument;
+    const uint64_t *p = l->buffer + (l->next + index) % l->buffer_pieces * (READ_PIECE / sizeof *p);
+    uint64_t seen[8] = {0};
+    size_t i, k;
+    for (i = 0; i < READ_PIECE / sizeof *p; i += 8) {
+#if defined(__GNUC__) || defined(__clang__)
+        __builtin_prefetch(p + i + 256);
+#endif
+        for (k = 0; k < 8; k++)
+            seen[k] |= p[i + k];
+    }
+    for (k = 1; k < 8; k++)
+        seen[0] |= seen[k];
+    plain_sink_int8 = (int)(seen[0] & 1);
+}
+
+static int compare_times(const void *a, const void *b) {
+    double x = *(const double *)a, y = *(const double *)b;
+    return (x > y) - (x < y);
+}
+
+/* Runs n_pieces pieces on all threads, and returns how many were done in a second, in the best stretch of a quarter of
+ * them: that is a few milliseconds in which, with luck, all threads had their cores to themselves. */
+static double measure_pieces(limits *l, tfm_task task) {
+    const size_t stretch = l->n_pieces / 4;
+    long i, end = (long)l->n_pieces;
+    double best = 0;
+    size_t k;
+#ifdef _OPENMP
+#pragma omp parallel for schedule(dynamic) num_threads(l->threads)
+#endif
+    for (i = 0; i < end; i++) {
+        task(l, (size_t)i);
+        l->ends[i] = now();
+    }
+    qsort(l->ends, l->n_pieces, sizeof *l->ends, compare_times);
+    for (k = stretch; k < l->n_pieces; k++)
+        best = fmax(best, (double)stretch / fmax(1e-9, l->ends[k] - l->ends[k - stretch]));
+    return best;
+}
+
+/* Raises the limits to what is seen now. They move with the neighbours on the machine: so they are measured again and
+ * again, between the jobs that are compared with them. */
+static void measure_limits(limits *l) {
+    int run, runs = l->when < 0 ? 6 : 2;
+    if (l->when >= 0 && now() - l->when < 0.3)
+        return;
+    for (run = 0; run < runs; run++) {
+        l->read = fmax(l->read, READ_PIECE * measure_pieces(l, read_piece));
+        l->next = (l->next + l->n_pieces) % l->buffer_pieces;
+        l->fp32 = fmax(l->fp32, l->peak->fp32_operations * PEAK_ROUNDS * measure_pieces(l, l->peak->fp32));
+        l->int8 = fmax(l->int8, l->peak->int8_operations * PEAK_ROUNDS * measure_pieces(l, l->peak->int8));
+    }
+    l->when = now();
+}
+
+/* At least 256 MB, and four times the last cache where the system says how large that is. */
+static size_t read_size(void) {
+    size_t size = (size_t)256 << 20;
+#ifdef _SC_LEVEL3_CACHE_SIZE
+    long cache = sysconf(_SC_LEVEL3_CACHE_SIZE);
+    if (cache > 0 && cache <= 1l << 28 && (size_t)cache * 4 > size)
+        size = (size_t)cache * 4;
+#endif
+    return size;
+}
+
+/* 0, or 1 if there is no memory. */
+static int open_limits(limits *l, int threads, tfm_isa isa) {
+    const size_t huge_page = (size_t)2 << 20;
+    size_t size = read_size(), i;
+    void *memory;
+    memset(l, 0, sizeof *l);
+    l->threads = threads;
+    l->peak = peaks;
+    for (i = 0; i < sizeof peaks / sizeof *peaks; i++)
+        if (peaks[i].isa == isa)
+            l->peak = peaks + i;
+    l->buffer_pieces = size / READ_PIECE;
+    l->n_pieces = threads > 4 ? (size_t)threads * 256 : 1024;
+    l->when = -1;
+    l->ends = (double *)malloc(l->n_pieces * sizeof *l->ends);
+    if (!l->ends || posix_memalign(&memory, huge_page, size))
+        return 1;
+#ifdef MADV_HUGEPAGE
+    (void)madvise(memory, size, MADV_HUGEPAGE); /* as the library does for weights */
+#endif
+    l->buffer = (uint64_t *)memory;
+    memset(memory, 1, size); /* what was never written is not there */
+    return 0;
+}
+
+/* ---- bench: the jobs */
+
+enum {
+    GEN_CONTEXT = 16,    /* tokens that a sequence has before generation is timed */
+    ROWS_PER_PASS = 512, /* of the sessions: in one pass each weight is read once for so many tokens */
+    MAX_TYPES = TFM_DTYPE_COUNT - 1,
+    MAX_BATCH = 4096
+};
+
+typedef enum job { JOB_PROMPT, JOB_GEN, N_JOBS } job; /* here, and in `jobs` below, is the place of an encoder's job */
+
+/* One job in one type. */
+typedef struct result {
+    int runs;                 /* 0: this model has no such job */
+    double seconds, spent;    /* of the fastest run; of all together */
+    double tokens;            /* of one run, in all sequences together */
+    double bytes, operations; /* of one run, see job_work */
+} result;
+
+/* The model in one type. */
+typedef struct variant {
+    tfm_dtype dtype;
+    tfm_model *model;
+    tfm_session *session;
+    double weights; /* bytes, see type_bytes */
+    result results[N_JOBS];
+} variant;
+
+typedef struct benchmark {
+    const arguments *args;
+    const char *name; /* of the model: its path's base name */
+    char cpu[96];
+    tfm_isa isa;
+    limits limits;
+    variant variants[MAX_TYPES];
+    size_t n_variants;
+    double parameters, f32_bytes; /* of the weights */
+    /* known when the model is first loaded */
+    size_t prompt, context, gen, batch, width; /* width: of an output */
+    tfm_output what;
+    int32_t *tokens, *next, *work; /* [prompt + batch], [batch], [vocab_size] */
+    tfm_chunk *chunks;             /* [batch] */
+    float *outputs;                /* [batch][width] */
+    size_t steps, n_steps;         /* progress */
+} benchmark;
+
+/* The first n tokens of each sequence; they differ from sequence to sequence. */
+static tfm_status begin_sequences(benchmark *b, tfm_session *session, size_t n, size_t n_outputs, tfm_error *error) {
+    tfm_status status = TFM_OK;
+    size_t i;
+    for (i = 0; i < b->batch && status == TFM_OK; i++) {
+        b->chunks[i].sequence = i;
+        b->chunks[i].tokens = b->tokens + i;
+        b->chunks[i].n_tokens = n;
+        b->chunks[i].n_outputs = n_outputs;
+        b->next[i] = b->tokens[i];
+        status = tfm_truncate(session, i, 0, error);
+    }
+    if (status == TFM_OK && n)
+        status = tfm_eval(session, b->chunks, b->batch, b->what, b->outputs, error);
+    return status;
+}
+
+/* Prefill: prompts of n tokens, and the last one's result. */
+static tfm_status run_prompt(benchmark *b, tfm_session *session, size_t n, double *seconds, tfm_error *error) {
+    double start = now();
+    tfm_status status = begin_sequences(b, session, n, 1, error);
+    *seconds = now() - start;
+    return status;
+}
+
+/* Decoding, greedily: n tokens for each sequence, one after the other, after a short context that is not timed. */
+static tfm_status run_gen(benchmark *b, tfm_session *session, size_t n, double *seconds, tfm_error *error) {
+    tfm_status status = begin_sequences(b, session, b->context, 0, error);
+    tfm_sampling greedy;
+    double start = now();
+    size_t step, i;
+    memset(&greedy, 0, sizeof greedy);
+    for (i = 0; i < b->batch; i++) {
+        b->chunks[i].tokens = b->next + i;
+        b->chunks[i].n_tokens = b->chunks[i].n_outputs = 1;
+    }
+    for (step = 0; step < n && status == TFM_OK; step++) {
+        status = tfm_eval(session, b->chunks, b->batch, b->what, b->outputs, error);
+        for (i = 0; i < b->batch && status == TFM_OK; i++) {
+            float *logits = b->outputs + i * b->width;
+            status = tfm_sample(&greedy, logits, b->width, NULL, 0, NULL, b->work, b->next + i, error);
+        }
+    }
+    *seconds = now() - start;
+    return status;
+}
+
+static int has_prompt(const tfm_description *d) {
+    return d->causal;
+}
+
+static int has_gen(const tfm_description *d) {
+    return d->causal && d->head != TFM_NO_HEAD;
+}
+
+static const struct {
+    const char *name;
+    int (*has)(const tfm_description *description);
+    tfm_status (*run)(benchmark *b, tfm_session *session, size_t n, double *seconds, tfm_error *error);
+    size_t warm_up; /* tokens of a run that only brings memory and caches into play */
+} jobs[N_JOBS] = {
+    {"prompt", has_prompt, run_prompt, 32},
+    {"gen", has_gen, run_gen, 2},
+};
+
+/* Tokens of a job for each sequence. */
+static size_t job_length(const benchmark *b, job which) {
+    return which == JOB_PROMPT ? b->prompt : b->gen;
+}
+
+/* ---- bench: what a job must read and calculate
+ * Counted are the weights of the linear layers: of the blocks, and of the head for the tokens whose logits are wanted.
+ *   bytes       once for each pass: of up to ROWS_PER_PASS tokens of the prompts, or of one step of all sequences
+ *   operations  2 (a multiplication and an addition) x weights x tokens
+ * Attention's own arithmetic and reads of the KV cache are not counted, nor are norms and activations: the limit is a
+ * little farther away than it could be. */
+
+static void count_linear(const tfm_linear *linear, double *weights, double *bytes) {
+    *weights += (double)linear->weight.shape[0] * (double)linear->weight.shape[1];
+    *bytes += (double)tfm_tensor_bytes(&linear->weight);
+    *bytes += linear->bias.data ? (double)tfm_tensor_bytes(&linear->bias) : 0;
+}
+
+static void count_blocks(const tfm_model *model, double *weights, double *bytes) {
+    size_t i;
+    *weights = *bytes = 0;
+    for (i = 0; i < tfm_model_description(model)->n_layers; i++) {
+        const tfm_block *block = tfm_model_block(model, i);
+        count_linear(&block->attention.qkv, weights, bytes);
+        count_linear(&block->attention.out, weights, bytes);
+        count_linear(&block->ffn.up, weights, bytes);
+        count_linear(&block->ffn.down, weights, bytes);
+    }
+}
+
+static double passes_for(size_t rows) {
+    return (double)((rows + ROWS_PER_PASS - 1) / ROWS_PER_PASS);
+}
+
+/* Passes in which a prompt ends, and so the head is read. */
+static double head_passes(const benchmark *b) {
+    size_t n = 0, last = (size_t)-1, i;
+    for (i = 1; i <= b->batch; i++) {
+        size_t pass = (i * b->prompt - 1) / ROWS_PER_PASS;
+        n += pass != last;
+        last = pass;
+    }
+    return (double)n;
+}
+
+static void job_work(const benchmark *b, const tfm_model *model, job which, result *r) {
+    const tfm_description *d = tfm_model_description(model);
+    double weights, bytes, head_bytes, head = d->head == TFM_NO_HEAD ? 0 : (double)d->vocab_size * (double)d->d_model;
+    double batch = (double)b->batch, steps = (double)b->gen;
+    count_blocks(model, &weights, &bytes);
+    head_bytes = (double)tfm_model_bytes_per_token(model) - bytes;
+    r->tokens = (double)job_length(b, which) * batch;
+    if (which == JOB_PROMPT) {
+        r->bytes = passes_for(b->prompt * b->batch) * bytes + head_passes(b) * head_bytes;
+        r->operations = 2 * (weights * r->tokens + head * batch);
+    } else {
+        r->bytes = steps * passes_for(b->batch) * (bytes + head_bytes);
+        r->operations = 2 * (weights + head) * r->tokens;
+    }
+}
+
+/* The least time that the machine's limits leave for a job. 16-bit weights are multiplied as fp32. */
+static double limit_seconds(const limits *l, tfm_dtype dtype, const result *r) {
+    return fmax(r->bytes / l->read, r->operations / (dtype == TFM_I8 ? l->int8 : l->fp32));
+}
+
+/* ---- bench: measuring */
+
+static const char *type_name(tfm_dtype dtype) {
+    return dtype == TFM_I8 ? "int8" : tfm_dtype_name(dtype);
+}
+
+/* Bytes of the file's tensors if its matrices had that type: what `tfm quantize --type` writes. */
+static double type_bytes(const tfm_file *file, tfm_dtype dtype) {
+    double bytes = 0;
+    size_t i;
+    for (i = 0; i < tfm_file_n_tensors(file); i++) {
+        tfm_tensor tensor = tfm_file_entry(file, i)->tensor;
+        if (tensor.n_dims == 2) {
+            tensor.dtype = dtype;
+            tensor.layout = TFM_PANELS;
+        }
+        bytes += (double)tfm_tensor_bytes(&tensor);
+    }
+    return bytes;
+}
+
+static void reduce(const char *name, size_t *n, size_t most) {
+    if (*n > most)
+        fprintf(stderr, "tfm: %s: reduced to %lu, for the model's context\n", name, (unsigned long)most);
+    *n = *n > most ? most : *n;
+}
+
+/* What depends on the model: lengths that fit its context, and room for tokens and results. */
+static tfm_status prepare(benchmark *b, const tfm_description *d, tfm_error *error) {
+    tfm_random random;
+    size_t i;
+    b->context = d->n_positions > 2 * GEN_CONTEXT ? GEN_CONTEXT : d->n_positions / 2;
+    reduce("--prompt", &b->prompt, d->n_positions);
+    reduce("--gen", &b->gen, d->n_positions - b->context);
+    b->what = d->head == TFM_NO_HEAD ? TFM_HIDDEN : TFM_LOGITS;
+    b->width = d->head == TFM_NO_HEAD ? d->d_model : d->vocab_size;
+    b->tokens = (int32_t *)malloc((b->prompt + GEN_CONTEXT + b->batch) * sizeof *b->tokens);
+    b->next = (int32_t *)malloc(b->batch * sizeof *b->next);
+    b->work = (int32_t *)malloc(d->vocab_size * sizeof *b->work);
+    b->chunks = (tfm_chunk *)malloc(b->batch * sizeof *b->chunks);
+    b->outputs = (float *)malloc(b->batch * b->width * sizeof *b->outputs);
+    if (!b->tokens || !b->next || !b->work || !b->chunks || !b->outputs) {
+        snprintf(error->message, sizeof error->message, "out of memory");
+        return error->status = TFM_ERROR_MEMORY;
+    }
+    tfm_random_seed(&random, 1);
+    for (i = 0; i < b->prompt + GEN_CONTEXT + b->batch; i++)
+        b->tokens[i] = (int32_t)(tfm_random_uniform(&random) * (double)d->vocab_size);
+    return TFM_OK;
+}
+
+/* Loads the model in that type. All types get their weights as copies in memory of the same kind, whatever the file
+ * holds: they are to differ in nothing else. */
+static tfm_status open_variant(benchmark *b, variant *v, tfm_error *error) {
+    tfm_load_options load;
+    tfm_session_options options;
+    memset(&load, 0, sizeof load);
+    memset(&options, 0, sizeof options);
+    load.dtype = v->dtype;
+    load.copy = 1;
+    load.threads = b->limits.threads;
+    v->model = tfm_load(b->args->paths[0], &load, error);
+    if (!v->model)
+        return error->status;
+    if (!b->tokens && prepare(b, tfm_model_description(v->model), error) != TFM_OK)
+        return error->status;
+    options.context = b->prompt > b->context + b->gen ? b->prompt : b->context + b->gen;
+    options.n_sequences = b->batch;
+    options.max_rows = ROWS_PER_PASS;
+    options.engine.threads = b->limits.threads;
+    options.engine.isa = b->isa;
+    v->session = tfm_session_create(v->model, &options, error);
+    return v->session ? TFM_OK : error->status;
+}
+
+static void close_variant(variant *v) {
+    tfm_session_free(v->session);
+    tfm_free(v->model);
+    v->session = NULL;
+    v->model = NULL;
+}
+
+/* Bytes of memory that programs can have, 0 if the system does not say. */
+static double available_memory(void) {
+    FILE *file = fopen("/proc/meminfo", "r");
+    char line[128];
+    double kilobytes = 0;
+    while (file && fgets(line, sizeof line, file))
+        if (sscanf(line, "MemAvailable: %lf kB", &kilobytes) == 1)
+            break;
+    if (file)
+        fclose(file);
+    return kilobytes * 1024;
+}
+
+/* Whether the other types have room beside the first: then all can take turns. */
+static int fit_together(const benchmark *b) {
+    const tfm_description *d = tfm_model_description(b->variants[0].model);
+    double kv = 2.0 * (double)d->n_layers * (double)d->n_kv_heads * (double)d->head_dim * sizeof(float);
+    double tokens = (double)b->batch * (double)(b->prompt + b->context + b->gen), bytes = 0;
+    size_t i;
+    for (i = 1; i < b->n_variants; i++)
+        bytes += b->variants[i].weights + kv * tokens;
+    return bytes < (double)((size_t)512 << 20) || bytes < 0.8 * available_memory();
+}
+
+static void advance(benchmark *b, double share) {
+    show_progress("measuring", ((double)b->steps + share) / (double)b->n_steps);
+}
+
+/* At least three runs and a second, but no more runs after ten seconds. */
+static int is_measured(const result *r) {
+    return r->runs && ((r->runs >= 3 && r->spent >= 1) || r->spent >= 10);
+}
+
+static tfm_status run_once(benchmark *b, variant *v, job which, tfm_error *error) {
+    result *r = v->results + which;
+    double seconds;
+    tfm_status status = jobs[which].run(b, v->session, job_length(b, which), &seconds, error);
+    seconds = fmax(seconds, 1e-9);
+    r->seconds = r->runs && r->seconds < seconds ? r->seconds : seconds;
+    r->spent += seconds;
+    r->runs++;
+    return status;
+}
+
+/* The variants take turns, with the limits between, until each is measured: the machine's speed changes from minute to
+ * minute, and what is compared should see the same of it. */
+static tfm_status measure_job(benchmark *b, size_t first, size_t n, job which, tfm_error *error) {
+    tfm_status status = TFM_OK;
+    double seconds;
+    size_t i, open = n;
+    for (i = first; i < first + n && status == TFM_OK; i++) {
+        size_t length = job_length(b, which), warm_up = jobs[which].warm_up;
+        job_work(b, b->variants[i].model, which, b->variants[i].results + which);
+        status = jobs[which].run(b, b->variants[i].session, length < warm_up ? length : warm_up, &seconds, error);
+    }
+    while (open && status == TFM_OK) {
+        measure_limits(&b->limits);
+        for (i = first, open = 0; i < first + n && status == TFM_OK; i++)
+            if (!is_measured(b->variants[i].results + which)) {
+                status = run_once(b, b->variants + i, which, error);
+                advance(b, fmin(1, b->variants[first].results[which].spent) * (double)n);
+                open++;
+            }
+    }
+    b->steps += n;
+    return status;
+}
+
+static tfm_status measure_variants(benchmark *b, size_t first, size_t *n, tfm_error *error) {
+    const tfm_description *d;
+    tfm_status status = open_variant(b, b->variants + first, error);
+    size_t i;
+    int which;
+    *n = 1;
+    if (status == TFM_OK && !first && fit_together(b))
+        for (; *n < b->n_variants && status == TFM_OK; ++*n)
+            status = open_variant(b, b->variants + *n, error);
+    for (which = 0; which < N_JOBS && status == TFM_OK; which++) {
+        d = tfm_model_description(b->variants[first].model);
+        if (jobs[which].has(d))
+            status = measure_job(b, first, *n, (job)which, error);
+        advance(b, 0);
+    }
+    for (i = first; i < first + *n; i++)
+        close_variant(b->variants + i);
+    return status;
+}
+
+static tfm_status measure_all(benchmark *b, tfm_error *error) {
+    tfm_status status = TFM_OK;
+    size_t first, n;
+    b->n_steps = b->n_variants * N_JOBS;
+    advance(b, 0);
+    for (first = 0; first < b->n_variants && status == TFM_OK; first += n)
+        status = measure_variants(b, first, &n, error);
+    if (status == TFM_OK)
+        show_progress("measuring", 1);
+    return status;
+}
+
+/* ---- bench: reports */
+
+static double tokens_per_second(const result *r) {
+    return r->tokens / r->seconds;
+}
+
+/* How much faster than f32; 0 if that was not measured. */
+static double speed_up(const benchmark *b, size_t index, job which) {
+    size_t i;
+    for (i = 0; i < b->n_variants; i++)
+        if (b->variants[i].dtype == TFM_F32)
+            return b->variants[i].results[which].seconds / b->variants[index].results[which].seconds;
+    return 0;
+}
+
+static double limit_share(const benchmark *b, const variant *v, job which) {
+    return limit_seconds(&b->limits, v->dtype, v->results + which) / v->results[which].seconds;
+}
+
+static void print_result(const benchmark *b, size_t index, job which) {
+    const variant *v = b->variants + index;
+    const result *r = v->results + which;
+    double faster = speed_up(b, index, which);
+    printf("%-5s %-7s %5lu %11.1f %8.2f %9.1f %-7s %6.1f %%", type_name(v->dtype), jobs[which].name,
+           (unsigned long)b->batch, tokens_per_second(r), r->bytes / r->seconds / 1e9, r->operations / r->seconds / 1e9,
+           v->dtype == TFM_I8 ? "GOP/s" : "GFLOP/s", 100 * limit_share(b, v, which));
+    if (faster > 0)
+        printf(" %8.2f x", faster);
+    putchar('\n');
+}
+
+static void print_report(const benchmark *b) {
+    const limits *l = &b->limits;
+    double most = 0;
+    size_t i;
+    int which;
+    printf("model   %s: %.1f million parameters\n", b->name, b->parameters / 1e6);
+    printf("cpu     %s%s%s, %d thread%s\n", b->cpu, *b->cpu ? ", " : "", tfm_isa_name(b->isa), l->threads,
+           l->threads > 1 ? "s" : "");
+    printf("limits  read %.2f GB/s, fp32 %.1f GFLOP/s, int8 %.1f GOP/s\n", l->read / 1e9, l->fp32 / 1e9, l->int8 / 1e9);
+    printf("prompt  %lu tokens;  gen %lu tokens after %lu\n\n", (unsigned long)b->prompt, (unsigned long)b->gen,
+           (unsigned long)b->context);
+    puts("type  job     batch    tokens/s     GB/s           compute     limit   against f32");
+    for (which = 0; which < N_JOBS; which++)
+        for (i = 0; i < b->n_variants; i++)
+            if (b->variants[i].results[which].runs) {
+                print_result(b, i, (job)which);
+                most = fmax(most, limit_share(b, b->variants + i, (job)which));
+            }
+    puts("\nlimit: of the time measured, the share that reading the weights, or the operations with them, take at the\n"
+         "machine's limits. Attention's own arithmetic and reads of the KV cache are not counted.");
+    if (most > 1)
+        puts("More than 100 %: the weights stay in the caches, or others held the machine up while it was measured.");
+    puts("\nweights");
+    for (i = 0; i < b->n_variants; i++)
+        printf("%-5s %11.2f MB  %6.1f %% of f32, %.2f times smaller\n", type_name(b->variants[i].dtype),
+               b->variants[i].weights / 1e6, 100 * b->variants[i].weights / b->f32_bytes,
+               b->f32_bytes / b->variants[i].weights);
+}
+
+/* Bytes of the well-formed UTF-8 character at text, 0 if there is none. */
+static size_t utf8_size(const unsigned char *text) {
+    static const unsigned long least[5] = {0, 0, 0x80, 0x800, 0x10000};
+    size_t n = *text < 0x80 ? 1 : *text >> 5 == 6 ? 2 : *text >> 4 == 14 ? 3 : *text >> 3 == 30 ? 4 : 0, i;
+    unsigned long code = n > 1 ? *text & (0x7Fu >> n) : *text;
+    for (i = 1; i < n; i++) {
+        if (text[i] >> 6 != 2)
+            return 0;
+        code = code << 6 | (text[i] & 0x3Fu);
+    }
+    return n && code >= least[n] && code <= 0x10FFFF && code >> 11 != 0x1B ? n : 0;
+}
+
+/* Writes text of any bytes as part of a JSON string or of XML. */
+static void write_escaped(FILE *file, const char *text, int xml) {
+    const unsigned char *p = (const unsigned char *)text;
+    while (*p) {
+        size_t n = utf8_size(p);
+        if (!n || (xml && *p < 0x20))
+            fputs("\xEF\xBF\xBD", file); /* U+FFFD: not a character */
+        else if (xml ? *p == '<' || *p == '&' || *p == '"' : *p == '"' || *p == '\\' || *p < 0x20)
+            fprintf(file, xml ? "&#%u;" : "\\u%04x", (unsigned)*p);
+        else
+            fwrite(p, 1, n, file);
+        p += n ? n : 1;
+    }
+}
+
+static void write_json_object(FILE *file, const benchmark *b, const variant *v, job which) {
+    const result *r = v->results + which;
+    fputs("  {\"model\": \"", file);
+    write_escaped(file, b->name, 0);
+    fprintf(file, "\", \"type\": \"%s\", \"job\": \"%s\", \"threads\": %d, \"batch\": %lu, \"tokens\": %.0f, ",
+            type_name(v->dtype), jobs[which].name, b->limits.threads, (unsigned long)b->batch, r->tokens);
+    fprintf(file, "\"seconds\": %.9g, \"tokens_per_s\": %.6g, \"gbytes_per_s\": %.6g, \"gops_per_s\": %.6g, ",
+            r->seconds, tokens_per_second(r), r->bytes / r->seconds / 1e9, r->operations / r->seconds / 1e9);
+    fprintf(file, "\"limit_share\": %.4g}", limit_share(b, v, which));
+}
+
+static int write_json(const benchmark *b, const char *path) {
+    output out;
+    size_t i;
+    int which, n = 0;
+    if (output_open(&out, path))
+        return 1;
+    for (which = 0; which < N_JOBS; which++)
+        for (i = 0; i < b->n_variants; i++)
+            if (b->variants[i].results[which].runs) {
+                fputs(n++ ? ",\n" : "[\n", out.file);
+                write_json_object(out.file, b, b->variants + i, (job)which);
+            }
+    fputs(n ? "\n]\n" : "[]\n", out.file);
+    return output_close(&out);
+}
+
+/* ---- bench: the chart
+ * On a card of its own, since a README is read on light and on dark pages. */
+
+enum {
+    CHART_WIDTH = 760,
+    CHART_MARGIN = 28,
+    BAR_LEFT = 84,
+    BAR_WIDTH = 420,
+    BAR_HEIGHT = 20,
+    BAR_STEP = 28,
+    GROUP_HEADING = 40, /* from the top of a group to its first bar */
+    GROUP_GAP = 12,
+    CHART_TOP = 84, /* where the groups begin */
+    CHART_BOTTOM = 62,
+    TOKENS_RIGHT = 586, /* columns of numbers end here */
+    FASTER_RIGHT = 658,
+    SHARE_RIGHT = CHART_WIDTH - CHART_MARGIN
+};
+
+static const char limit_color[] = "#d1242f";
+
+static const char *type_color(tfm_dtype dtype) {
+    static const char *const colors[TFM_DTYPE_COUNT] = {"#000000", "#8c959f", "#54aeff", "#a475f9", "#0550ae"};
+    return colors[dtype];
+}
+
+/* "1234", "123.4", "12.34": four digits. */
+static const char *four_digits(double value, char *text, size_t size) {
+    snprintf(text, size, "%.*f", value >= 999.95 ? 0 : value >= 99.995 ? 1 : 2, value);
+    return text;
+}
+
+/* Opens a text element that starts (or with "end" ends) at x. */
+static void chart_text(FILE *file, int x, int y, const char *anchor, const char *class_name) {
+    fprintf(file, "<text x=\"%d\" y=\"%d\" text-anchor=\"%s\" class=\"%s\">", x, y, anchor, class_name);
+}
+
+static void chart_number(FILE *file, int x, int y, const char *class_name, const char *number, const char *unit) {
+    chart_text(file, x, y, "end", class_name);
+    fprintf(file, "%s%s</text>\n", number, unit);
+}
+
+static void chart_rect(FILE *file, double x, int y, double width, int height, int radius, const char *color) {
+    fprintf(file, "<rect x=\"%.1f\" y=\"%d\" width=\"%.1f\" height=\"%d\" rx=\"%d\" fill=\"%s\"/>\n", x, y, width,
+            height, radius, color);
+}
+
+/* One bar. `scale` is the tokens/s of the whole width. */
+static void chart_bar(FILE *file, const benchmark *b, size_t index, job which, int y, double scale) {
+    const variant *v = b->variants + index;
+    const result *r = v->results + which;
+    double speed = tokens_per_second(r), share = limit_share(b, v, which), faster = speed_up(b, index, which);
+    double limit = BAR_LEFT + BAR_WIDTH * speed / share / scale;
+    int base = y + 15;
+    char number[32];
+    chart_text(file, CHART_MARGIN, base, "start", "type");
+    fprintf(file, "%s</text>\n", type_name(v->dtype));
+    chart_rect(file, BAR_LEFT, y, BAR_WIDTH, BAR_HEIGHT, 3, "#f3f5f7");
+    chart_rect(file, BAR_LEFT, y, fmax(2, BAR_WIDTH * speed / scale), BAR_HEIGHT, 3, type_color(v->dtype));
+    chart_rect(file, limit - 1, y - 3, 2, BAR_HEIGHT + 6, 1, limit_color);
+    chart_number(file, TOKENS_RIGHT, base, "number", four_digits(speed, number, sizeof number), "");
+    snprintf(number, sizeof number, "%.2f", faster);
+    if (faster > 0)
+        chart_number(file, FASTER_RIGHT, base, "faster", number, "&#215;");
+    snprintf(number, sizeof number, "%.0f", 100 * share);
+    chart_number(file, SHARE_RIGHT, base, "small", number, " %");
+}
+
+static void chart_heading(FILE *file, const benchmark *b, job which, int y) {
+    chart_text(file, CHART_MARGIN, y, "start", "job");
+    if (which == JOB_PROMPT)
+        fprintf(file, "Prompt<tspan class=\"small\">&#160;&#160;%lu tokens", (unsigned long)b->prompt);
+    else
+        fprintf(file, "Generation<tspan class=\"small\">&#160;&#160;%lu tokens after %lu", (unsigned long)b->gen,
+                (unsigned long)b->context);
+    if (b->batch > 1)
+        fprintf(file, ", %lu sequences at once", (unsigned long)b->batch);
+    fputs("</tspan></text>\n", file);
+    chart_number(file, TOKENS_RIGHT, y, "small", "tokens/s", "");
+    if (speed_up(b, 0, which) > 0)
+        chart_number(file, FASTER_RIGHT, y, "small", "vs f32", "");
+    chart_number(file, SHARE_RIGHT, y, "small", "of limit", "");
+}
+
+/* The group of a job, its top at y. Returns where the next one begins. */
+static int chart_group(FILE *file, const benchmark *b, job which, int y) {
+    double scale = 0;
+    size_t i;
+    chart_heading(file, b, which, y + GROUP_HEADING - 16);
+    for (i = 0; i < b->n_variants; i++) {
+        const variant *v = b->variants + i;
+        double speed = tokens_per_second(v->results + which);
+        scale = fmax(scale, fmax(speed, speed / limit_share(b, v, which)));
+    }
+    y += GROUP_HEADING;
+    for (i = 0; i < b->n_variants; i++, y += BAR_STEP)
+        chart_bar(file, b, i, which, y, scale);
+    return y + GROUP_GAP;
+}
+
+static void chart_open(FILE *file, const benchmark *b, int height) {
+    fprintf(file,
+            "<svg xmlns=\"http://www.w3.org/2000/svg\" viewBox=\"0 0 %d %d\" width=\"%d\" role=\"img\" "
+            "aria-label=\"Tokens per second of each type\" font-family=\"system-ui, -apple-system, 'Segoe UI', "
+            "Roboto, 'Helvetica Neue', Arial, sans-serif\">\n",
+            CHART_WIDTH, height, CHART_WIDTH);
+    fputs("<style>\n.title{font-size:18px;font-weight:600;fill:#1f2328}\n"
+          ".small{font-size:12px;font-weight:400;fill:#59636e}\n.job{font-size:14px;font-weight:600;fill:#1f2328}\n"
+          ".type,.number{font-size:13px;fill:#1f2328}\n"
+          ".faster{font-size:13px;font-weight:600;fill:#1f2328}\n</style>\n",
+          file);
+    fprintf(file, "<rect x=\".5\" y=\".5\" width=\"%d\" height=\"%d\" rx=\"10\" fill=\"#fff\" stroke=\"#d1d9e0\"/>\n",
+            CHART_WIDTH - 1, height - 1);
+    chart_text(file, CHART_MARGIN, 40, "start", "title");
+    write_escaped(file, b->name, 1);
+    fputs("</text>\n", file);
+    chart_text(file, CHART_MARGIN, 62, "start", "small");
+    write_escaped(file, b->cpu, 1);
+    fprintf(file, "%s%s, %d thread%s, %.4g million parameters</text>\n", *b->cpu ? ", " : "", tfm_isa_name(b->isa),
+            b->limits.threads, b->limits.threads > 1 ? "s" : "", b->parameters / 1e6);
+}
+
+static void chart_close(FILE *file, const benchmark *b, int y) {
+    const limits *l = &b->limits;
+    fprintf(file, "<path d=\"M%d %d.5H%d\" stroke=\"#d1d9e0\"/>\n", CHART_MARGIN, y, CHART_WIDTH - CHART_MARGIN);
+    chart_rect(file, CHART_MARGIN, y + 17, 2, 16, 1, limit_color);
+    chart_text(file, CHART_MARGIN + 12, y + 30, "start", "small");
+    fprintf(file, "this machine&#8217;s limit, measured: %.1f GB/s read, %.0f GFLOP/s fp32, %.0f GOP/s int8",
+            l->read / 1e9, l->fp32 / 1e9, l->int8 / 1e9);
+    fputs("</text>\n</svg>\n", file);
+}
+
+static int write_svg(const benchmark *b, const char *path) {
+    const int group = GROUP_HEADING + GROUP_GAP + BAR_STEP * (int)b->n_variants;
+    output out;
+    int which, y = CHART_TOP, n = 0;
+    if (output_open(&out, path))
+        return 1;
+    for (which = 0; which < N_JOBS; which++)
+        n += b->variants[0].results[which].runs > 0;
+    chart_open(out.file, b, CHART_TOP + n * group + CHART_BOTTOM);
+    for (which = 0; which < N_JOBS; which++)
+        if (b->variants[0].results[which].runs)
+            y = chart_group(out.file, b, (job)which, y);
+    chart_close(out.file, b, y + 8);
+    return output_close(&out);
+}
+
+/* ---- bench: the command */
+
+/* "f32,int8" to variants. 0, or the exit status. */
+static int parse_types(benchmark *b, const char *list) {
+    tfm_error error = {TFM_OK, ""};
+    while (list) {
+        const char *comma = strchr(list, ',');
+        size_t size = comma ? (size_t)(comma - list) : strlen(list), i;
+        tfm_dtype dtype;
+        char name[32];
+        snprintf(name, sizeof name, "%.*s", size < sizeof name ? (int)size : (int)sizeof name - 1, list);
+        if (tfm_dtype_from_name(name, &dtype, &error) != TFM_OK)
+            return usage("--type: ", error.message);
+        for (i = 0; i < b->n_variants; i++)
+            if (b->variants[i].dtype == dtype)
+                return usage("--type: named twice: ", name);
+        b->variants[b->n_variants++].dtype = dtype;
+        list = comma ? comma + 1 : NULL;
+    }
+    return 0;
+}
+
+/* The CPU's name, or nothing if the system has none. */
+static void read_cpu(char *name, size_t size) {
+    FILE *file = fopen("/proc/cpuinfo", "r");
+    char line[160];
+    *name = 0;
+    while (file && !*name && fgets(line, sizeof line, file)) {
+        const char *colon = strncmp(line, "model name", 10) ? NULL : strchr(line, ':');
+        if (colon)
+            snprintf(name, size, "%s", colon + 1 + strspn(colon + 1, " \t"));
+        name[strcspn(name, "\n")] = 0;
+    }
+    if (file)
+        fclose(file);
+}
+
+/* What the command line says. 0, or the exit status. */
+static int configure(benchmark *b, const arguments *args) {
+    const char *slash = strrchr(args->paths[0], '/');
+    tfm_error error = {TFM_OK, ""};
+    b->args = args;
+    b->name = slash ? slash + 1 : args->paths[0];
+    b->prompt = args->prompt ? (size_t)args->prompt : 512;
+    b->gen = args->gen ? (size_t)args->gen : 64;
+    b->batch = args->batch ? (size_t)args->batch : 1;
+    if (b->batch > MAX_BATCH)
+        return usage("--batch: at most 4096", "");
+    if (args->threads > 1024)
+        return usage("--threads: at most 1024", "");
+    if (tfm_isa_from_name(args->isa, &b->isa, &error) != TFM_OK)
+        return usage("--isa: ", error.message);
+    return parse_types(b, args->type ? args->type : "f32,f16,int8");
+}
+
+/* The instruction set and threads that are in use. */
+static tfm_status find_engine(benchmark *b, int *threads, tfm_error *error) {
+    tfm_engine_options options;
+    tfm_engine *engine;
+    memset(&options, 0, sizeof options);
+    options.isa = b->isa;
+    options.threads = 1;
+    engine = tfm_engine_create(&options, error);
+    if (!engine)
+        return error->status;
+    b->isa = tfm_engine_isa(engine);
+    tfm_engine_free(engine);
+#ifdef _OPENMP
+    *threads = b->args->threads ? (int)b->args->threads : omp_get_max_threads();
+#else
+    *threads = 1;
+#endif
+    return TFM_OK;
+}
+
+/* Sizes from the file itself, which is not loaded for that. */
+static tfm_status read_sizes(benchmark *b, tfm_error *error) {
+    tfm_file *file = tfm_file_open(b->args->paths[0], NULL, error);
+    size_t i;
+    if (!file)
+        return error->status;
+    for (i = 0; i < tfm_file_n_tensors(file); i++) {
+        const size_t *shape = tfm_file_entry(file, i)->tensor.shape;
+        b->parameters += (double)shape[0] * (double)shape[1] * (double)shape[2] * (double)shape[3];
+    }
+    b->f32_bytes = type_bytes(file, TFM_F32);
+    for (i = 0; i < b->n_variants; i++)
+        b->variants[i].weights = type_bytes(file, b->variants[i].dtype);
+    tfm_file_close(file);
+    return TFM_OK;
+}
+
+static int run_benchmark(benchmark *b) {
+    tfm_error error = {TFM_OK, ""};
+    int threads = 1, status;
+    if (find_engine(b, &threads, &error) != TFM_OK || read_sizes(b, &error) != TFM_OK)
+        return fail(error.message);
+    read_cpu(b->cpu, sizeof b->cpu);
+    if (open_limits(&b->limits, threads, b->isa))
+        return fail("out of memory");
+    if (measure_all(b, &error) != TFM_OK)
+        return fail(error.message);
+    print_report(b);
+    status = fflush(stdout) || ferror(stdout) ? fail_system("standard output") : 0;
+    if (b->args->json)
+        status = write_json(b, b->args->json) || status;
+    if (b->args->svg)
+        status = write_svg(b, b->args->svg) || status;
+    return status;
+}
+
+static int bench(int argc, char **argv) {
+    arguments args;
+    benchmark b;
+    int status = parse(argc, argv, 1, " --type --threads --isa --prompt --gen --batch --json --svg ", &args);
+    memset(&b, 0, sizeof b);
+    if (!status)
+        status = configure(&b, &args);
+    if (!status)
+        status = run_benchmark(&b);
+    free(b.limits.buffer);
+    free(b.limits.ends);
+    free(b.outputs);
+    free(b.chunks);
+    free(b.work);
+    free(b.next);
+    free(b.tokens);
+    return status;
+}
+
 int main(int argc, char **argv) {
     static const struct {
         const char *name;
         int (*run)(int argc, char **argv);
     } commands[] = {
         {"info", info}, {"quantize", quantize}, {"dump", dump}, {"tokenize", tokenize}, {"perplexity", perplexity},
+        {"bench", bench},
     };
     size_t i;
     if (argc < 2)
