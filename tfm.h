@@ -838,8 +838,7 @@ TFM_API int tfm_isa_supported(tfm_isa isa) {
     case TFM_ISA_BEST:
     case TFM_ISA_SCALAR: return 1;
 #if defined(TFM__X86)
-    case TFM_ISA_AVX2:
-        return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && tfm__has_f16c();
+    case TFM_ISA_AVX2: return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && tfm__has_f16c();
     case TFM_ISA_AVX512:
         return tfm_isa_supported(TFM_ISA_AVX2) && __builtin_cpu_supports("avx512f") &&
                __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
@@ -3974,7 +3973,7 @@ TFM_API tfm_status tfm_quantize(const char *in_path, const char *out_path, const
    (letters, marks, digits, the underscore and its like, ...: \w in Rust's regular expressions). */
 enum { TFM__LETTER = 1, TFM__NUMBER = 2, TFM__SPACE = 4, TFM__MARK = 8, TFM__WORD = 16 };
 
-/* BEGIN UNICODE (tests/make_unicode.py writes this: the classes as Hugging Face tokenizers has them, Unicode 16.0) */
+/* BEGIN UNICODE 16.0: the classes as Hugging Face tokenizers has them, written by tests/make_unicode.py */
 static const unsigned char tfm__ascii_classes[128] = {
     0,  0,  0,  0,  0,  0,  0,  0,  0,  4,  4,  4,  4,  4,  0,  0,  0,  0,  0,  0,  0,  0,  0,  0,  0,  0,
     0,  0,  0,  0,  0,  0,  4,  0,  0,  0,  0,  0,  0,  0,  0,  0,  0,  0,  0,  0,  0,  0,  18, 18, 18, 18,
@@ -4970,6 +4969,13 @@ static int32_t tfm__bpe_find_added(const tfm__bpe *bpe, unsigned root, const uns
     return -1;
 }
 
+/* Whether a word's character stands before or after text[start .. end). */
+static int tfm__touches_word(const unsigned char *text, size_t size, size_t start, size_t end) {
+    size_t used;
+    return (start > 0 && (tfm__class_before(text, start, &used) & TFM__WORD)) ||
+           (end < size && (tfm__class_at(text + end, size - end, &used) & TFM__WORD));
+}
+
 /* Encodes text (size > 0) in which the added tokens of the tries before `root` have been found already. As in Hugging
    Face's tokenizers, an added token that is found and not wanted (a special one in plain text, or a single_word within
    a word) still hides those that overlap it. */
@@ -4986,11 +4992,8 @@ static tfm_status tfm__bpe_encode_text(tfm__bpe_encoder *encoder, unsigned root,
     for (; (id = tfm__bpe_find_added(bpe, root, text, size, &start, &end)) >= 0; start = end) {
         unsigned flags = bpe->token_flags[id];
         size_t token_end = end;
-        if ((flags & TFM__ADDED_SPECIAL) && !(encoder->flags & TFM_TOKENIZE_SPECIAL))
-            continue;
-        if ((flags & TFM__ADDED_SINGLE_WORD) &&
-            ((start > 0 && (tfm__class_before(text, start, &used) & TFM__WORD)) ||
-             (end < size && (tfm__class_at(text + end, size - end, &used) & TFM__WORD))))
+        if (((flags & TFM__ADDED_SPECIAL) && !(encoder->flags & TFM_TOKENIZE_SPECIAL)) ||
+            ((flags & TFM__ADDED_SINGLE_WORD) && tfm__touches_word(text, size, start, end)))
             continue;
         if (flags & TFM__ADDED_LSTRIP) {
             start = start > done ? start : done;
@@ -5015,10 +5018,10 @@ static tfm_status tfm__bpe_encode_text(tfm__bpe_encoder *encoder, unsigned root,
     return done < size ? tfm__bpe_encode_text(encoder, root + 1, text + done, size - done) : TFM_OK;
 }
 
-/* The ids of a text. *n_ids is how many there are, even if that is more than capacity (then the first `capacity` are
-   stored; ids may be NULL if that is 0). flags: TFM_TOKENIZE_SPECIAL, TFM_TOKENIZE_PLAIN. No memory is allocated unless
-   the text has a piece of more than 300 bytes without a break and its merging takes more than the scratch memory (may
-   be NULL; aligned as for uint32_t; 13 bytes for each byte of the piece are enough). */
+/* The ids of a text. *n_ids is how many there are, even if that is more than capacity: then the first `capacity` are
+   stored (ids may be NULL if that is 0). flags: TFM_TOKENIZE_SPECIAL, TFM_TOKENIZE_PLAIN.
+   Pieces of up to 300 bytes are merged on the stack, longer ones in the scratch memory if that is enough (13 bytes for
+   each byte of the piece, and 1 KiB; aligned as a uint32_t is; may be NULL), else in memory from the allocator. */
 static tfm_status tfm__bpe_encode(const tfm__bpe *bpe, void *scratch, size_t scratch_size, const char *text,
                                   size_t size, unsigned flags, int32_t *ids, size_t capacity, size_t *n_ids,
                                   tfm_error *error) {

@@ -96,7 +96,7 @@ def table():
     ascii_rows = rows(of[:128])
     run_rows = rows(f"0x{c << 8 | of[c]:X}" for c in runs)
     return f"""\
-/* BEGIN UNICODE (tests/make_unicode.py writes this: the classes as Hugging Face tokenizers has them, Unicode {version}) */
+/* BEGIN UNICODE {version}: the classes as Hugging Face tokenizers has them, written by tests/make_unicode.py */
 static const unsigned char tfm__ascii_classes[128] = {{
 {ascii_rows}
 }};

@@ -155,12 +155,18 @@ static void put_block(test_tfm *tfm, const test_shape *shape, size_t index, uint
         size_t rows, columns;
         float center;
     } parts[] = {
-        {"attention_norm.weight", d_model, 0, 1}, {"attention_norm.bias", d_model, 0, 0},
-        {"attention.qkv.weight", width, d_model, 0}, {"attention.qkv.bias", width, 0, 0},
-        {"attention.out.weight", d_model, queries, 0}, {"attention.out.bias", d_model, 0, 0},
-        {"ffn_norm.weight", d_model, 0, 1}, {"ffn_norm.bias", d_model, 0, 0},
-        {"ffn.up.weight", shape->d_ff, d_model, 0}, {"ffn.up.bias", shape->d_ff, 0, 0},
-        {"ffn.down.weight", d_model, shape->d_ff, 0}, {"ffn.down.bias", d_model, 0, 0},
+        {"attention_norm.weight", d_model, 0, 1},
+        {"attention_norm.bias", d_model, 0, 0},
+        {"attention.qkv.weight", width, d_model, 0},
+        {"attention.qkv.bias", width, 0, 0},
+        {"attention.out.weight", d_model, queries, 0},
+        {"attention.out.bias", d_model, 0, 0},
+        {"ffn_norm.weight", d_model, 0, 1},
+        {"ffn_norm.bias", d_model, 0, 0},
+        {"ffn.up.weight", shape->d_ff, d_model, 0},
+        {"ffn.up.bias", shape->d_ff, 0, 0},
+        {"ffn.down.weight", d_model, shape->d_ff, 0},
+        {"ffn.down.bias", d_model, 0, 0},
     };
     size_t i;
     for (i = 0; i < sizeof parts / sizeof *parts; i++) {
@@ -393,21 +399,23 @@ static tfm_model *load_bytes(const unsigned char *file, size_t size, test_heap *
 
 /* The file must be refused with that status (TFM_OK: with any) and a sentence that has `what` in it. `step` is for the
  * report. */
-static void check_refused(const unsigned char *file, size_t size, tfm_status status, const char *what, const char *step) {
+static void check_refused(const unsigned char *file, size_t size, tfm_status status, const char *what,
+                          const char *step) {
     test_heap heap;
     tfm_error error;
     void *memory;
     tfm_model *model = load_bytes(file, size, &heap, &memory, &error);
     if (CHECK_MSG(!model, "%s: the file is accepted", step)) {
-        CHECK_MSG(error.status == status || (!status && error.status), "%s: status %d instead of %d: %s", step, (int)error.status, (int)status,
-                  error.message);
+        CHECK_MSG(error.status == status || (!status && error.status), "%s: status %d instead of %d: %s", step,
+                  (int)error.status, (int)status, error.message);
         CHECK_MSG(strstr(error.message, what) != NULL, "%s: '%s' is not named: %s", step, what, error.message);
         CHECK_MSG(!strncmp(error.message, "model: ", 7), "%s: the file is not named: %s", step, error.message);
         CHECK_MSG(!strchr(error.message, '\n'), "%s: a line end within: %s", step, error.message);
     }
     tfm_free(model);
     CHECK_MSG(!heap.live && !heap.bad, "%s: %lu allocations are left", step, (unsigned long)heap.live);
-    CHECK_MSG(heap.largest < size + ((size_t)3 << 20), "%s: %lu bytes were asked for", step, (unsigned long)heap.largest);
+    CHECK_MSG(heap.largest < size + ((size_t)3 << 20), "%s: %lu bytes were asked for", step,
+              (unsigned long)heap.largest);
     free(memory);
 }
 
@@ -475,8 +483,22 @@ static void poke(const unsigned char *file, size_t size, size_t at, int bytes, u
     free(copy);
 }
 
-static const uint64_t hostile[] = {0, 1, 7, 8, 63, 65, 72, 1 << 20, 0x7FFFFFFF, 0xFFFFFFFFu, 0x100000000u, 0x7FFFFFFFFFFFFFFFu,
-                                   0x8000000000000000u, 0xFFFFFFFFFFFFFFC0u, 0xFFFFFFFFFFFFFFF8u, 0xFFFFFFFFFFFFFFFFu};
+static const uint64_t hostile[] = {0,
+                                   1,
+                                   7,
+                                   8,
+                                   63,
+                                   65,
+                                   72,
+                                   1 << 20,
+                                   0x7FFFFFFF,
+                                   0xFFFFFFFFu,
+                                   0x100000000u,
+                                   0x7FFFFFFFFFFFFFFFu,
+                                   0x8000000000000000u,
+                                   0xFFFFFFFFFFFFFFC0u,
+                                   0xFFFFFFFFFFFFFFF8u,
+                                   0xFFFFFFFFFFFFFFFFu};
 #define N_HOSTILE (sizeof hostile / sizeof *hostile)
 
 static void test_header(void) {
@@ -541,7 +563,8 @@ static size_t meta_at(const test_tfm *tfm, const char *key) {
 }
 
 static void test_metadata_entries(void) {
-    static const char *const keys[] = {"model.name", "decoder.norm_eps", "tokenizer.ignore_merges"}; /* first, middle, last */
+    static const char *const keys[] = {"model.name", "decoder.norm_eps",
+                                       "tokenizer.ignore_merges"}; /* first, middle, last */
     test_tfm tfm;
     size_t size, i, k;
     unsigned char *file;
@@ -557,8 +580,10 @@ static void test_metadata_entries(void) {
         }
     free(file);
     test_clear(&tfm);
-    SPOILED(&tfm, add_meta(&tfm, "d_model", TFM_META_I64, "\10\0\0\0\0\0\0", 8), TFM_ERROR_FORMAT, "'d_model' is there twice");
-    SPOILED(&tfm, (add_meta(&tfm, "x", 99, "", 0), add_meta(&tfm, "x", 98, "y", 1)), TFM_ERROR_FORMAT, "'x' is there twice");
+    SPOILED(&tfm, add_meta(&tfm, "d_model", TFM_META_I64, "\10\0\0\0\0\0\0", 8), TFM_ERROR_FORMAT,
+            "'d_model' is there twice");
+    SPOILED(&tfm, (add_meta(&tfm, "x", 99, "", 0), add_meta(&tfm, "x", 98, "y", 1)), TFM_ERROR_FORMAT,
+            "'x' is there twice");
 }
 
 /* Keys and types that this version does not know are none of its business. */
@@ -669,7 +694,8 @@ static void test_numbers(void) {
         if (k < 2)
             SPOILED(&tfm, test_drop(&tfm, keys[k]), TFM_ERROR_FORMAT, keys[k]);
     }
-    SPOILED(&tfm, test_put_f64(&tfm, "decoder.norm_eps", -1e-5), TFM_ERROR_FORMAT, "decoder.norm_eps"); /* a root of it */
+    SPOILED(&tfm, test_put_f64(&tfm, "decoder.norm_eps", -1e-5), TFM_ERROR_FORMAT,
+            "decoder.norm_eps"); /* a root of it */
 }
 
 static void test_words(void) {
@@ -771,24 +797,22 @@ static void check_entry(const test_tfm *tfm, const unsigned char *file, size_t s
     poke(file, size, at + 8, 4, TFM_PANELS, TFM_ERROR_FORMAT, tensor->name, "panels with another size");
     poke(file, size, at + 48, 8, offset + 8, TFM_ERROR_FORMAT, tensor->name, "an offset that is not aligned");
     poke(file, size, at + 48, 8, 0, TFM_ERROR_FORMAT, tensor->name, "data that begins in the header");
-    poke(file, size, at + 48, 8, (size - bytes) / 64 * 64 + 64, TFM_ERROR_FORMAT, tensor->name, "data that ends outside");
+    poke(file, size, at + 48, 8, (size - bytes) / 64 * 64 + 64, TFM_ERROR_FORMAT, tensor->name,
+         "data that ends outside");
     poke(file, size, at + 48, 8, (uint64_t)0 - 64, TFM_ERROR_FORMAT, tensor->name, "an offset that overflows");
     poke(file, size, at + 56, 8, bytes - 4, TFM_ERROR_FORMAT, tensor->name, "four bytes too few");
     poke(file, size, at + 56, 8, bytes + 4, TFM_ERROR_FORMAT, tensor->name, "four bytes too many");
     if (index)
-        poke(file, size, at + 48, 8, get_u64(file + entry_at(tfm, file, index - 1) + 48), TFM_ERROR_FORMAT, tensor->name,
-             "data that overlaps");
+        poke(file, size, at + 48, 8, get_u64(file + entry_at(tfm, file, index - 1) + 48), TFM_ERROR_FORMAT,
+             tensor->name, "data that overlaps");
 }
 
 /* A shape whose product is the right one modulo 2^64, and one that is 0. */
 static void test_overflowing_shapes(void) {
     static const uint64_t shapes[][4] = {
-        {0x100000000u, 0x100000000u, 1, 1},
-        {0x8000000000000000u, 2, 1, 1},
-        {0x100000001u, 0xFFFFFFFF00000001u, 1, 1},
-        {3, 0xAAAAAAAAAAAAAAABu, 1, 1}, /* 1 modulo 2^64 */
-        {0x10000, 0x10000, 0x10000, 0x10000},
-        {1, 1, 1, 0},
+        {0x100000000u, 0x100000000u, 1, 1},        {0x8000000000000000u, 2, 1, 1},
+        {0x100000001u, 0xFFFFFFFF00000001u, 1, 1}, {3, 0xAAAAAAAAAAAAAAABu, 1, 1}, /* 1 modulo 2^64 */
+        {0x10000, 0x10000, 0x10000, 0x10000},      {1, 1, 1, 0},
     };
     test_tfm tfm;
     size_t i, k;
@@ -817,7 +841,8 @@ static void test_directory(void) {
         check_entry(&tfm, file, size, (size_t)(find_tensor(&tfm, names[i]) - tfm.tensors));
     free(file);
     test_clear(&tfm);
-    SPOILED(&tfm, strcpy(find_tensor(&tfm, names[1])->name, names[0]), TFM_ERROR_FORMAT, "'token_embedding.weight' is there twice");
+    SPOILED(&tfm, strcpy(find_tensor(&tfm, names[1])->name, names[0]), TFM_ERROR_FORMAT,
+            "'token_embedding.weight' is there twice");
     test_overflowing_shapes();
 }
 
@@ -849,8 +874,9 @@ static void test_tokenizer_tables(void) {
     static const int32_t bad_ids[] = {-1, -2, 259, 300, 0x7FFFFFFF, INT32_MIN};
     static const int32_t many[302] = {0}, twice[4] = {TEST_END, 1, TEST_END, 1}, odd[3] = {TEST_END, 1, 65};
     static const int32_t same_merge[9] = {'a', 'b', 257, 257, 'c', 258, 'a', 'b', 257};
-    static const char *const lists[] = {"tokenizer.token_sizes", "tokenizer.merges", "tokenizer.added", "tokenizer.byte_ids",
-                                        "tokenizer.prefix_ids", "tokenizer.suffix_ids", "generation.eos_ids"};
+    static const char *const lists[] = {"tokenizer.token_sizes", "tokenizer.merges",     "tokenizer.added",
+                                        "tokenizer.byte_ids",    "tokenizer.prefix_ids", "tokenizer.suffix_ids",
+                                        "generation.eos_ids"};
     test_tfm tfm;
     size_t i, k;
     for (i = 0; i < sizeof bad_ids / sizeof *bad_ids; i++) {
@@ -864,11 +890,12 @@ static void test_tokenizer_tables(void) {
         SPOILED(&tfm, test_put_i32(&tfm, "tokenizer.suffix_ids", &id, 1), TFM_ERROR_FORMAT, "suffix");
         SPOILED(&tfm, put_one(&tfm, "tokenizer.token_sizes", 3, id < 0 ? id : 0x7FFFFFFF), TFM_ERROR_FORMAT, "token");
     }
-    SPOILED(&tfm, put_one(&tfm, "tokenizer.byte_ids", 7, 8), TFM_ERROR_FORMAT, "byte 7"); /* another byte's */
+    SPOILED(&tfm, put_one(&tfm, "tokenizer.byte_ids", 7, 8), TFM_ERROR_FORMAT, "byte 7");     /* another byte's */
     SPOILED(&tfm, put_one(&tfm, "tokenizer.byte_ids", 97, 257), TFM_ERROR_FORMAT, "byte 97"); /* "ab" */
     SPOILED(&tfm, shorten(&tfm, "tokenizer.byte_ids", 1), TFM_ERROR_FORMAT, "tokenizer.byte_ids");
     SPOILED(&tfm, test_drop(&tfm, "tokenizer.byte_ids"), TFM_ERROR_FORMAT, "tokenizer.byte_ids");
-    SPOILED(&tfm, put_one(&tfm, "tokenizer.token_sizes", 258, 4), TFM_ERROR_FORMAT, "size"); /* one byte more than there are */
+    SPOILED(&tfm, put_one(&tfm, "tokenizer.token_sizes", 258, 4), TFM_ERROR_FORMAT,
+            "size"); /* one byte more than there are */
     SPOILED(&tfm, put_one(&tfm, "tokenizer.token_sizes", 258, 2), TFM_ERROR_FORMAT, "size");
     SPOILED(&tfm, test_put_i32(&tfm, "tokenizer.token_sizes", many, 0), TFM_ERROR_FORMAT, "empty");
     SPOILED(&tfm, test_put_i32(&tfm, "tokenizer.token_sizes", many, 302), TFM_ERROR_FORMAT, "tokenizer.token_sizes");
@@ -1007,8 +1034,9 @@ static void check_damage(const unsigned char *file, size_t size, size_t rounds) 
         free(copy);
     }
     CHECK_MSG(!bad, "random damage: %lu files left memory, asked for too much, or gave no reason", (unsigned long)bad);
-    CHECK_MSG(refused > rounds / 4 && accepted > rounds / 30, "random damage: %lu refused, %lu accepted: no test of both",
-              (unsigned long)refused, (unsigned long)accepted); /* as it would be with a wrong checksum */
+    CHECK_MSG(refused > rounds / 4 && accepted > rounds / 30,
+              "random damage: %lu refused, %lu accepted: no test of both", (unsigned long)refused,
+              (unsigned long)accepted); /* as it would be with a wrong checksum */
 }
 
 static void test_random_damage(void) {
@@ -1084,19 +1112,23 @@ static void test_entries(void) {
     bytes = test_write_tfm(&tfm, &size);
     file = tfm_file_open_memory(bytes, size, "some name", NULL, &error);
     if (CHECK(file != NULL)) {
-        CHECK(tfm_file_bytes(file) == size && tfm_file_n_meta(file) == tfm.n_meta && tfm_file_n_tensors(file) == tfm.n_tensors);
+        CHECK(tfm_file_bytes(file) == size && tfm_file_n_meta(file) == tfm.n_meta &&
+              tfm_file_n_tensors(file) == tfm.n_tensors);
         for (i = 0; i < tfm.n_meta; i++) {
             const tfm_meta *meta = tfm_file_meta(file, i);
             CHECK(meta == tfm_file_find_meta(file, tfm.meta[i].key) && (uint32_t)meta->type == tfm.meta[i].type &&
-                  meta->key_size == strlen(tfm.meta[i].key) && !memcmp(meta->values, tfm.meta[i].value, tfm.meta[i].size));
+                  meta->key_size == strlen(tfm.meta[i].key) &&
+                  !memcmp(meta->values, tfm.meta[i].value, tfm.meta[i].size));
         }
         for (i = 0; i < tfm.n_tensors; i++) {
             const tfm_entry *entry = tfm_file_entry(file, i);
-            CHECK(entry == tfm_file_find(file, tfm.tensors[i].name) && entry->tensor.shape[0] == tfm.tensors[i].shape[0] &&
+            CHECK(entry == tfm_file_find(file, tfm.tensors[i].name) &&
+                  entry->tensor.shape[0] == tfm.tensors[i].shape[0] &&
                   !memcmp(entry->tensor.data, tfm.tensors[i].data, tfm.tensors[i].size));
         }
         CHECK(!tfm_file_meta(file, tfm.n_meta) && !tfm_file_entry(file, tfm.n_tensors));
-        CHECK(!tfm_file_find(file, "token_embedding") && !tfm_file_find(file, "") && !tfm_file_find_meta(file, "d_mode"));
+        CHECK(!tfm_file_find(file, "token_embedding") && !tfm_file_find(file, "") &&
+              !tfm_file_find_meta(file, "d_mode"));
         CHECK(tfm_file_verify(file, &error) == TFM_OK);
         bytes[size - 3] ^= 0x10; /* in the last tensor */
         CHECK(tfm_file_verify(file, &error) == TFM_ERROR_FORMAT && strstr(error.message, "some name: ") &&
@@ -1171,7 +1203,8 @@ static void check_same_model(const tfm_model *expected, const char *step) {
     options.verify = 1;
     model = tfm_load(TO, &options, &error);
     if (CHECK_MSG(model != NULL, "%s: %s", step, error.message))
-        CHECK_MSG(logits_of(expected, a) && logits_of(model, b) && !memcmp(a, b, sizeof a), "%s: the logits differ", step);
+        CHECK_MSG(logits_of(expected, a) && logits_of(model, b) && !memcmp(a, b, sizeof a), "%s: the logits differ",
+                  step);
     tfm_free(model);
 }
 

@@ -104,9 +104,9 @@ static tfm_session *make_session(const tfm_model *model, size_t context, size_t 
 static size_t utf8_unit(const unsigned char *text, size_t size, int *whole) {
     static const unsigned char rows[][5] = {
         /* first byte from, to; second from, to; bytes */
-        {0x00, 0x7F, 0x00, 0x00, 1}, {0xC2, 0xDF, 0x80, 0xBF, 2}, {0xE0, 0xE0, 0xA0, 0xBF, 3}, {0xE1, 0xEC, 0x80, 0xBF, 3},
-        {0xED, 0xED, 0x80, 0x9F, 3}, {0xEE, 0xEF, 0x80, 0xBF, 3}, {0xF0, 0xF0, 0x90, 0xBF, 4}, {0xF1, 0xF3, 0x80, 0xBF, 4},
-        {0xF4, 0xF4, 0x80, 0x8F, 4},
+        {0x00, 0x7F, 0x00, 0x00, 1}, {0xC2, 0xDF, 0x80, 0xBF, 2}, {0xE0, 0xE0, 0xA0, 0xBF, 3},
+        {0xE1, 0xEC, 0x80, 0xBF, 3}, {0xED, 0xED, 0x80, 0x9F, 3}, {0xEE, 0xEF, 0x80, 0xBF, 3},
+        {0xF0, 0xF0, 0x90, 0xBF, 4}, {0xF1, 0xF3, 0x80, 0xBF, 4}, {0xF4, 0xF4, 0x80, 0x8F, 4},
     };
     size_t i, n;
     *whole = 0;
@@ -188,7 +188,8 @@ static void run_text(tfm_session *session, const char *prompt, const tfm_generat
               (unsigned long)r->n_tokens, (int)r->status, (int)r->error.status);
 }
 
-static void run_ids(tfm_session *session, const int32_t *prompt, size_t n, const tfm_generate_options *options, result *r) {
+static void run_ids(tfm_session *session, const int32_t *prompt, size_t n, const tfm_generate_options *options,
+                    result *r) {
     tfm_generate_options o = prepare(options, r);
     r->status = tfm_generate_ids(session, prompt, n, &o, record_text, r, &r->error);
     CHECK(!r->n_bad_pieces && r->n_tokens == r->stats.n_generated);
@@ -262,7 +263,9 @@ static void test_callbacks_stop(void) {
     expect(&r, "print stops", "he", TFM_STOP_CALLBACK, 2);
     memset(&r, 0, sizeof r);
     r.stop_at_piece = 2;
-    run_script("a\xFF\xFF" "b", &options, 0, &r);
+    run_script("a\xFF\xFF"
+               "b",
+               &options, 0, &r);
     expect(&r, "print stops at a replacement", "a\xEF\xBF\xBD", TFM_STOP_CALLBACK, 2);
 }
 
@@ -280,7 +283,8 @@ static void check_stop_strings(const char *script, const char *const *stops, siz
 }
 
 static void test_stop_strings(void) {
-    static const char *const lo[] = {"lo"}, *const lx[] = {"lx", "", "ellx"}, *const aab[] = {"aab"}, *const two[] = {"lo", "ello"};
+    static const char *const lo[] = {"lo"}, *const lx[] = {"lx", "", "ellx"}, *const aab[] = {"aab"},
+                             *const two[] = {"lo", "ello"};
     static const char *const euro[] = {"\xE2\x82\xAC!"}, *const all[] = {"hello"}, *const abab[] = {"ababc"};
     static const char *const nested[] = {"bcde", "c"};
     check_stop_strings("hello", lo, 1, 0, "hel", TFM_STOP_STRING, 5);
@@ -304,8 +308,15 @@ static void test_stop_strings_and_tokens(void) {
     static const struct {
         const char *stop, *text;
         size_t n_generated;
-    } cases[] = {{"rl", "wo", 2}, {"o", "w", 1}, {"world", "", 2}, {", ", "world", 2}, {"d, \xE2\x82\xAC" "s", "worl", 5},
-                 {"\xE2\x82\xACso", "world, ", 5}, {"none", "world, \xE2\x82\xACso", 6}};
+    } cases[] = {{"rl", "wo", 2},
+                 {"o", "w", 1},
+                 {"world", "", 2},
+                 {", ", "world", 2},
+                 {"d, \xE2\x82\xAC"
+                  "s",
+                  "worl", 5},
+                 {"\xE2\x82\xACso", "world, ", 5},
+                 {"none", "world, \xE2\x82\xACso", 6}};
     unsigned char *bytes;
     tfm_model *model = script_model(script, 5, more, 5, &bytes);
     tfm_session *session = make_session(model, 0, 1, 0);
@@ -318,8 +329,8 @@ static void test_stop_strings_and_tokens(void) {
     for (i = 0; i < sizeof cases / sizeof *cases; i++) {
         options.stop_strings = &cases[i].stop;
         run_text(session, "p", &options, &r);
-        expect(&r, cases[i].stop, cases[i].text, i + 1 < sizeof cases / sizeof *cases ? TFM_STOP_STRING : TFM_STOP_END_TOKEN,
-               cases[i].n_generated);
+        expect(&r, cases[i].stop, cases[i].text,
+               i + 1 < sizeof cases / sizeof *cases ? TFM_STOP_STRING : TFM_STOP_END_TOKEN, cases[i].n_generated);
     }
     { /* without a place to print to, stop strings stop all the same */
         static const char *const stop[] = {"rl"};
@@ -374,7 +385,9 @@ static void test_characters(void) {
         {"\xFF\xFE", U U},
         {"\xC0\x80", U U},
         {"\xE2\x82", U},
-        {"\xE2\x82" "A", U "A"},
+        {"\xE2\x82"
+         "A",
+         U "A"},
         {"\xE2\x28\xA1", U "(" U},
         {"\xE0\x80\xAF", U U U},
         {"\xED\xA0\x80", U U U},
@@ -382,19 +395,25 @@ static void test_characters(void) {
         {"\xF0\x9F\x98\xC3\xA9", U "\xC3\xA9"},
         {"\xF0\x80\x80\x80", U U U U},
         {"\xF4\x90\x80\x80", U U U U},
-        {"\xF5" "a", U "a"},
-        {"\x80" "a\xBF", U "a" U},
+        {"\xF5"
+         "a",
+         U "a"},
+        {"\x80"
+         "a\xBF",
+         U "a" U},
         {"\xEF\xBF\xBD", U},
     };
-    static const unsigned char alphabet[] = {'A', ' ', 0x80, 0x82, 0x8F, 0x90, 0x9F, 0xA0, 0xAC, 0xBF, 0xC0, 0xC2, 0xC3,
-                                             0xDF, 0xE0, 0xE2, 0xED, 0xEF, 0xF0, 0xF1, 0xF4, 0xF5, 0xFF, 0xF0, 0xE2, 0x80};
+    static const unsigned char alphabet[] = {'A',  ' ',  0x80, 0x82, 0x8F, 0x90, 0x9F, 0xA0, 0xAC,
+                                             0xBF, 0xC0, 0xC2, 0xC3, 0xDF, 0xE0, 0xE2, 0xED, 0xEF,
+                                             0xF0, 0xF1, 0xF4, 0xF5, 0xFF, 0xF0, 0xE2, 0x80};
     unsigned char text[POSITIONS];
     float random[POSITIONS];
     char decoded[3 * POSITIONS];
     size_t i, k, size;
     for (i = 0; i < sizeof cases / sizeof *cases; i++) {
         size = utf8_replace((const unsigned char *)cases[i].text, strlen(cases[i].text), decoded);
-        CHECK(size == strlen(cases[i].decoded) && !memcmp(decoded, cases[i].decoded, size)); /* of this file's own decoder */
+        CHECK(size == strlen(cases[i].decoded) &&
+              !memcmp(decoded, cases[i].decoded, size)); /* of this file's own decoder */
         check_bytes((const unsigned char *)cases[i].text, strlen(cases[i].text), decoded, size);
     }
     for (i = 0; i < 60; i++) {
@@ -514,7 +533,8 @@ static void test_bad_options(void) {
     BAD_OPTION(options.sampling.top_p = 1.5f, options.sampling.top_p = 0, "top_p");
     BAD_OPTION(options.sampling.min_p = NAN, options.sampling.min_p = 0, "min_p");
     BAD_OPTION(options.sampling.repeat_penalty = -2, options.sampling.repeat_penalty = 0, "penalty");
-    BAD_OPTION((options.sampling.logit_bias = &bias, options.sampling.n_logit_bias = 1), options.sampling.n_logit_bias = 0, "bias");
+    BAD_OPTION((options.sampling.logit_bias = &bias, options.sampling.n_logit_bias = 1),
+               options.sampling.n_logit_bias = 0, "bias");
     BAD_OPTION((options.stop_strings = &stop, options.n_stop_strings = 1), options.n_stop_strings = 0, "stop string 0");
     options.shift = 1;
     BAD_OPTION(options.shift_keep = random_shape.n_positions - 1, options.shift_keep = 0, "shift_keep");
@@ -579,7 +599,8 @@ static void test_bias_and_penalty(void) {
 
 #define MANY_LOGITS (24 * VOCAB)
 
-static const int32_t numbers[24] = {7, 300, 0, 65, 65, 319, 12, 99, 101, 32, 7, 7, 200, 256, 31, 1, 2, 3, 250, 44, 90, 17, 5, 64};
+static const int32_t numbers[24] = {7,   300, 0,  65, 65, 319, 12,  99, 101, 32, 7, 7,
+                                    200, 256, 31, 1,  2,  3,   250, 44, 90,  17, 5, 64};
 
 static tfm_status eval(tfm_session *session, size_t sequence, const int32_t *tokens, size_t n, size_t n_outputs,
                        float *outputs, tfm_error *error) {
@@ -644,7 +665,8 @@ static void test_sequences(const tfm_model *model) {
         CHECK(tfm_eval(session, chunks, 3, TFM_LOGITS, found, NULL) == TFM_OK);
         for (i = 0; i < 3; i++)
             CHECK_MSG(!memcmp(found + i * VOCAB, expected[2 - i] + (lengths[2 - i] + 4) * VOCAB, VOCAB * sizeof *found),
-                      "max_rows %lu: sequence %lu has other bits than alone", (unsigned long)max_rows, (unsigned long)(2 - i));
+                      "max_rows %lu: sequence %lu has other bits than alone", (unsigned long)max_rows,
+                      (unsigned long)(2 - i));
         CHECK(tfm_eval(session, NULL, 0, TFM_LOGITS, NULL, NULL) == TFM_OK);
         CHECK(tfm_truncate(session, 1, 2, NULL) == TFM_OK);
         CHECK(eval(session, 1, numbers + 3, 1, 1, found, NULL) == TFM_OK); /* again the third of its tokens */
@@ -668,14 +690,16 @@ static void test_hidden(const tfm_model *model, const unsigned char *bytes, size
     chunk.tokens = numbers;
     chunk.n_tokens = chunk.n_outputs = 3;
     CHECK(tfm_eval(session, &chunk, 1, TFM_HIDDEN, hidden, NULL) == TFM_OK);
-    CHECK(tfm_truncate(session, 0, 0, NULL) == TFM_OK && tfm_eval(session, &chunk, 1, TFM_LOGITS, logits, NULL) == TFM_OK);
+    CHECK(tfm_truncate(session, 0, 0, NULL) == TFM_OK &&
+          tfm_eval(session, &chunk, 1, TFM_LOGITS, logits, NULL) == TFM_OK);
     if (CHECK(entry != NULL))
         for (t = 0; t < 3; t++)
             for (v = 0; v < VOCAB; v += 53) {
                 double sum = 0;
                 for (k = 0; k < 32; k++)
                     sum += (double)hidden[t * 32 + k] * (double)((const float *)entry->tensor.data)[v * 32 + k];
-                CHECK_MSG(fabs(sum - (double)logits[t * VOCAB + v]) < 1e-4, "%g %g", sum, (double)logits[t * VOCAB + v]);
+                CHECK_MSG(fabs(sum - (double)logits[t * VOCAB + v]) < 1e-4, "%g %g", sum,
+                          (double)logits[t * VOCAB + v]);
             }
     tfm_session_free(session);
     tfm_file_close(file);
@@ -683,8 +707,8 @@ static void test_hidden(const tfm_model *model, const unsigned char *bytes, size
 
 /* A wrong call of tfm_eval in a session with two sequences of 4 tokens, after which both must go on as if nothing had
  * been. */
-static void check_eval_error(const tfm_model *model, const tfm_chunk *chunks, size_t n_chunks, tfm_output what, int no_outputs,
-                             tfm_status status, const char *message) {
+static void check_eval_error(const tfm_model *model, const tfm_chunk *chunks, size_t n_chunks, tfm_output what,
+                             int no_outputs, tfm_status status, const char *message) {
     static float outputs[MANY_LOGITS], expected[MANY_LOGITS];
     tfm_session *session = make_session(model, 10, 2, 0);
     tfm_error error = {TFM_OK, ""};
@@ -694,7 +718,8 @@ static void check_eval_error(const tfm_model *model, const tfm_chunk *chunks, si
         CHECK(eval(session, sequence, numbers, 4, 0, NULL, NULL) == TFM_OK);
     CHECK_MSG(tfm_eval(session, chunks, n_chunks, what, no_outputs ? NULL : outputs, &error) == status &&
                   error.status == status && strstr(error.message, message),
-              "tfm_eval: status %d instead of %d: '%s', not '%s'", (int)error.status, (int)status, error.message, message);
+              "tfm_eval: status %d instead of %d: '%s', not '%s'", (int)error.status, (int)status, error.message,
+              message);
     CHECK(tfm_eval(session, chunks, n_chunks, what, no_outputs ? NULL : outputs, NULL) == status);
     for (sequence = 0; sequence < 2; sequence++) {
         const int32_t *tokens = tfm_sequence_tokens(session, sequence, &n);
@@ -708,11 +733,12 @@ static void check_eval_error(const tfm_model *model, const tfm_chunk *chunks, si
 static void test_eval_errors(const tfm_model *model) {
     static const int32_t negative[2] = {5, -1}, large[2] = {VOCAB, 5}, huge[2] = {5, INT32_MAX};
     const tfm_chunk good = {0, numbers, 2, 1};
-    const tfm_chunk bad[] = {{2, numbers, 2, 1},         {SIZE_MAX, numbers, 2, 1}, {0, numbers, 2, 1}, {1, numbers, 0, 0},
-                             {1, numbers, 2, 3},         {1, negative, 2, 1},       {1, large, 2, 1},   {1, huge, 2, 1},
-                             {1, numbers, 7, 1},         {1, numbers, SIZE_MAX, 1}, {1, numbers, 0, 1}};
-    static const char *const messages[] = {"sequence 2",   "sequence", "another chunk", "0 tokens",        "3 outputs", "token id -1",
-                                           "token id 320", "out of range", "context",  "context", "0 tokens"};
+    const tfm_chunk bad[] = {{2, numbers, 2, 1}, {SIZE_MAX, numbers, 2, 1}, {0, numbers, 2, 1}, {1, numbers, 0, 0},
+                             {1, numbers, 2, 3}, {1, negative, 2, 1},       {1, large, 2, 1},   {1, huge, 2, 1},
+                             {1, numbers, 7, 1}, {1, numbers, SIZE_MAX, 1}, {1, numbers, 0, 1}};
+    static const char *const messages[] = {"sequence 2", "sequence",    "another chunk", "0 tokens",
+                                           "3 outputs",  "token id -1", "token id 320",  "out of range",
+                                           "context",    "context",     "0 tokens"};
     tfm_chunk chunks[2];
     size_t i;
     for (i = 0; i < sizeof bad / sizeof *bad; i++) { /* alone, and behind one that is good */
@@ -742,7 +768,8 @@ static void test_no_head(void) {
     if (model) {
         tfm_session *session = make_session(model, 0, 1, 0);
         tfm_chunk chunk = {0, numbers, 3, 1};
-        CHECK(eval(session, 0, numbers, 3, 1, outputs, &error) == TFM_ERROR_UNSUPPORTED && strstr(error.message, "head"));
+        CHECK(eval(session, 0, numbers, 3, 1, outputs, &error) == TFM_ERROR_UNSUPPORTED &&
+              strstr(error.message, "head"));
         CHECK(tfm_eval(session, &chunk, 1, TFM_HIDDEN, outputs, NULL) == TFM_OK);
         CHECK(tfm_generate_ids(session, numbers, 3, NULL, NULL, NULL, &error) == TFM_ERROR_UNSUPPORTED);
         tfm_session_free(session);
@@ -758,7 +785,8 @@ static void test_session_errors(const tfm_model *model) {
     tfm_session *session;
     memset(&options, 0, sizeof options);
     options.context = random_shape.n_positions + 1;
-    CHECK(!tfm_session_create(model, &options, &error) && error.status == TFM_ERROR_ARGUMENT && strstr(error.message, "25"));
+    CHECK(!tfm_session_create(model, &options, &error) && error.status == TFM_ERROR_ARGUMENT &&
+          strstr(error.message, "25"));
     options.context = 0;
     options.n_sequences = SIZE_MAX;
     CHECK(!tfm_session_create(model, &options, &error) && error.status == TFM_ERROR_ARGUMENT);
@@ -809,10 +837,12 @@ static void check_shift(const tfm_model *model, size_t n, size_t n_keep) {
 }
 
 static void test_shift(const tfm_model *model) {
-    size_t n_keep, n;
-    for (n = 1; n <= 24; n++)
-        for (n_keep = 0; n_keep < n; n_keep += n > 8 ? 3 : 1)
+    size_t n_keep, n, step;
+    for (n = 1; n <= 24; n++) {
+        step = n / 9 + 1;
+        for (n_keep = 0; n_keep < n; n_keep += step)
             check_shift(model, n, n_keep);
+    }
 }
 
 static int32_t likeliest(const float *logits) {
@@ -867,8 +897,8 @@ static void check_reuse(tfm_session *session, const int32_t *prompt, size_t n, s
     options.seed = 3;
     run_ids(session, prompt, n, &options, &a);
     run_ids(fresh, prompt, n, &options, &b);
-    CHECK_MSG(a.stats.n_reused == n_reused && a.stats.n_prompt == n, "%s: %lu tokens of %lu are reused, %lu expected", step,
-              (unsigned long)a.stats.n_reused, (unsigned long)a.stats.n_prompt, (unsigned long)n_reused);
+    CHECK_MSG(a.stats.n_reused == n_reused && a.stats.n_prompt == n, "%s: %lu tokens of %lu are reused, %lu expected",
+              step, (unsigned long)a.stats.n_reused, (unsigned long)a.stats.n_prompt, (unsigned long)n_reused);
     CHECK(b.stats.n_reused == 0 && b.n_tokens == 5);
     CHECK_MSG(a.n_tokens == b.n_tokens && !memcmp(a.tokens, b.tokens, sizeof a.tokens), "%s: other tokens", step);
     tfm_session_free(fresh);
@@ -921,7 +951,7 @@ static void test_append(const tfm_model *model) {
     run_ids(fresh, all, 10, &options, &b);
     CHECK(a.n_tokens == 4 && !memcmp(a.tokens, b.tokens, 4 * sizeof *a.tokens));
     (void)tfm_sequence_tokens(session, 0, &n);
-    CHECK(n == 0); /* the other sequence was left alone */
+    CHECK(n == 0);      /* the other sequence was left alone */
     options.append = 1; /* to nothing: from the beginning */
     run_ids(session, all, 10, &options, &a);
     CHECK(a.n_tokens == 4 && !memcmp(a.tokens, b.tokens, 4 * sizeof *a.tokens));

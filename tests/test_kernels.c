@@ -217,7 +217,8 @@ static void free_matrix(stored *m) {
 
 /* How many numbers of the panels are wrong: those of the matrix, rounded to the panels' type, and zeros behind it. */
 static size_t wrong_in_panels(const stored *m, const tfm_tensor *packed) {
-    size_t out = m->tensor.shape[0], in = m->tensor.shape[1], padded = (out + PANEL - 1) / PANEL * PANEL, wrong = 0, o, i;
+    size_t out = m->tensor.shape[0], in = m->tensor.shape[1], padded = (out + PANEL - 1) / PANEL * PANEL, wrong = 0, o,
+           i;
     for (o = 0; o < padded; o++)
         for (i = 0; i < in; i++) {
             float expected[1] = {0};
@@ -563,7 +564,8 @@ static void test_activation_limits(const tfm__kernels *kernels, tfm_activation a
     activate(kernels, activation, y, 18);
     for (i = 0; i < 18; i += 3) {
         float plus = activation == TFM_TANH ? 1 : INFINITY, minus = y[i + 1];
-        CHECK_MSG(y[i] == plus, "%s, activation %d: infinity becomes %g", name_of(kernels), (int)activation, (double)y[i]);
+        CHECK_MSG(y[i] == plus, "%s, activation %d: infinity becomes %g", name_of(kernels), (int)activation,
+                  (double)y[i]);
         CHECK_MSG(activation == TFM_NO_ACTIVATION ? minus == -INFINITY
                   : activation == TFM_TANH        ? minus == -1
                   : activation == TFM_RELU        ? minus == 0
@@ -697,8 +699,8 @@ static double relative_error(function_of_16 function, int normal, double low, do
 }
 
 static void test_vector_functions(const tfm__kernels *kernels) {
-    static const float corners[16] = {0,    -87.31f, -88,  -104, -1e30f, -INFINITY, NAN, 88.4f,
-                                      89.0f, 1e30f,   INFINITY, -0.0f, 1, 0, 0, 0};
+    static const float corners[16] = {0,     -87.31f, -88,      -104,  -1e30f, -INFINITY, NAN, 88.4f,
+                                      89.0f, 1e30f,   INFINITY, -0.0f, 1,      0,         0,   0};
     function_of_16 function = vector_function(kernels->isa, 0), normal = vector_function(kernels->isa, 1);
     float y[16];
     double error;
@@ -757,8 +759,8 @@ static void check_norm(const tfm__kernels *kernels, normed *m, int kind, size_t 
     for (i = 0; i < n; i++)
         wrong += !(fabs((double)m->y[GUARD + i] - m->exact[i]) <= m->allowed[i]);
     wrong += !guarded(m->y, n + 2 * GUARD, 1, n, n);
-    CHECK_MSG(!wrong, "%s, norm %d of %lu numbers, bias %d, eps %g: %lu wrong", name_of(kernels), kind, (unsigned long)n,
-              has_bias, (double)eps, (unsigned long)wrong);
+    CHECK_MSG(!wrong, "%s, norm %d of %lu numbers, bias %d, eps %g: %lu wrong", name_of(kernels), kind,
+              (unsigned long)n, has_bias, (double)eps, (unsigned long)wrong);
     memcpy(m->in_place, m->x + 1, n * sizeof *m->in_place);
     kernels->norm[kind](m->in_place, n, m->weight + 1, bias, eps, m->in_place);
     CHECK(same_bits(m->in_place, m->y + GUARD, n));
@@ -835,7 +837,8 @@ static tfm__softmax run_softmax(const tfm__kernels *kernels, softmaxing *s, size
     return softmax;
 }
 
-static void check_softmax(const tfm__kernels *kernels, softmaxing *s, size_t n, size_t block, float scale, int has_mask) {
+static void check_softmax(const tfm__kernels *kernels, softmaxing *s, size_t n, size_t block, float scale,
+                          int has_mask) {
     size_t wrong = 0, i;
     exact_softmax(s, n, scale, has_mask);
     run_softmax(kernels, s, n, block, scale, has_mask);
@@ -919,7 +922,8 @@ static void test_scale_and_multiply(const tfm__kernels *kernels) {
         for (i = 0; i < n; i++)
             expected[at + i] *= 0.3f;
         kernels->scale(x + at, n, 0.3f);
-        CHECK_MSG(same_bits(x, expected, MAX_N + 2 * GUARD), "%s: scale, %lu numbers", name_of(kernels), (unsigned long)n);
+        CHECK_MSG(same_bits(x, expected, MAX_N + 2 * GUARD), "%s: scale, %lu numbers", name_of(kernels),
+                  (unsigned long)n);
         for (i = 0; i < n; i++)
             expected[at + i] *= up[i];
         kernels->multiply(x + at, up, n);
@@ -957,7 +961,8 @@ static void check_agreement(const tfm__kernels *a, const tfm__kernels *b) {
         }
         different += !same_bits(s[0].p, s[1].p, n + 2 * GUARD);
     }
-    CHECK_MSG(!different, "%s and %s: %lu results differ in their bits", name_of(a), name_of(b), (unsigned long)different);
+    CHECK_MSG(!different, "%s and %s: %lu results differ in their bits", name_of(a), name_of(b),
+              (unsigned long)different);
 }
 
 static void test_agreement(void) {

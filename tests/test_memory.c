@@ -112,15 +112,19 @@ static void test_generate_allocates_nothing(int threads) {
     generate.sampling.top_p = 0.95f;
     generate.sampling.min_p = 0.01f;
     generate.sampling.repeat_penalty = 1.1f;
-    tfm_generate(session, "Warm", &generate, NULL, NULL, &error); /* OpenMP makes its threads when they are first used */
+    tfm_generate(session, "Warm", &generate, NULL, NULL,
+                 &error); /* OpenMP makes its threads when they are first used */
     count = heap.count;
     c.before = malloc_in_use();
     for (run = 0; run < 2; run++) {
-        CHECK_OK(tfm_generate(session, "Once upon a time there was a bear who", &generate, watch_malloc, &c, &error), error);
+        CHECK_OK(tfm_generate(session, "Once upon a time there was a bear who", &generate, watch_malloc, &c, &error),
+                 error);
         generate.sampling.temperature = 0;
     }
-    CHECK_MSG(heap.count == count, "generating with %d threads allocated %lu times", threads, (unsigned long)(heap.count - count));
-    CHECK_MSG(!c.in_use, "generating with %d threads changed malloc's use by %lu bytes", threads, (unsigned long)c.in_use);
+    CHECK_MSG(heap.count == count, "generating with %d threads allocated %lu times", threads,
+              (unsigned long)(heap.count - count));
+    CHECK_MSG(!c.in_use, "generating with %d threads changed malloc's use by %lu bytes", threads,
+              (unsigned long)c.in_use);
     CHECK(c.n_bytes > 200);
     tfm_session_free(session);
     tfm_free(model);
@@ -218,7 +222,8 @@ static void fail_each(scenario run, const char *name) {
     memset(&heap, 0, sizeof heap);
     allocator = test_allocator(&heap);
     CHECK_MSG(run(&allocator) == TFM_OK, "%s fails by itself", name);
-    CHECK_MSG(!heap.live && !heap.bad, "%s: %lu live, %lu bad", name, (unsigned long)heap.live, (unsigned long)heap.bad);
+    CHECK_MSG(!heap.live && !heap.bad, "%s: %lu live, %lu bad", name, (unsigned long)heap.live,
+              (unsigned long)heap.bad);
     total = heap.count;
     CHECK_MSG(total > 0, "%s does not use the allocator", name);
     for (n = 1; n <= 2 * total; n++) { /* once alone, once with all that come after it */
@@ -227,8 +232,8 @@ static void fail_each(scenario run, const char *name) {
         heap.fail_at = (n + 1) / 2;
         heap.fail_forever = n % 2 == 0;
         status = run(&allocator);
-        CHECK_MSG(status == TFM_ERROR_MEMORY, "%s, allocation %lu of %lu fails: status %d", name, (unsigned long)heap.fail_at,
-                  (unsigned long)total, (int)status);
+        CHECK_MSG(status == TFM_ERROR_MEMORY, "%s, allocation %lu of %lu fails: status %d", name,
+                  (unsigned long)heap.fail_at, (unsigned long)total, (int)status);
         CHECK_MSG(!heap.live && !heap.bad, "%s, allocation %lu of %lu fails: %lu live, %lu bad", name,
                   (unsigned long)heap.fail_at, (unsigned long)total, (unsigned long)heap.live, (unsigned long)heap.bad);
     }
