@@ -57,6 +57,7 @@ class Programs:
 
     def __init__(self, tfm, gpt2, checks):
         self.tfm, self.gpt2, self.checks = tfm, gpt2, checks
+        self.isas = []
 
     def run(self, command, text=b"", isa=""):
         done = subprocess.run(command, input=text, capture_output=True, env=dict(os.environ, TFM_ISA=isa))
@@ -65,15 +66,13 @@ class Programs:
             shown[:300], done.returncode, done.stderr.decode(errors="replace")))
         return done.stdout.decode() if good else None
 
-    def isas(self, model):
-        """Those that this CPU runs: the others are refused with that reason, and no other."""
-        found = []
+    def find_isas(self, model, out):
+        """The instruction sets that this CPU runs: the others are refused with that reason, and no other."""
         for isa in ISAS:
-            done = subprocess.run([self.tfm, "dump", model, "--ids", "0", "--isa", isa, "-o", os.devnull + ".none"],
-                                  capture_output=True)
+            done = subprocess.run([self.tfm, "dump", model, "--ids", "0", "--isa", isa, "-o", out], capture_output=True)
             if b"can't run the instruction set" not in done.stderr:
-                found.append(isa)
-        return found
+                self.isas.append(isa)
+        print("instruction sets:", ", ".join(self.isas), flush=True)
 
     def dump(self, model, ids, what, out, *options):
         """The array and its bytes."""
@@ -127,6 +126,18 @@ def random_shapes(generator):
                    activation_function=activations[i % len(activations)], seed=generator.randrange(2 ** 31), **more)
 
 
+def steady_gpt2(generator, shape):
+    """The model with that shape, its weights smaller if need be. Where transformers in float32 is off by more than 5e-6
+    from transformers in float64, rounding is what the logits show, and 1e-4 of them no measure of anything."""
+    while True:
+        model = random_gpt2(**shape)
+        ids = [generator.randrange(shape["vocab_size"]) for _ in range(shape["n_positions"])]
+        single, double = run_model(model.float(), ids)[0], run_model(model.double(), ids)[0]
+        if close(single, double) < 5e-6:
+            return model.to(shape["dtype"])
+        shape["scale"] *= 0.7
+
+
 def describe(shape):
     return ", ".join("%s %s" % (key, str(value).replace("torch.", "")) for key, value in shape.items())
 
@@ -141,7 +152,7 @@ def check_dump(programs, checks, model, path, name, ids, out):
     with torch.inference_mode():
         expected = dict(zip(("logits", "hidden"), run_model(model, ids)))
     worst = 0
-    for isa in programs.isas(path):
+    for isa in programs.isas:
         for what in ("logits", "hidden"):
             found, data = programs.dump(path, ids, what, out, "--isa", isa, "--threads", "1")
             if found is None:
@@ -158,20 +169,22 @@ def check_dump(programs, checks, model, path, name, ids, out):
 
 def check_models(programs, checks, generator, directory):
     for i, shape in enumerate(random_shapes(generator)):
-        name = "model %d (%s)" % (i, describe(shape))
         checkpoint, path = os.path.join(directory, "model%d" % i), os.path.join(directory, "model%d.tfm" % i)
-        model = random_gpt2(**shape)
+        model = steady_gpt2(generator, shape)
+        name = "model %d (%s)" % (i, describe(shape))
         model.save_pretrained(checkpoint)
         convert(checkpoint, path)
         model = model.float()
-        worst = 0
+        out, worst = os.path.join(directory, "out.npy"), 0
+        if not programs.isas:
+            programs.find_isas(path, out)
         for n in sorted({1, shape["n_positions"], min(shape["n_positions"], generator.randrange(2, 40))}):
             ids = [generator.randrange(shape["vocab_size"]) for _ in range(n)]
-            worst = max(worst, check_dump(programs, checks, model, path, name, ids, os.path.join(directory, "out.npy")))
+            worst = max(worst, check_dump(programs, checks, model, path, name, ids, out))
         n = min(200, shape["n_positions"] - 1)
         if programs.gpt2 and n:
             prompt, expected = clear_greedy(model, generator, min(9, shape["n_positions"] - n), n, 2e-5)
-            for isa in programs.isas(path):
+            for isa in programs.isas:
                 found = programs.greedy(path, n, isa, "--prompt-ids", ",".join(map(str, prompt)))
                 checks.check(found == expected, "%s: greedy text of %d tokens differs on %s" % (name, n, isa))
         print("%s: off by %.1e" % (name, worst), flush=True)
@@ -247,7 +260,7 @@ def check_texts(programs, checks, generator, directory):
     check_tokenizer(programs, checks, tokenizer, path, generator)
     for _ in range(3 if programs.gpt2 else 0):
         prompt, expected = clear_prompt(model, tokenizer, text, generator, 200)
-        for isa in programs.isas(path):
+        for isa in programs.isas:
             found = programs.greedy(path, 200, isa, "-p", prompt)
             checks.check(found == expected, "greedy text after %r differs on %s" % (prompt, isa))
     for context, stride in ((281, 281), (64, 33), (2, 1)):
@@ -329,9 +342,9 @@ def check_demo(programs, checks, generator, path, checkpoint, directory):
     text = write_stories(model, tokenizer, 100000)
     converted = os.path.join(directory, "demo.tfm")
     convert(checkpoint, converted)
+    models = [(converted, 1e-3), (path, 1e-2)]
     for context, stride in ((512, 512), (200, 150)):
-        check_perplexity(programs, checks, (model, tokenizer), [(converted, 1e-3), (path, 1e-2)], text, directory, context,
-                         stride)
+        check_perplexity(programs, checks, (model, tokenizer), models, text, directory, context, stride)
 
 
 def main():

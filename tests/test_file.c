@@ -1,6 +1,6 @@
-/* The .tfm reader against hostile bytes, and the writer. Small files are made in memory by the functions that come first
- * (test.h declares them: other tests use them too), then spoiled in every way: each must be refused with a sentence that
- * names the file and what is wrong with it, without a crash, a leak or a large allocation. */
+/* The .tfm reader against hostile bytes, and the writer. Small files are made in memory by the functions that come
+ * first (test.h declares them: other tests use them too), then spoiled in every way: each must be refused with a
+ * sentence that names the file and what is wrong with it, without a crash, a leak or a large allocation. */
 #include "test.h"
 
 #include <float.h>
@@ -829,6 +829,24 @@ static void test_overflowing_shapes(void) {
         }
 }
 
+/* Four dimensions that a file may have, each for itself, whose product is 2^64, of which 0 bytes are left. */
+static void test_overflowing_tensor(void) {
+    static const float padding[70000 / sizeof(float)];
+    test_tfm tfm;
+    test_tensor *tensor;
+    int i;
+    make_tiny(&tfm);
+    test_put_tensor(&tfm, "huge", 1, 1, padding);
+    tensor = find_tensor(&tfm, "huge");
+    tensor->n_dims = 4;
+    tensor->size = 0;
+    for (i = 0; i < 4; i++)
+        tensor->shape[i] = 0x10000;
+    test_put_tensor(&tfm, "padding", sizeof padding / sizeof *padding, 0, padding);
+    check_tfm_refused(&tfm, TFM_ERROR_FORMAT, "huge", "a shape of 2^64");
+    test_clear(&tfm);
+}
+
 static void test_directory(void) {
     static const char *const names[] = {"token_embedding.weight", "decoder.blocks.0.attention.qkv.bias",
                                         "decoder.final_norm.bias"}; /* first, middle, last */
@@ -844,6 +862,7 @@ static void test_directory(void) {
     SPOILED(&tfm, strcpy(find_tensor(&tfm, names[1])->name, names[0]), TFM_ERROR_FORMAT,
             "'token_embedding.weight' is there twice");
     test_overflowing_shapes();
+    test_overflowing_tensor();
 }
 
 /* A tensor that the description does not ask for is none of the reader's business. */
@@ -1208,7 +1227,7 @@ static void check_same_model(const tfm_model *expected, const char *step) {
     tfm_free(model);
 }
 
-/* Every matrix of the file at TO lies in panels and has that type; vectors are as they were; nothing else has changed. */
+/* Every matrix of the file at TO lies in panels and has that type; vectors and metadata are as they were. */
 static void check_quantized(const test_tfm *tfm, tfm_dtype dtype) {
     tfm_error error = {TFM_OK, ""};
     tfm_file *file = tfm_file_open(TO, NULL, &error);

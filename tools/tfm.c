@@ -736,8 +736,8 @@ typedef struct limits {
     uint64_t *buffer;        /* much larger than the caches */
     size_t buffer_pieces;    /* its size */
     size_t next;             /* the piece of the buffer that is read next */
-    size_t n_pieces;         /* of one measurement */
-    double *ends;            /* [n_pieces]: when each was done */
+    size_t n_pieces;         /* of one measurement: of a peak; of reading, twice as many */
+    double *ends;            /* [2 n_pieces]: when each was done */
     double when;             /* measured last; -1: not yet */
     double read, fp32, int8; /* bytes a second, operations a second: the most that was seen */
 } limits;
@@ -764,11 +764,10 @@ static int compare_times(const void *a, const void *b) {
     return (x > y) - (x < y);
 }
 
-/* Runs n_pieces pieces on all threads, and returns how many were done in a second, in the best stretch of a quarter of
- * them: that is a few milliseconds in which, with luck, all threads had their cores to themselves. */
-static double measure_pieces(limits *l, tfm_task task) {
-    const size_t stretch = l->n_pieces / 4;
-    long i, end = (long)l->n_pieces;
+/* Runs n pieces on all threads, and returns how many were done in a second, in the best stretch of so many of them: a
+ * busy neighbour, and the starting of the threads, are left out if they leave such a stretch alone. */
+static double measure_pieces(limits *l, tfm_task task, size_t n, size_t stretch) {
+    long i, end = (long)n;
     double best = 0;
     size_t k;
 #ifdef _OPENMP
@@ -778,10 +777,22 @@ static double measure_pieces(limits *l, tfm_task task) {
         task(l, (size_t)i);
         l->ends[i] = now();
     }
-    qsort(l->ends, l->n_pieces, sizeof *l->ends, compare_times);
-    for (k = stretch; k < l->n_pieces; k++)
+    qsort(l->ends, n, sizeof *l->ends, compare_times);
+    for (k = stretch; k < n; k++)
         best = fmax(best, (double)stretch / fmax(1e-9, l->ends[k] - l->ends[k - stretch]));
     return best;
+}
+
+/* Bytes a second, over some 10 ms: for a shorter time the memory may well be faster, but of no use to a model. */
+static double measure_read(limits *l) {
+    double pieces = measure_pieces(l, read_piece, 2 * l->n_pieces, l->n_pieces);
+    l->next = (l->next + 2 * l->n_pieces) % l->buffer_pieces;
+    return READ_PIECE * pieces;
+}
+
+/* Operations a second, over a few milliseconds. */
+static double measure_peak(limits *l, tfm_task loop, double operations) {
+    return PEAK_ROUNDS * operations * measure_pieces(l, loop, l->n_pieces, l->n_pieces / 4);
 }
 
 /* Raises the limits to what is seen now. They move with the neighbours on the machine: so they are measured again and
@@ -791,10 +802,9 @@ static void measure_limits(limits *l) {
     if (l->when >= 0 && now() - l->when < 0.3)
         return;
     for (run = 0; run < runs; run++) {
-        l->read = fmax(l->read, READ_PIECE * measure_pieces(l, read_piece));
-        l->next = (l->next + l->n_pieces) % l->buffer_pieces;
-        l->fp32 = fmax(l->fp32, l->peak->fp32_operations * PEAK_ROUNDS * measure_pieces(l, l->peak->fp32));
-        l->int8 = fmax(l->int8, l->peak->int8_operations * PEAK_ROUNDS * measure_pieces(l, l->peak->int8));
+        l->read = fmax(l->read, measure_read(l));
+        l->fp32 = fmax(l->fp32, measure_peak(l, l->peak->fp32, l->peak->fp32_operations));
+        l->int8 = fmax(l->int8, measure_peak(l, l->peak->int8, l->peak->int8_operations));
     }
     l->when = now();
 }
@@ -824,7 +834,7 @@ static int open_limits(limits *l, int threads, tfm_isa isa) {
     l->buffer_pieces = size / READ_PIECE;
     l->n_pieces = threads > 4 ? (size_t)threads * 256 : 1024;
     l->when = -1;
-    l->ends = (double *)malloc(l->n_pieces * sizeof *l->ends);
+    l->ends = (double *)malloc(2 * l->n_pieces * sizeof *l->ends);
     if (!l->ends || posix_memalign(&memory, huge_page, size))
         return 1;
 #ifdef MADV_HUGEPAGE
