@@ -2233,7 +2233,7 @@ static TFM__TARGET TFM__INLINE v16 TFM__FN(normal16)(v16 x) {
 }
 
 /* The activations. (1 + tanh u) / 2 = sigmoid(2u), which is accurate in both tails. Largest error against the exact
- * functions: 3e-7 of max(|result|, |x| 2^-24) for the GELUs and SiLU, 1.2e-7 absolute for tanh. */
+ * functions: 2e-7 of |x|, and 3e-6 of max(|result|, |x| 2^-24) in the tails; tanh 2e-7 absolute. */
 static TFM__TARGET TFM__INLINE v16 TFM__FN(activate16)(const tfm_activation activation, v16 x) {
     switch (activation) {
     case TFM_RELU: return TFM__FN(if_less16)(x, TFM__FN(set16)(0), TFM__FN(set16)(0), x);
@@ -5674,6 +5674,10 @@ static tfm_status tfm__session_scratch(tfm_session *session, tfm_error *error) {
     }
     if (session->model->head.weight.data)
         floats = TFM__MAX(floats, tfm__linear_scratch(&session->model->head, session->max_rows));
+    if (session->model->has_tokenizer) { /* a prompt without a place to cut: 13 bytes for each of its bytes */
+        size_t bytes = tfm__product(session->context, TFM__MIN(tfm__longest_token(session->model), (size_t)64));
+        floats = TFM__MAX(floats, tfm__product(bytes, 13) / sizeof(float) + 256);
+    }
     return tfm__reserve(session->engine, floats, error);
 }
 
