@@ -3,7 +3,8 @@
 
 #include <math.h>
 
-enum { MAX_VOCAB = 512, MAX_BIAS = 8, DRAWS = 40000 }; /* a token that may come is expected 80 times at least */
+enum { MAX_VOCAB = 512, MAX_BIAS = 8 };
+static const size_t draws = 40000; /* a token that may come is expected 80 times at least */
 
 static tfm_file *golden;
 
@@ -17,14 +18,14 @@ static void draw(const tfm_sampling *sampling, const float *logits, size_t vocab
     size_t i;
     memset(counts, 0, vocab_size * sizeof *counts);
     tfm_random_seed(&random, seed);
-    for (i = 0; i < DRAWS; i++) {
+    for (i = 0; i < draws; i++) {
         memcpy(copy, logits, vocab_size * sizeof *copy);
         if (tfm_sample(sampling, copy, vocab_size, history, n_history, &random, work, &token, &error) != TFM_OK ||
             token < 0 || (size_t)token >= vocab_size)
             break;
         counts[token]++;
     }
-    CHECK_MSG(i == DRAWS, "%s: token %ld, %s", name, (long)token, i < DRAWS ? error.message : "");
+    CHECK_MSG(i == draws, "%s: token %ld, %s", name, (long)token, i < draws ? error.message : "");
 }
 
 /* The set of tokens exactly; the frequencies by Pearson's chi-square, whose mean is n - 1 and whose standard deviation is
@@ -33,7 +34,7 @@ static void check_counts(const size_t *counts, const float *probabilities, size_
     double chi_square = 0, limit;
     size_t kept = 0, i;
     for (i = 0; i < vocab_size; i++) {
-        double expected = (double)probabilities[i] * DRAWS, difference = (double)counts[i] - expected;
+        double expected = (double)probabilities[i] * (double)draws, difference = (double)counts[i] - expected;
         CHECK_MSG((counts[i] > 0) == (probabilities[i] > 0), "%s: token %lu came %lu times, its probability is %g",
                   name, (unsigned long)i, (unsigned long)counts[i], (double)probabilities[i]);
         if (probabilities[i] > 0) {
