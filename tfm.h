@@ -886,6 +886,7 @@ typedef struct tfm__team {
     tfm_task task[2];
     void *argument[2];
     uint32_t n[2];
+    uint32_t share; /* a thread takes 1 / share of the pieces left at a time */
     char apart1[64];
     uint64_t ticket;   /* atomic: generation << 32 | pieces that nobody has taken yet */
     char apart2[64];   /* in cache lines of their own: waiting for one must not disturb the other */
@@ -942,16 +943,21 @@ static void tfm__pause(unsigned *waited) {
 #endif
 }
 
-/* Takes pieces as long as there are any. */
+/* Takes pieces as long as there are any: an eighth of each thread's share of those left, at least one. Neighbours share
+ * their memory's pages and one visit to `ticket`, which the threads fight over; the small ones at the end make all
+ * threads finish together. */
 static void tfm__team_work(tfm__team *team) {
     uint64_t ticket = __atomic_load_n(&team->ticket, __ATOMIC_ACQUIRE);
     while ((uint32_t)ticket) {
-        unsigned job = (unsigned)(ticket >> 32) & 1;
-        if (!__atomic_compare_exchange_n(&team->ticket, &ticket, ticket - 1, 0, __ATOMIC_ACQ_REL, __ATOMIC_ACQUIRE))
+        const unsigned job = (unsigned)(ticket >> 32) & 1;
+        const uint32_t left = (uint32_t)ticket, take = left / team->share + 1;
+        uint32_t i;
+        if (!__atomic_compare_exchange_n(&team->ticket, &ticket, ticket - take, 0, __ATOMIC_ACQ_REL, __ATOMIC_ACQUIRE))
             continue; /* `ticket` is now what it was found to be */
-        team->task[job](team->argument[job], team->n[job] - (uint32_t)ticket);
-        __atomic_fetch_add(&team->finished, 1, __ATOMIC_RELEASE);
+        for (i = 0; i < take; i++)
+            team->task[job](team->argument[job], team->n[job] - left + i);
         ticket = __atomic_load_n(&team->ticket, __ATOMIC_ACQUIRE);
+        __atomic_fetch_add(&team->finished, take, __ATOMIC_RELEASE);
     }
 }
 
@@ -986,6 +992,7 @@ static void tfm__with_threads(tfm__threads *threads, void (*body)(void *argument
     if (!threads->parallel_for && threads->count > 1 && !threads->team) {
         tfm__team team;
         memset(&team, 0, sizeof team);
+        team.share = 4 * (uint32_t)threads->count;
 #pragma omp parallel num_threads(threads->count) default(none) shared(team, threads, body, argument)
         {
             if (omp_get_thread_num())
@@ -1608,15 +1615,16 @@ typedef struct tfm__matmul {
     int add; /* 1: y +=. Not for i8. */
 } tfm__matmul;
 
-/* What happens to the product while it is in the cache: y = activation(y + bias), and then, if there is a residual,
- * residual += y. All [n_rows][n]. */
+/* What happens to the product while it is in the cache: y[n_rows][n] (+)= activation(x[n_rows][n] + bias[n]). x may be
+ * y. */
 typedef struct tfm__finish {
-    float *y;
-    size_t y_stride, n_rows, n;
-    const float *bias; /* [n] or NULL */
+    const float *x;
+    size_t x_stride, n_rows, n;
+    const float *bias; /* or NULL */
     tfm_activation activation;
-    float *residual; /* or NULL */
-    size_t residual_stride;
+    float *y;
+    size_t y_stride;
+    int add; /* 1: y += */
 } tfm__finish;
 
 /* Softmax that runs along the keys block by block (Milakov, Gimelshein 2018): the largest score so far and the sum of
@@ -1740,11 +1748,11 @@ static float tfm__scalar_activation(tfm_activation activation, float x) {
 static void tfm__scalar_finish(const tfm__finish *job) {
     size_t r, i;
     for (r = 0; r < job->n_rows; r++) {
+        const float *x = job->x + r * job->x_stride;
         float *y = job->y + r * job->y_stride;
         for (i = 0; i < job->n; i++) {
-            y[i] = tfm__scalar_activation(job->activation, job->bias ? y[i] + job->bias[i] : y[i]);
-            if (job->residual)
-                job->residual[r * job->residual_stride + i] += y[i];
+            float result = tfm__scalar_activation(job->activation, job->bias ? x[i] + job->bias[i] : x[i]);
+            y[i] = job->add ? y[i] + result : result;
         }
     }
 }
@@ -2160,24 +2168,64 @@ static TFM__TARGET TFM__INLINE void TFM__FN(store_part)(float *p, v16 a, size_t 
     memcpy(p, side, n * sizeof *p);
 }
 
+/* The sum of the lanes: lane i and lane i + 8, of the eight sums i and i + 4, and so on: one order everywhere. */
 static TFM__TARGET TFM__INLINE float TFM__FN(sum_lanes)(v16 a) {
-    float lane[16];
-    int i, width;
-    TFM__FN(store16)(lane, a);
-    for (width = 8; width; width /= 2)
-        for (i = 0; i < width; i++)
-            lane[i] += lane[i + width];
-    return lane[0];
+#if TFM__LANES == 4
+    float32x4_t four = vaddq_f32(vaddq_f32(a.part[0], a.part[2]), vaddq_f32(a.part[1], a.part[3]));
+    float32x2_t two = vadd_f32(vget_low_f32(four), vget_high_f32(four));
+    return vget_lane_f32(two, 0) + vget_lane_f32(two, 1);
+#else
+    __m256 eight;
+    __m128 four;
+#if TFM__LANES == 16
+    eight = _mm256_add_ps(_mm512_castps512_ps256(a.part[0]), _mm512_extractf32x8_ps(a.part[0], 1));
+#else
+    eight = _mm256_add_ps(a.part[0], a.part[1]);
+#endif
+    four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+    four = _mm_add_ps(four, _mm_movehl_ps(four, four));
+    return _mm_cvtss_f32(_mm_add_ss(four, _mm_movehdup_ps(four)));
+#endif
 }
 
+/* The largest lane; what it is when one is NaN is open. */
 static TFM__TARGET TFM__INLINE float TFM__FN(max_lanes)(v16 a) {
-    float lane[16];
-    int i, width;
-    TFM__FN(store16)(lane, a);
-    for (width = 8; width; width /= 2)
-        for (i = 0; i < width; i++)
-            lane[i] = lane[i] > lane[i + width] ? lane[i] : lane[i + width];
-    return lane[0];
+#if TFM__LANES == 4
+    return vmaxvq_f32(vmaxq_f32(vmaxq_f32(a.part[0], a.part[2]), vmaxq_f32(a.part[1], a.part[3])));
+#else
+    __m256 eight;
+    __m128 four;
+#if TFM__LANES == 16
+    eight = _mm256_max_ps(_mm512_castps512_ps256(a.part[0]), _mm512_extractf32x8_ps(a.part[0], 1));
+#else
+    eight = _mm256_max_ps(a.part[0], a.part[1]);
+#endif
+    four = _mm_max_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+    four = _mm_max_ps(four, _mm_movehl_ps(four, four));
+    return _mm_cvtss_f32(_mm_max_ss(four, _mm_movehdup_ps(four)));
+#endif
+}
+
+/* The lane with the largest bits, of lanes that are not negative: NaN if there is one. */
+static TFM__TARGET TFM__INLINE float TFM__FN(max_bits_lanes)(v16 a) {
+#if TFM__LANES == 4
+    int32x4_t four =
+        vreinterpretq_s32_f32(vf_max_bits(vf_max_bits(a.part[0], a.part[2]), vf_max_bits(a.part[1], a.part[3])));
+    return tfm__float_from_bits((uint32_t)vmaxvq_s32(four));
+#else
+    __m256i eight;
+    __m128i four;
+#if TFM__LANES == 16
+    __m512i all = _mm512_castps_si512(a.part[0]);
+    eight = _mm256_max_epi32(_mm512_castsi512_si256(all), _mm512_extracti64x4_epi64(all, 1));
+#else
+    eight = _mm256_max_epi32(_mm256_castps_si256(a.part[0]), _mm256_castps_si256(a.part[1]));
+#endif
+    four = _mm_max_epi32(_mm256_castsi256_si128(eight), _mm256_extracti128_si256(eight, 1));
+    four = _mm_max_epi32(four, _mm_shuffle_epi32(four, 0x4E)); /* 2 3 0 1 */
+    four = _mm_max_epi32(four, _mm_shuffle_epi32(four, 0xB1)); /* 1 0 3 2 */
+    return tfm__float_from_bits((uint32_t)_mm_cvtsi128_si32(four));
+#endif
 }
 
 /* a * b + c with constants b and c: a step of Horner's scheme. */
@@ -2256,17 +2304,15 @@ static TFM__TARGET TFM__INLINE void TFM__FN(finish_as)(const tfm_activation acti
     size_t r, i;
     for (r = 0; r < job->n_rows; r++)
         for (i = 0; i < job->n; i += 16) {
-            float *p = job->y + r * job->y_stride + i;
+            float *to = job->y + r * job->y_stride + i;
             size_t n = job->n - i;
-            v16 y = TFM__FN(load_part)(p, n, 0);
+            v16 y = TFM__FN(load_part)(job->x + r * job->x_stride + i, n, 0);
             if (job->bias)
                 y = TFM__FN(add16)(y, TFM__FN(load_part)(job->bias + i, n, 0));
             y = TFM__FN(activate16)(activation, y);
-            if (job->residual) {
-                p = job->residual + r * job->residual_stride + i;
-                y = TFM__FN(add16)(TFM__FN(load_part)(p, n, 0), y);
-            }
-            TFM__FN(store_part)(p, y, n);
+            if (job->add)
+                y = TFM__FN(add16)(TFM__FN(load_part)(to, n, 0), y);
+            TFM__FN(store_part)(to, y, n);
         }
 }
 
@@ -2392,15 +2438,12 @@ static TFM__TARGET void TFM__FN(quantize)(const float *x, size_t n, const tfm__q
     size_t g, i, groups = tfm__groups(n);
     for (g = 0; g < groups; g++) {
         size_t first = g * TFM__GROUP, left = TFM__MIN(TFM__GROUP, n - first);
-        v16 largest = TFM__FN(set16)(0), sum = TFM__FN(set16)(0), scaled;
-        float lane[16], inverse;
-        uint32_t bits = 0;
+        v16 lanes = TFM__FN(set16)(0), sum = TFM__FN(set16)(0), scaled;
+        float largest, inverse;
         for (i = 0; i < left; i += 16)
-            largest = TFM__FN(max_bits16)(largest, TFM__FN(abs16)(TFM__FN(load_part)(x + first + i, left - i, 0)));
-        TFM__FN(store16)(lane, largest);
-        for (i = 0; i < 16; i++)
-            bits = TFM__MAX(bits, tfm__float_bits(lane[i]));
-        inverse = bits ? 127 / tfm__float_from_bits(bits) : 0;
+            lanes = TFM__FN(max_bits16)(lanes, TFM__FN(abs16)(TFM__FN(load_part)(x + first + i, left - i, 0)));
+        largest = TFM__FN(max_bits_lanes)(lanes);
+        inverse = largest == 0 ? 0 : 127 / largest;
         if (inverse > FLT_MAX)
             inverse = 0;
         for (i = 0; i < TFM__GROUP; i += 16) {
@@ -2409,7 +2452,7 @@ static TFM__TARGET void TFM__FN(quantize)(const float *x, size_t n, const tfm__q
             TFM__FN(store_bytes)(row->q + first + i, scaled);
             sum = TFM__FN(add16)(sum, TFM__FN(sub16)(scaled, magic)); /* integers below 2^13: exact */
         }
-        row->scales[g] = tfm__float_from_bits(bits) / 127;
+        row->scales[g] = largest / 127;
         row->offsets[g] = -128 * (int32_t)TFM__FN(sum_lanes)(sum);
     }
 }
@@ -2475,10 +2518,17 @@ static TFM__TARGET TFM__INLINE int32x4_t TFM__FN(codes)(const unsigned char *cod
 }
 #endif
 
-/* One tile: rows x (16 * panels) of y. For each group of 64 inputs the integer sums become floats, times both scales, and
- * are added to the float sums: 2 x 12 accumulators for 4 rows x 48 outputs on AVX-512, all in registers. */
+/* The inputs that a tile takes at a time. */
+typedef struct TFM__FN(groups) {
+    size_t first, end;
+} TFM__FN(groups);
+
+/* One tile: rows x (16 * panels) of y, over some groups of 64 inputs. For each group the integer sums become floats, times
+ * both scales, and are added to the float sums: 2 x 12 accumulators for 4 rows x 48 outputs on AVX-512, all in registers.
+ * Beside 192 products on the two multipliers stand the 24 multiplications of the scales: 89 % of the peak at most. */
 static TFM__TARGET TFM__INLINE void TFM__FN(tile_i8)(const int rows, const int panels, const tfm__matmul *job,
-                                                     size_t row, const unsigned char *w, float *y, size_t y_stride) {
+                                                     size_t row, TFM__FN(groups) part_of_k, const unsigned char *w,
+                                                     float *y, size_t y_stride) {
     const int columns = panels * TFM__PARTS;
     const size_t groups = tfm__groups(job->k), panel_bytes = job->panel_bytes, q_stride = groups * TFM__GROUP;
     const unsigned char *integers = w + tfm__integers_at(groups), *codes = w + TFM__CACHE_LINE;
@@ -2492,8 +2542,8 @@ static TFM__TARGET TFM__INLINE void TFM__FN(tile_i8)(const int rows, const int p
     for (r = 0; r < rows; r++)
         TFM__UNROLL
     for (c = 0; c < columns; c++)
-        sum[r][c] = vf_set1(0);
-    for (g = 0; g < groups; g++) {
+        sum[r][c] = part_of_k.first ? vf_load(y + (size_t)r * y_stride + c * TFM__LANES) : vf_set1(0);
+    for (g = part_of_k.first; g < part_of_k.end; g++) {
         vi part[TFM__ROWS_I8][TFM__PANELS_I8 * TFM__PARTS], weights[TFM__PANELS_I8 * TFM__PARTS];
         TFM__UNROLL
         for (r = 0; r < rows; r++)
@@ -2536,36 +2586,56 @@ static TFM__TARGET TFM__INLINE void TFM__FN(tile_i8)(const int rows, const int p
 }
 
 static TFM__TARGET TFM__INLINE void TFM__FN(tile_rows_i8)(size_t rows, const int panels, const tfm__matmul *job,
-                                                          size_t row, const unsigned char *w, float *y,
-                                                          size_t y_stride) {
+                                                          size_t row, TFM__FN(groups) part_of_k, const unsigned char *w,
+                                                          float *y, size_t y_stride) {
     switch (rows) {
-    case 1: TFM__FN(tile_i8)(1, panels, job, row, w, y, y_stride); break;
-    case 2: TFM__FN(tile_i8)(2, panels, job, row, w, y, y_stride); break;
+    case 1: TFM__FN(tile_i8)(1, panels, job, row, part_of_k, w, y, y_stride); break;
+    case 2: TFM__FN(tile_i8)(2, panels, job, row, part_of_k, w, y, y_stride); break;
 #if TFM__ROWS_I8 == 4
-    case 3: TFM__FN(tile_i8)(3, panels, job, row, w, y, y_stride); break;
+    case 3: TFM__FN(tile_i8)(3, panels, job, row, part_of_k, w, y, y_stride); break;
 #endif
-    default: TFM__FN(tile_i8)(TFM__ROWS_I8, panels, job, row, w, y, y_stride);
+    default: TFM__FN(tile_i8)(TFM__ROWS_I8, panels, job, row, part_of_k, w, y, y_stride);
     }
 }
 
-static TFM__TARGET void TFM__FN(matmul_i8)(const tfm__matmul *job) {
-    size_t column = 0, row, step, r;
-    for (; column < job->n; column += step) {
-        const unsigned char *w = (const unsigned char *)job->w + column / 16 * job->panel_bytes;
-        step = TFM__PANELS_I8 > 1 && column + 16 * TFM__PANELS_I8 <= job->n ? 16 * TFM__PANELS_I8 : 16;
-        for (row = 0; row < job->n_rows; row += TFM__ROWS_I8) {
-            float *y = job->y + row * job->y_stride + column, side[TFM__ROWS_I8 * 16];
-            size_t rows = TFM__MIN(job->n_rows - row, (size_t)TFM__ROWS_I8);
-            if (step > 16)
-                TFM__FN(tile_rows_i8)(rows, TFM__PANELS_I8, job, row, w, y, job->y_stride);
-            else if (column + 16 <= job->n)
-                TFM__FN(tile_rows_i8)(rows, 1, job, row, w, y, job->y_stride);
-            else { /* the last panel when n is not a multiple of 16 */
-                TFM__FN(tile_rows_i8)(rows, 1, job, row, w, side, 16);
+/* All rows of y from the column on, in one tile's width: `step` columns. */
+static TFM__TARGET TFM__INLINE void TFM__FN(columns_i8)(const tfm__matmul *job, size_t column, size_t step,
+                                                        TFM__FN(groups) part_of_k) {
+    const unsigned char *w = (const unsigned char *)job->w + column / 16 * job->panel_bytes;
+    size_t row, r, lanes = TFM__MIN(job->n - column, (size_t)16);
+    for (row = 0; row < job->n_rows; row += TFM__ROWS_I8) {
+        float *y = job->y + row * job->y_stride + column, side[TFM__ROWS_I8 * 16];
+        size_t rows = TFM__MIN(job->n_rows - row, (size_t)TFM__ROWS_I8);
+        if (step > 16)
+            TFM__FN(tile_rows_i8)(rows, TFM__PANELS_I8, job, row, part_of_k, w, y, job->y_stride);
+        else if (lanes == 16)
+            TFM__FN(tile_rows_i8)(rows, 1, job, row, part_of_k, w, y, job->y_stride);
+        else { /* the last panel when n is not a multiple of 16 */
+            if (part_of_k.first)
                 for (r = 0; r < rows; r++)
-                    memcpy(y + r * job->y_stride, side + r * 16, (job->n - column) * sizeof *y);
-            }
+                    memcpy(side + r * 16, y + r * job->y_stride, lanes * sizeof *y);
+            TFM__FN(tile_rows_i8)(rows, 1, job, row, part_of_k, w, side, 16);
+            for (r = 0; r < rows; r++)
+                memcpy(y + r * job->y_stride, side + r * 16, lanes * sizeof *y);
         }
+    }
+}
+
+/* With many rows, a tile's weights are taken in parts of 12 KiB, that all rows pass over while the first-level cache has
+ * them; the float sums wait in y meanwhile. */
+static TFM__TARGET void TFM__FN(matmul_i8)(const tfm__matmul *job) {
+    const size_t groups = tfm__groups(job->k);
+    const size_t at_once = job->n_rows > 2 * TFM__ROWS_I8 ? 12 / TFM__PANELS_I8 : groups;
+    size_t column = 0, step;
+    TFM__FN(groups) part_of_k;
+    for (; column < job->n; column += step) {
+        step = TFM__PANELS_I8 > 1 && column + 16 * TFM__PANELS_I8 <= job->n ? 16 * TFM__PANELS_I8 : 16;
+        part_of_k.end = 0;
+        do {
+            part_of_k.first = part_of_k.end;
+            part_of_k.end = TFM__MIN(part_of_k.first + at_once, groups);
+            TFM__FN(columns_i8)(job, column, step, part_of_k);
+        } while (part_of_k.end < groups);
     }
 }
 
@@ -2731,116 +2801,182 @@ static void tfm__run(tfm_engine *engine, size_t n, size_t work, tfm_task task, v
 
 /* ---- linear */
 
+/* What a linear layer is applied to: x, or norm(x), or what the layer before has quantized already. */
+typedef struct tfm__input {
+    const float *x; /* [n_rows][in] */
+    size_t n_rows;
+    const tfm_norm *norm;     /* or NULL */
+    tfm__quantized quantized; /* where q is not NULL: this, and x is not looked at */
+} tfm__input;
+
+/* Where the result goes: y (+)= it, or, if q is not NULL, its quantized form. */
+typedef struct tfm__result {
+    float *y; /* [n_rows][out] */
+    int add;  /* 1: y += */
+    tfm__quantized quantized;
+} tfm__result;
+
 typedef struct tfm__linear_job {
     const tfm_engine *engine;
     const tfm_linear *linear;
-    const float *x;           /* [n_rows][in] */
-    tfm__quantized quantized; /* the same, for i8 weights */
-    size_t n_rows;
     tfm_activation activation;
-    float *y;        /* [n_rows][out] */
-    float *residual; /* [n_rows][out] or NULL */
-    size_t row_blocks;
+    tfm__input input;
+    float *normed;            /* [n_rows][in]: norm(x), if there is a norm */
+    tfm__quantized quantized; /* of the input, for i8 weights */
+    tfm__result result;
+    size_t columns, rows, row_blocks; /* pieces: columns x rows of the result */
 } tfm__linear_job;
 
-static tfm__quantized tfm__quantized_row(const tfm__quantized *x, size_t row, size_t in) {
+static tfm__input tfm__input_of(const float *x, size_t n_rows, const tfm_norm *norm) {
+    tfm__input input;
+    memset(&input, 0, sizeof input);
+    input.x = x;
+    input.n_rows = n_rows;
+    input.norm = norm;
+    return input;
+}
+
+static tfm__result tfm__result_in(float *y, int add) {
+    tfm__result result;
+    memset(&result, 0, sizeof result);
+    result.y = y;
+    result.add = add;
+    return result;
+}
+
+/* The part of a quantized matrix [n_rows][in] that starts at a row and at an input, a multiple of TFM__GROUP. */
+static tfm__quantized tfm__quantized_at(const tfm__quantized *x, size_t in, size_t row, size_t first) {
     tfm__quantized at = *x;
     if (at.q) {
-        at.q += row * tfm__groups(in) * TFM__GROUP;
-        at.scales += row * tfm__groups(in);
-        at.offsets += row * tfm__groups(in);
+        at.q += row * tfm__groups(in) * TFM__GROUP + first;
+        at.scales += row * tfm__groups(in) + first / TFM__GROUP;
+        at.offsets += row * tfm__groups(in) + first / TFM__GROUP;
     }
     return at;
 }
 
-/* Scratch for the quantized input of an i8 layer, which lives while the layer is computed. */
-static size_t tfm__linear_scratch(const tfm_linear *linear, size_t n_rows) {
-    size_t groups = tfm__groups(linear->weight.shape[1]);
-    if (linear->weight.dtype != TFM_I8)
-        return 0;
+static size_t tfm__quantized_scratch(size_t n_rows, size_t in) {
+    size_t groups = tfm__groups(in);
     return tfm__scratch_floats(n_rows, groups * TFM__GROUP / sizeof(float)) + 2 * tfm__scratch_floats(n_rows, groups);
 }
 
-static tfm__quantized tfm__take_quantized(tfm_engine *engine, const tfm_linear *linear, size_t n_rows) {
-    size_t groups = tfm__groups(linear->weight.shape[1]);
-    tfm__quantized quantized = {NULL, NULL, NULL};
-    if (linear->weight.dtype == TFM_I8) {
-        quantized.q = (int8_t *)(void *)tfm__take(engine, n_rows, groups * TFM__GROUP / sizeof(float));
-        quantized.scales = tfm__take(engine, n_rows, groups);
-        quantized.offsets = (int32_t *)(void *)tfm__take(engine, n_rows, groups);
-    }
+static tfm__quantized tfm__take_quantized(tfm_engine *engine, size_t n_rows, size_t in) {
+    size_t groups = tfm__groups(in);
+    tfm__quantized quantized;
+    quantized.q = (int8_t *)(void *)tfm__take(engine, n_rows, groups * TFM__GROUP / sizeof(float));
+    quantized.scales = tfm__take(engine, n_rows, groups);
+    quantized.offsets = (int32_t *)(void *)tfm__take(engine, n_rows, groups);
     return quantized;
 }
 
-#define TFM__QUANTIZE_ROWS ((size_t)8)
+/* Scratch that a layer needs while it is computed: its input's norm, and its input quantized. */
+static size_t tfm__linear_scratch(const tfm_linear *linear, size_t n_rows) {
+    size_t in = linear->weight.shape[1];
+    return tfm__scratch_floats(n_rows, in) + (linear->weight.dtype == TFM_I8 ? tfm__quantized_scratch(n_rows, in) : 0);
+}
 
-static void tfm__quantize_piece(void *argument, size_t index) {
+#define TFM__INPUT_ROWS ((size_t)8)
+
+/* A piece: some rows of the input through the norm, and quantized. */
+static void tfm__input_piece(void *argument, size_t index) {
     const tfm__linear_job *job = (const tfm__linear_job *)argument;
-    size_t in = job->linear->weight.shape[1], row = index * TFM__QUANTIZE_ROWS;
-    size_t end = TFM__MIN(row + TFM__QUANTIZE_ROWS, job->n_rows);
+    const tfm__kernels *kernels = job->engine->kernels;
+    const tfm_norm *norm = job->input.norm;
+    size_t in = job->linear->weight.shape[1], row = index * TFM__INPUT_ROWS;
+    size_t end = TFM__MIN(row + TFM__INPUT_ROWS, job->input.n_rows);
     for (; row < end; row++) {
-        const tfm__quantized at = tfm__quantized_row(&job->quantized, row, in);
-        job->engine->kernels->quantize(job->x + row * in, in, &at);
+        const float *x = job->input.x + row * in;
+        if (norm) {
+            kernels->norm[norm->kind](x, in, (const float *)norm->weight.data, (const float *)norm->bias.data,
+                                      norm->eps, job->normed + row * in);
+            x = job->normed + row * in;
+        }
+        if (job->quantized.q) {
+            const tfm__quantized to = tfm__quantized_at(&job->quantized, in, row, 0);
+            kernels->quantize(x, in, &to);
+        }
     }
 }
 
-/* A piece: 3 panels of outputs (48: the widest tile) x at most 256 rows. The rows of one column group are neighbours in
- * the order of the pieces, so that its weights are read from memory once. */
-#define TFM__LINEAR_COLUMNS (3 * TFM__PANEL)
-#define TFM__LINEAR_ROWS ((size_t)256)
+/* A piece of the result goes this many rows at a time from the product through `finish` to its place, so that it lies
+ * in a buffer that the first-level cache holds. (In its place it would not: rows whose distance is a multiple of 4 KiB,
+ * as those of most models are, fall on the same few lines of the cache.) */
+#define TFM__LINEAR_ROWS ((size_t)32)
+#define TFM__LINEAR_COLUMNS ((size_t)192)
+
+/* Pieces are cut so that the weights of one stay in the second-level cache while its rows pass by, in whole tiles (48 is
+ * the widest), and for i8 in whole groups of 64, which the next layer wants quantized. A few rows, whose time goes into
+ * reading the weights, get narrow pieces, more of them than there are threads. The rows of one column block are
+ * neighbours in the order of the pieces: its weights are read from memory once. */
+static void tfm__cut(tfm__linear_job *job) {
+    const int few = job->input.n_rows <= 8;
+    if (job->linear->weight.dtype == TFM_I8 || job->result.quantized.q)
+        job->columns = few ? TFM__GROUP : TFM__LINEAR_COLUMNS;
+    else
+        job->columns = 3 * TFM__PANEL;
+    job->rows = 4 * TFM__LINEAR_ROWS;
+    job->row_blocks = tfm__divide_up(job->input.n_rows, job->rows);
+}
 
 static void tfm__linear_piece(void *argument, size_t index) {
     const tfm__linear_job *job = (const tfm__linear_job *)argument;
-    const tfm_tensor *weight = &job->linear->weight;
-    size_t out = weight->shape[0], in = weight->shape[1];
-    size_t column = index / job->row_blocks * TFM__LINEAR_COLUMNS, row = index % job->row_blocks * TFM__LINEAR_ROWS;
+    const tfm__kernels *kernels = job->engine->kernels;
+    const tfm_tensor *weight = &job->linear->weight, *bias = &job->linear->bias;
+    const float *x = job->input.norm ? job->normed : job->input.x;
+    size_t out = weight->shape[0], in = weight->shape[1], r;
+    size_t column = index / job->row_blocks * job->columns, row = index % job->row_blocks * job->rows;
+    size_t end = TFM__MIN(row + job->rows, job->input.n_rows);
+    float block[TFM__LINEAR_ROWS * TFM__LINEAR_COLUMNS]; /* [rows][columns] */
     tfm__matmul product;
     tfm__finish finish;
-    product.x = job->x + row * in;
     product.x_stride = in;
-    product.quantized = tfm__quantized_row(&job->quantized, row, in);
-    product.n_rows = TFM__MIN(TFM__LINEAR_ROWS, job->n_rows - row);
     product.panel_bytes = tfm__panel_bytes(weight->dtype, in);
     product.w = (const char *)weight->data + column / TFM__PANEL * product.panel_bytes;
-    product.n = TFM__MIN(TFM__LINEAR_COLUMNS, out - column);
+    product.n = finish.n = TFM__MIN(job->columns, out - column);
     product.k = in;
-    product.y = job->y + row * out + column;
-    product.y_stride = out;
     product.add = 0;
-    job->engine->kernels->matmul[weight->dtype](&product);
-    if (!job->linear->bias.data && job->activation == TFM_NO_ACTIVATION && !job->residual)
-        return;
-    finish.y = product.y;
-    finish.y_stride = out;
-    finish.n_rows = product.n_rows;
-    finish.n = product.n;
-    finish.bias = job->linear->bias.data ? (const float *)job->linear->bias.data + column : NULL;
+    finish.x = product.y = block;
+    finish.x_stride = product.y_stride = job->columns;
+    finish.bias = bias->data ? (const float *)bias->data + column : NULL;
     finish.activation = job->activation;
-    finish.residual = job->residual ? job->residual + row * out + column : NULL;
-    finish.residual_stride = out;
-    job->engine->kernels->finish(&finish);
+    finish.add = job->result.add;
+    for (; row < end; row += TFM__LINEAR_ROWS) {
+        product.n_rows = finish.n_rows = TFM__MIN(TFM__LINEAR_ROWS, end - row);
+        product.x = x ? x + row * in : NULL;
+        product.quantized = tfm__quantized_at(&job->quantized, in, row, 0);
+        kernels->matmul[weight->dtype](&product);
+        finish.y = job->result.quantized.q ? block : job->result.y + row * out + column;
+        finish.y_stride = job->result.quantized.q ? job->columns : out;
+        kernels->finish(&finish);
+        for (r = 0; job->result.quantized.q && r < finish.n_rows; r++) {
+            const tfm__quantized to = tfm__quantized_at(&job->result.quantized, out, row + r, column);
+            kernels->quantize(block + r * job->columns, finish.n, &to);
+        }
+    }
 }
 
-/* y = activation(x W^T + b); then, if there is one, residual += y. */
-static void tfm__linear(tfm_engine *engine, const tfm_linear *linear, const float *x, size_t n_rows,
-                        tfm_activation activation, float *y, float *residual) {
+/* result = activation(input W^T + b) */
+static void tfm__linear(tfm_engine *engine, const tfm_linear *linear, tfm__input input, tfm_activation activation,
+                        tfm__result result) {
     tfm__linear_job job;
-    size_t column_blocks = tfm__divide_up(linear->weight.shape[0], TFM__LINEAR_COLUMNS), mark = engine->scratch_used;
+    size_t out = linear->weight.shape[0], in = linear->weight.shape[1], mark = engine->scratch_used;
     job.engine = engine;
     job.linear = linear;
-    job.x = x;
-    job.n_rows = n_rows;
     job.activation = activation;
-    job.y = y;
-    job.residual = residual;
-    job.row_blocks = tfm__divide_up(n_rows, TFM__LINEAR_ROWS);
-    job.quantized = tfm__take_quantized(engine, linear, n_rows);
-    if (job.quantized.q)
-        tfm__run(engine, tfm__divide_up(n_rows, TFM__QUANTIZE_ROWS), TFM__QUANTIZE_ROWS * linear->weight.shape[1],
-                 tfm__quantize_piece, &job);
-    tfm__run(engine, column_blocks * job.row_blocks,
-             TFM__MIN(n_rows, TFM__LINEAR_ROWS) * TFM__LINEAR_COLUMNS * linear->weight.shape[1], tfm__linear_piece,
-             &job);
+    job.input = input;
+    job.normed = input.norm ? tfm__take(engine, input.n_rows, in) : NULL;
+    job.quantized = input.quantized;
+    if (!job.quantized.q) {
+        if (linear->weight.dtype == TFM_I8)
+            job.quantized = tfm__take_quantized(engine, input.n_rows, in);
+        if (job.quantized.q || input.norm)
+            tfm__run(engine, tfm__divide_up(input.n_rows, TFM__INPUT_ROWS), TFM__INPUT_ROWS * 4 * in, tfm__input_piece,
+                     &job);
+    }
+    job.result = result;
+    tfm__cut(&job);
+    tfm__run(engine, tfm__divide_up(out, job.columns) * job.row_blocks,
+             TFM__MIN(job.input.n_rows, job.rows) * job.columns * in, tfm__linear_piece, &job);
     engine->scratch_used = mark;
 }
 
@@ -2866,7 +3002,7 @@ TFM_API tfm_status tfm_linear_forward(tfm_engine *engine, const tfm_linear *line
     if (status == TFM_OK)
         status = tfm__reserve(engine, tfm__linear_scratch(linear, n_rows), error);
     if (status == TFM_OK && n_rows)
-        tfm__linear(engine, linear, x, n_rows, TFM_NO_ACTIVATION, y, NULL);
+        tfm__linear(engine, linear, tfm__input_of(x, n_rows, NULL), TFM_NO_ACTIVATION, tfm__result_in(y, 0));
     return status;
 }
 
@@ -2925,8 +3061,8 @@ TFM_API tfm_status tfm_activation_forward(tfm_engine *engine, tfm_activation act
     tfm__finish job;
     if ((unsigned)activation >= TFM_ACTIVATION_COUNT)
         return tfm__fail(error, TFM_ERROR_ARGUMENT, "unknown activation %d", (int)activation);
-    memmove(y, x, n * sizeof *y);
     memset(&job, 0, sizeof job);
+    job.x = x;
     job.y = y;
     job.n_rows = 1;
     job.n = n;
@@ -3205,10 +3341,10 @@ static const tfm_kv *tfm__take_uncached(tfm_engine *engine, const tfm__attention
     return kvs;
 }
 
-/* y[rows][d_model] = attention(x[rows][d_model]); then, if there is one, residual += y. */
-static void tfm__attention(tfm_engine *engine, const tfm_attention *attention, size_t layer, const float *x,
-                           const tfm_span *spans, size_t n_spans, float *y, float *residual) {
-    size_t mark = engine->scratch_used, rows = tfm__count_rows(spans, n_spans), pieces = 0, keys = 0, i;
+/* y[rows][d_model] (+)= attention(input [rows][d_model]) */
+static void tfm__attention(tfm_engine *engine, const tfm_attention *attention, size_t layer, tfm__input input,
+                           const tfm_span *spans, size_t n_spans, tfm__result result) {
+    size_t mark = engine->scratch_used, rows = input.n_rows, pieces = 0, keys = 0, i;
     float *qkv = tfm__take(engine, rows, tfm__qkv_width(attention));
     float *context = tfm__take(engine, rows, attention->n_heads * attention->head_dim);
     tfm__attention_job job;
@@ -3224,12 +3360,12 @@ static void tfm__attention(tfm_engine *engine, const tfm_attention *attention, s
         pieces += tfm__attend_pieces(attention, spans[i].n_rows);
         keys += ((spans[i].kv ? spans[i].kv->n_tokens : 0) + spans[i].n_rows) * spans[i].n_rows;
     }
-    tfm__linear(engine, &attention->qkv, x, rows, TFM_NO_ACTIVATION, qkv, NULL);
+    tfm__linear(engine, &attention->qkv, input, TFM_NO_ACTIVATION, tfm__result_in(qkv, 0));
     tfm__run(engine, n_spans * attention->n_kv_heads, 4 * attention->head_dim * tfm__divide_up(rows, n_spans),
              tfm__store_piece, &job);
     tfm__run(engine, pieces, 2 * attention->head_dim * tfm__divide_up(keys * attention->n_heads, pieces),
              tfm__attend_piece, &job);
-    tfm__linear(engine, &attention->out, context, rows, TFM_NO_ACTIVATION, y, residual);
+    tfm__linear(engine, &attention->out, tfm__input_of(context, rows, NULL), TFM_NO_ACTIVATION, result);
     engine->scratch_used = mark;
 }
 
@@ -3277,7 +3413,8 @@ TFM_API tfm_status tfm_attention_forward(tfm_engine *engine, const tfm_attention
     if (status == TFM_OK)
         status = tfm__reserve(engine, tfm__attention_scratch(attention, spans, n_spans), error);
     if (status == TFM_OK && n_spans)
-        tfm__attention(engine, attention, layer, x, spans, n_spans, y, NULL);
+        tfm__attention(engine, attention, layer, tfm__input_of(x, tfm__count_rows(spans, n_spans), NULL), spans,
+                       n_spans, tfm__result_in(y, 0));
     return status;
 }
 
@@ -3288,33 +3425,48 @@ typedef struct tfm__gate_job {
     tfm_activation activation;
     const float *up; /* [n_rows][2 d_ff]: gate, up */
     size_t d_ff;
-    float *hidden; /* [n_rows][d_ff] */
+    float *hidden;            /* [n_rows][d_ff] */
+    tfm__quantized quantized; /* the same, if the next layer wants that */
 } tfm__gate_job;
 
+/* A row: hidden = activation(gate) * up */
 static void tfm__gate_piece(void *argument, size_t row) {
     const tfm__gate_job *job = (const tfm__gate_job *)argument;
+    const tfm__kernels *kernels = job->engine->kernels;
     const float *gate = job->up + row * 2 * job->d_ff;
     tfm__finish finish;
     memset(&finish, 0, sizeof finish);
+    finish.x = gate;
     finish.y = job->hidden + row * job->d_ff;
     finish.n_rows = 1;
     finish.n = job->d_ff;
     finish.activation = job->activation;
-    memcpy(finish.y, gate, job->d_ff * sizeof *gate);
-    job->engine->kernels->finish(&finish);
-    job->engine->kernels->multiply(finish.y, gate + job->d_ff, job->d_ff);
+    kernels->finish(&finish);
+    kernels->multiply(finish.y, gate + job->d_ff, job->d_ff);
+    if (job->quantized.q) {
+        const tfm__quantized to = tfm__quantized_at(&job->quantized, job->d_ff, row, 0);
+        kernels->quantize(finish.y, job->d_ff, &to);
+    }
 }
 
 static size_t tfm__ffn_scratch(const tfm_ffn *ffn, size_t n_rows) {
-    size_t hidden = tfm__scratch_floats(n_rows, ffn->down.weight.shape[1]);
-    size_t quantized = TFM__MAX(tfm__linear_scratch(&ffn->up, n_rows), tfm__linear_scratch(&ffn->down, n_rows));
-    return hidden + quantized + (ffn->gated ? tfm__scratch_floats(n_rows, ffn->up.weight.shape[0]) : 0);
+    size_t d_ff = ffn->down.weight.shape[1];
+    size_t hidden = ffn->gated || ffn->down.weight.dtype != TFM_I8 ? tfm__scratch_floats(n_rows, d_ff) : 0;
+    size_t gate = ffn->gated ? tfm__scratch_floats(n_rows, 2 * d_ff) : 0;
+    size_t linear = TFM__MAX(tfm__linear_scratch(&ffn->up, n_rows), tfm__linear_scratch(&ffn->down, n_rows));
+    return hidden + gate + tfm__quantized_scratch(n_rows, d_ff) + linear;
 }
 
-/* y[n_rows][d_model] = ffn(x[n_rows][d_model]); then, if there is one, residual += y. */
-static void tfm__ffn(tfm_engine *engine, const tfm_ffn *ffn, const float *x, size_t n_rows, float *y, float *residual) {
-    size_t mark = engine->scratch_used, d_ff = ffn->down.weight.shape[1];
-    float *hidden = tfm__take(engine, n_rows, d_ff);
+/* result (+)= down(activation(up(input))), or down(activation(gate(input)) * up(input)). What lies between is only ever
+ * quantized if `down` is i8. */
+static void tfm__ffn(tfm_engine *engine, const tfm_ffn *ffn, tfm__input input, tfm__result result) {
+    size_t mark = engine->scratch_used, d_ff = ffn->down.weight.shape[1], n_rows = input.n_rows;
+    tfm__input hidden = tfm__input_of(NULL, n_rows, NULL);
+    float *floats = NULL;
+    if (ffn->down.weight.dtype == TFM_I8)
+        hidden.quantized = tfm__take_quantized(engine, n_rows, d_ff);
+    if (ffn->gated || !hidden.quantized.q)
+        hidden.x = floats = tfm__take(engine, n_rows, d_ff);
     if (ffn->gated) {
         float *up = tfm__take(engine, n_rows, 2 * d_ff);
         tfm__gate_job job;
@@ -3322,12 +3474,16 @@ static void tfm__ffn(tfm_engine *engine, const tfm_ffn *ffn, const float *x, siz
         job.activation = ffn->activation;
         job.up = up;
         job.d_ff = d_ff;
-        job.hidden = hidden;
-        tfm__linear(engine, &ffn->up, x, n_rows, TFM_NO_ACTIVATION, up, NULL);
+        job.hidden = floats;
+        job.quantized = hidden.quantized;
+        tfm__linear(engine, &ffn->up, input, TFM_NO_ACTIVATION, tfm__result_in(up, 0));
         tfm__run(engine, n_rows, 16 * d_ff, tfm__gate_piece, &job);
-    } else
-        tfm__linear(engine, &ffn->up, x, n_rows, ffn->activation, hidden, NULL);
-    tfm__linear(engine, &ffn->down, hidden, n_rows, TFM_NO_ACTIVATION, y, residual);
+    } else {
+        tfm__result to = tfm__result_in(floats, 0);
+        to.quantized = hidden.quantized;
+        tfm__linear(engine, &ffn->up, input, ffn->activation, to);
+    }
+    tfm__linear(engine, &ffn->down, hidden, TFM_NO_ACTIVATION, result);
     engine->scratch_used = mark;
 }
 
@@ -3346,37 +3502,32 @@ TFM_API tfm_status tfm_ffn_forward(tfm_engine *engine, const tfm_ffn *ffn, const
     if (status == TFM_OK)
         status = tfm__reserve(engine, tfm__ffn_scratch(ffn, n_rows), error);
     if (status == TFM_OK && n_rows)
-        tfm__ffn(engine, ffn, x, n_rows, y, NULL);
+        tfm__ffn(engine, ffn, tfm__input_of(x, n_rows, NULL), tfm__result_in(y, 0));
     return status;
 }
 
 /* ---- block */
 
 static size_t tfm__block_scratch(const tfm_block *block, const tfm_span *spans, size_t n_spans) {
-    size_t rows = tfm__count_rows(spans, n_spans), d_model = block->attention_norm.weight.shape[0];
     size_t attention = tfm__attention_scratch(&block->attention, spans, n_spans);
-    size_t ffn = tfm__ffn_scratch(&block->ffn, rows);
-    return 2 * tfm__scratch_floats(rows, d_model) + TFM__MAX(attention, ffn);
+    size_t ffn = tfm__ffn_scratch(&block->ffn, tfm__count_rows(spans, n_spans));
+    return TFM__MAX(attention, ffn);
 }
 
+/* Pre-norm: x += attention(norm(x)), x += ffn(norm(x)). Post-norm: x = norm(x + attention(x)), x = norm(x + ffn(x)). */
 static void tfm__block(tfm_engine *engine, const tfm_block *block, size_t layer, float *x, const tfm_span *spans,
                        size_t n_spans) {
-    size_t mark = engine->scratch_used, rows = tfm__count_rows(spans, n_spans);
-    size_t d_model = block->attention_norm.weight.shape[0];
-    float *y = tfm__take(engine, rows, d_model);
-    if (block->norm_place == TFM_PRE_NORM) {
-        float *normed = tfm__take(engine, rows, d_model);
-        tfm__norm(engine, &block->attention_norm, x, rows, normed);
-        tfm__attention(engine, &block->attention, layer, normed, spans, n_spans, y, x);
-        tfm__norm(engine, &block->ffn_norm, x, rows, normed);
-        tfm__ffn(engine, &block->ffn, normed, rows, y, x);
-    } else {
-        tfm__attention(engine, &block->attention, layer, x, spans, n_spans, y, x);
-        tfm__norm(engine, &block->attention_norm, x, rows, x);
-        tfm__ffn(engine, &block->ffn, x, rows, y, x);
-        tfm__norm(engine, &block->ffn_norm, x, rows, x);
-    }
-    engine->scratch_used = mark;
+    size_t rows = tfm__count_rows(spans, n_spans);
+    const int pre = block->norm_place == TFM_PRE_NORM;
+    const tfm_norm *attention_norm = &block->attention_norm, *ffn_norm = &block->ffn_norm;
+    const tfm__result add_to_x = tfm__result_in(x, 1);
+    tfm__attention(engine, &block->attention, layer, tfm__input_of(x, rows, pre ? attention_norm : NULL), spans,
+                   n_spans, add_to_x);
+    if (!pre)
+        tfm__norm(engine, attention_norm, x, rows, x);
+    tfm__ffn(engine, &block->ffn, tfm__input_of(x, rows, pre ? ffn_norm : NULL), add_to_x);
+    if (!pre)
+        tfm__norm(engine, ffn_norm, x, rows, x);
 }
 
 static tfm_status tfm__check_block(const tfm_block *block, const char *name, tfm_error *error) {
@@ -5796,15 +5947,16 @@ static void tfm__forward(tfm_session *session, size_t rows, const tfm_span *span
 /* Final norm, and head if logits are wanted, of the n selected rows. */
 static void tfm__output(tfm_session *session, size_t n, tfm_output what, float *outputs) {
     const tfm_model *model = session->model;
-    float *hidden = what == TFM_HIDDEN ? outputs : session->selected;
+    const tfm_norm *norm = model->description.final_norm ? &model->final_norm : NULL;
     if (!n)
         return;
-    if (model->description.final_norm)
-        tfm__norm(session->engine, &model->final_norm, session->selected, n, hidden);
-    else if (hidden != session->selected)
-        memcpy(hidden, session->selected, n * model->description.d_model * sizeof *hidden);
     if (what == TFM_LOGITS)
-        tfm__linear(session->engine, &model->head, hidden, n, TFM_NO_ACTIVATION, outputs, NULL);
+        tfm__linear(session->engine, &model->head, tfm__input_of(session->selected, n, norm), TFM_NO_ACTIVATION,
+                    tfm__result_in(outputs, 0));
+    else if (norm)
+        tfm__norm(session->engine, norm, session->selected, n, outputs);
+    else
+        memcpy(outputs, session->selected, n * model->description.d_model * sizeof *outputs);
 }
 
 static tfm_status tfm__check_chunk(tfm_session *session, const tfm_chunk *chunk, size_t index, tfm_error *error) {

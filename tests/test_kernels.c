@@ -499,8 +499,7 @@ static double activation_error(const tfm__kernels *kernels, tfm_activation activ
 static void activate(const tfm__kernels *kernels, tfm_activation activation, float *y, size_t n) {
     tfm__finish job;
     memset(&job, 0, sizeof job);
-    job.y = y;
-    job.y_stride = n;
+    job.x = job.y = y;
     job.n_rows = 1;
     job.n = n;
     job.activation = activation;
@@ -576,22 +575,21 @@ static void test_activation_limits(const tfm__kernels *kernels, tfm_activation a
     }
 }
 
-/* finish: y = activation(y + bias), residual += y, over odd shapes. With a residual, what y holds afterwards is no part
- * of the contract. */
+/* finish: y (+)= activation(x + bias), over odd shapes, with y in a place of its own or in that of x. */
 typedef struct finishing {
-    float y[3 * MAX_STRIDE + 2 * GUARD], residual[3 * MAX_STRIDE + 2 * GUARD], bias[MAX_N + 1];
+    float x[3 * MAX_STRIDE + 2 * GUARD], y[3 * MAX_STRIDE + 2 * GUARD], bias[MAX_N + 1];
 } finishing;
 
-static void fill_finishing(finishing *f, size_t rows, size_t n, size_t y_stride, size_t residual_stride) {
+static void fill_finishing(finishing *f, size_t rows, size_t n, size_t x_stride, size_t y_stride) {
     size_t i, r;
-    for (i = 0; i < sizeof f->y / sizeof *f->y; i++)
-        f->y[i] = f->residual[i] = SENTINEL;
+    for (i = 0; i < sizeof f->x / sizeof *f->x; i++)
+        f->x[i] = f->y[i] = SENTINEL;
     test_fill(f->bias, MAX_N + 1, n);
     for (r = 0; r < rows; r++) {
-        test_fill(f->y + GUARD + r * y_stride, n, n + r);
-        test_fill(f->residual + GUARD + r * residual_stride, n, n + r + 50);
+        test_fill(f->x + GUARD + r * x_stride, n, n + r);
+        test_fill(f->y + GUARD + r * y_stride, n, n + r + 50);
         for (i = 0; i < n; i++)
-            f->y[GUARD + r * y_stride + i] *= 6;
+            f->x[GUARD + r * x_stride + i] *= 6;
     }
 }
 
@@ -604,48 +602,55 @@ static int guarded(const float *all, size_t size, size_t rows, size_t n, size_t 
     return 1;
 }
 
+typedef enum finish_place { INTO_Y, ADD_TO_Y, IN_PLACE } finish_place;
+
 static void check_finish(const tfm__kernels *kernels, tfm_activation activation, size_t rows, size_t n, int has_bias,
-                         int has_residual, finishing *result) {
+                         finish_place place, finishing *result) {
     static finishing before;
     const size_t size = sizeof before.y / sizeof *before.y, strides[2] = {n + n % 5, n + n % 3};
     size_t wrong = 0, r, i;
     tfm__finish job;
     fill_finishing(&before, rows, n, strides[0], strides[1]);
     *result = before;
-    job.y = result->y + GUARD;
-    job.y_stride = strides[0];
+    job.x = result->x + GUARD;
+    job.x_stride = strides[0];
     job.n_rows = rows;
     job.n = n;
     job.bias = has_bias ? result->bias + 1 : NULL;
     job.activation = activation;
-    job.residual = has_residual ? result->residual + GUARD : NULL;
-    job.residual_stride = strides[1];
+    job.y = place == IN_PLACE ? result->x + GUARD : result->y + GUARD;
+    job.y_stride = strides[place != IN_PLACE];
+    job.add = place == ADD_TO_Y;
     kernels->finish(&job);
     for (r = 0; r < rows; r++)
         for (i = 0; i < n; i++) {
-            float x = before.y[GUARD + r * strides[0] + i] + (has_bias ? before.bias[i + 1] : 0);
-            float base = has_residual ? before.residual[GUARD + r * strides[1] + i] : 0;
-            float found = has_residual ? job.residual[r * strides[1] + i] : job.y[r * strides[0] + i];
+            float x = before.x[GUARD + r * strides[0] + i] + (has_bias ? before.bias[i + 1] : 0);
+            float base = job.add ? before.y[GUARD + r * strides[1] + i] : 0;
             double exact = exact_activation(activation, (double)x), sum = (double)base + exact;
             double error = activation_error(kernels, activation, (double)x, exact);
-            wrong += !(fabs((double)found - sum) <= error + (has_residual ? 1.01 * EPS * fabs(sum) : 0));
+            double off = fabs((double)job.y[r * job.y_stride + i] - sum);
+            wrong += !(off <= error + (job.add ? 1.01 * EPS * fabs(sum) : 0));
         }
-    wrong += !guarded(result->y, size, rows, n, strides[0]);
-    wrong += !guarded(result->residual, size, rows, n, strides[1]);
-    wrong += !has_residual && memcmp(result->residual, before.residual, sizeof before.residual);
-    CHECK_MSG(!wrong, "%s, activation %d, %lu rows of %lu, bias %d, residual %d: %lu wrong", name_of(kernels),
-              (int)activation, (unsigned long)rows, (unsigned long)n, has_bias, has_residual, (unsigned long)wrong);
+    wrong += !guarded(result->x, size, rows, n, strides[0]);
+    wrong += !guarded(result->y, size, rows, n, strides[1]);
+    if (place == IN_PLACE)
+        wrong += !!memcmp(result->y, before.y, sizeof before.y);
+    else
+        wrong += !!memcmp(result->x, before.x, sizeof before.x);
+    CHECK_MSG(!wrong, "%s, activation %d, %lu rows of %lu, bias %d, place %d: %lu wrong", name_of(kernels),
+              (int)activation, (unsigned long)rows, (unsigned long)n, has_bias, (int)place, (unsigned long)wrong);
 }
 
 static void test_finish(const tfm__kernels *kernels) {
     static finishing result;
     size_t n;
-    int activation, has_bias, has_residual;
+    int activation, has_bias, place;
     for (activation = 0; activation < TFM_ACTIVATION_COUNT; activation++)
         for (has_bias = 0; has_bias <= 1; has_bias++)
-            for (has_residual = 0; has_residual <= 1; has_residual++)
+            for (place = INTO_Y; place <= IN_PLACE; place++)
                 for (n = 1; n <= MAX_N; n += n < 36 ? 1 : 7)
-                    check_finish(kernels, (tfm_activation)activation, 1 + n % 3, n, has_bias, has_residual, &result);
+                    check_finish(kernels, (tfm_activation)activation, 1 + n % 3, n, has_bias, (finish_place)place,
+                                 &result);
 }
 
 /* ---- exp and the normal distribution function, which activations and softmax are made of */
@@ -945,8 +950,8 @@ static void check_agreement(const tfm__kernels *a, const tfm__kernels *b) {
         float y[2][MAX_N];
         for (activation = 0; activation < TFM_ACTIVATION_COUNT; activation++) {
             for (i = 0; i < 2; i++)
-                check_finish(both[i], (tfm_activation)activation, 2, n, 1, 1, finished + i);
-            different += !!memcmp(finished[0].residual, finished[1].residual, sizeof finished[0].residual);
+                check_finish(both[i], (tfm_activation)activation, 2, n, 1, ADD_TO_Y, finished + i);
+            different += !!memcmp(finished[0].y, finished[1].y, sizeof finished[0].y);
         }
         test_fill(m.x, MAX_N, n);
         test_fill(m.weight, MAX_N, n + 1);
