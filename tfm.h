@@ -3121,79 +3121,108 @@ typedef struct tfm__attention_job {
     size_t layer;
     const tfm_span *spans;
     size_t n_spans;
+    const size_t *wanted; /* [n_spans]: how many of each span's rows, the last ones, are to attend; NULL: all of them */
     const tfm_kv *uncached; /* where spans without a cache put their keys and values: [n_spans], or NULL */
     const float *qkv;       /* [rows][(n_heads + 2 n_kv_heads) head_dim] */
-    float *context;         /* [rows][n_heads head_dim]: the heads' results */
+    float *context;         /* [wanted rows][n_heads head_dim]: the heads' results */
 } tfm__attention_job;
 
-/* One span of a job: its cache, its first row, and the tokens before it. */
+static size_t tfm__wanted_rows(const tfm__attention_job *job, size_t span) {
+    return job->wanted ? job->wanted[span] : job->spans[span].n_rows;
+}
+
+/* One span of a job: its cache, its rows, and the tokens before it. */
 typedef struct tfm__span_view {
     const tfm_span *span;
     const tfm_kv *kv;
-    size_t row, past;
+    size_t past;
+    size_t row;     /* of x, the first */
+    size_t wanted;  /* rows that attend */
+    size_t context; /* row of the context, the first */
 } tfm__span_view;
 
-/* The span that piece number *index belongs to, when each span has pieces_of(span) pieces; *index becomes the number
+/* The span that piece number *index belongs to, when span i has pieces_of(job, i) pieces; *index becomes the number
  * within the span. */
 static tfm__span_view tfm__find_span(const tfm__attention_job *job, size_t *index,
-                                     size_t (*pieces_of)(const tfm_attention *attention, size_t n_rows)) {
+                                     size_t (*pieces_of)(const tfm__attention_job *job, size_t span)) {
     tfm__span_view view;
-    size_t i;
-    view.row = 0;
-    for (i = 0; i + 1 < job->n_spans; i++) {
-        size_t pieces = pieces_of(job->attention, job->spans[i].n_rows);
-        if (*index < pieces)
-            break;
+    size_t i, pieces;
+    view.row = view.context = 0;
+    for (i = 0; *index >= (pieces = pieces_of(job, i)); i++) {
         *index -= pieces;
         view.row += job->spans[i].n_rows;
+        view.context += tfm__wanted_rows(job, i);
     }
     view.span = job->spans + i;
     view.kv = view.span->kv ? view.span->kv : job->uncached + i;
     view.past = view.span->kv ? view.span->kv->n_tokens : 0;
+    view.wanted = tfm__wanted_rows(job, i);
     return view;
+}
+
+static size_t tfm__all_pieces(const tfm__attention_job *job,
+                              size_t (*pieces_of)(const tfm__attention_job *job, size_t span)) {
+    size_t pieces = 0, i;
+    for (i = 0; i < job->n_spans; i++)
+        pieces += pieces_of(job, i);
+    return pieces;
 }
 
 static size_t tfm__qkv_width(const tfm_attention *attention) {
     return (attention->n_heads + 2 * attention->n_kv_heads) * attention->head_dim;
 }
 
-static size_t tfm__store_pieces(const tfm_attention *attention, size_t n_rows) {
-    (void)n_rows;
-    return attention->n_kv_heads;
-}
-
-/* A piece: one head's keys and values of one span go into its cache. */
-static void tfm__store_piece(void *argument, size_t index) {
-    const tfm__attention_job *job = (const tfm__attention_job *)argument;
-    const tfm_attention *attention = job->attention;
-    const tfm__span_view view = tfm__find_span(job, &index, tfm__store_pieces);
-    size_t width = tfm__qkv_width(attention), dim = attention->head_dim, i, d;
-    for (i = 0; i < view.span->n_rows; i++) {
-        const float *row = job->qkv + (view.row + i) * width;
-        const float *key = row + (attention->n_heads + index) * dim, *value = key + attention->n_kv_heads * dim;
-        size_t page = (view.past + i) / TFM_KV_PAGE, at = (view.past + i) % TFM_KV_PAGE;
-        float *keys = tfm__kv_at(view.kv, job->layer, page, 0, index);
-        float *values = tfm__kv_at(view.kv, job->layer, page, 1, index);
-        keys += at / TFM__PANEL * dim * TFM__PANEL + at % TFM__PANEL;
-        values += at * TFM__PANEL;
-        for (d = 0; d < dim; d++) {
-            keys[d * TFM__PANEL] = key[d];
-            values[d / TFM__PANEL * TFM_KV_PAGE * TFM__PANEL + d % TFM__PANEL] = value[d];
-        }
-    }
-}
-
 /* Query rows that one piece takes through the keys together: a multiple of every tile's rows, and few enough that their
  * scores for a page (12 KiB) stay in the first-level cache. */
 #define TFM__QUERIES ((size_t)24)
 
-/* A span of one token is cut by KV heads: the queries that share a head are the rows of the product. A longer one is
- * cut by heads and by TFM__QUERIES tokens. */
-static size_t tfm__attend_pieces(const tfm_attention *attention, size_t n_rows) {
-    size_t group = attention->n_heads / attention->n_kv_heads;
-    if (n_rows == 1)
-        return attention->n_kv_heads * tfm__divide_up(group, TFM__QUERIES);
-    return attention->n_heads * tfm__divide_up(n_rows, TFM__QUERIES);
+/* A span of one token is cut by KV heads, and who attends with a head stores the token's keys and values for it first:
+ * the cache lines that both need come from memory once. */
+static int tfm__stores_itself(const tfm__attention_job *job, size_t span) {
+    return job->spans[span].n_rows == 1 && tfm__wanted_rows(job, span) == 1 &&
+           job->attention->n_heads / job->attention->n_kv_heads <= TFM__QUERIES;
+}
+
+static size_t tfm__store_pieces(const tfm__attention_job *job, size_t span) {
+    return tfm__stores_itself(job, span) ? 0 : job->attention->n_kv_heads;
+}
+
+/* One head's keys and values of one span go into its cache, a panel's tokens at a time. */
+static void tfm__store(const tfm__attention_job *job, const tfm__span_view *view, size_t head) {
+    const tfm_attention *attention = job->attention;
+    size_t width = tfm__qkv_width(attention), dim = attention->head_dim, i, n, token, d;
+    for (i = 0; i < view->span->n_rows; i += n) {
+        const float *key = job->qkv + (view->row + i) * width + (attention->n_heads + head) * dim;
+        const float *value = key + attention->n_kv_heads * dim;
+        size_t page = (view->past + i) / TFM_KV_PAGE, at = (view->past + i) % TFM_KV_PAGE;
+        float *keys = tfm__kv_at(view->kv, job->layer, page, 0, head) + at / TFM__PANEL * dim * TFM__PANEL;
+        float *values = tfm__kv_at(view->kv, job->layer, page, 1, head) + at * TFM__PANEL;
+        n = TFM__MIN(TFM__PANEL - at % TFM__PANEL, view->span->n_rows - i);
+        keys += at % TFM__PANEL;
+        for (d = 0; d < dim; d++)
+            for (token = 0; token < n; token++)
+                keys[d * TFM__PANEL + token] = key[token * width + d];
+        for (token = 0; token < n; token++)
+            for (d = 0; d < dim; d += TFM__PANEL)
+                memcpy(values + d * TFM_KV_PAGE + token * TFM__PANEL, value + token * width + d,
+                       TFM__MIN(TFM__PANEL, dim - d) * sizeof *value);
+    }
+}
+
+static void tfm__store_piece(void *argument, size_t index) {
+    const tfm__attention_job *job = (const tfm__attention_job *)argument;
+    const tfm__span_view view = tfm__find_span(job, &index, tfm__store_pieces);
+    tfm__store(job, &view, index);
+}
+
+/* Where one token attends, the queries that share a KV head are the rows of the product. Where more do, each head's are,
+ * TFM__QUERIES tokens at a time. */
+static size_t tfm__attend_pieces(const tfm__attention_job *job, size_t span) {
+    size_t n_heads = job->attention->n_heads, n_kv_heads = job->attention->n_kv_heads;
+    size_t wanted = tfm__wanted_rows(job, span);
+    if (wanted == 1)
+        return n_kv_heads * tfm__divide_up(n_heads / n_kv_heads, TFM__QUERIES);
+    return n_heads * tfm__divide_up(wanted, TFM__QUERIES);
 }
 
 /* Queries that go through one head's keys and values together. */
@@ -3271,28 +3300,29 @@ static void tfm__attend_piece(void *argument, size_t index) {
     const tfm_attention *attention = job->attention;
     const tfm__span_view view = tfm__find_span(job, &index, tfm__attend_pieces);
     size_t group = attention->n_heads / attention->n_kv_heads, dim = attention->head_dim;
-    size_t rows = view.span->n_rows == 1 ? group : view.span->n_rows, blocks = tfm__divide_up(rows, TFM__QUERIES);
-    size_t block = index % blocks * TFM__QUERIES, head, row;
+    size_t rows = view.wanted == 1 ? group : view.wanted, blocks = tfm__divide_up(rows, TFM__QUERIES);
+    size_t block = index % blocks * TFM__QUERIES, unwanted = view.span->n_rows - view.wanted, head, row;
     tfm__queries queries;
     queries.n = TFM__MIN(TFM__QUERIES, rows - block);
-    if (view.span->n_rows == 1) { /* rows are the heads of a group */
+    if (view.wanted == 1) { /* rows are the heads of a group */
         queries.kv_head = index / blocks;
         head = queries.kv_head * group + block;
-        row = view.row;
+        row = 0;
         queries.query_stride = queries.context_stride = dim;
-        queries.first = view.past;
         queries.step = 0;
     } else { /* rows are tokens */
         head = index / blocks;
         queries.kv_head = head / group;
-        row = view.row + block;
+        row = block;
         queries.query_stride = tfm__qkv_width(attention);
         queries.context_stride = attention->n_heads * dim;
-        queries.first = view.past + block;
         queries.step = 1;
     }
-    queries.query = job->qkv + row * tfm__qkv_width(attention) + head * dim;
-    queries.context = job->context + row * attention->n_heads * dim + head * dim;
+    if (tfm__stores_itself(job, (size_t)(view.span - job->spans)))
+        tfm__store(job, &view, queries.kv_head);
+    queries.first = view.past + unwanted + row;
+    queries.query = job->qkv + (view.row + unwanted + row) * tfm__qkv_width(attention) + head * dim;
+    queries.context = job->context + (view.context + row) * attention->n_heads * dim + head * dim;
     tfm__attend(job, &view, &queries);
 }
 
@@ -3341,31 +3371,36 @@ static const tfm_kv *tfm__take_uncached(tfm_engine *engine, const tfm__attention
     return kvs;
 }
 
-/* y[rows][d_model] (+)= attention(input [rows][d_model]) */
+/* result [wanted rows][d_model] (+)= attention(input [rows][d_model]). wanted [n_spans]: only the last so many rows of
+ * each span; NULL: all. */
 static void tfm__attention(tfm_engine *engine, const tfm_attention *attention, size_t layer, tfm__input input,
-                           const tfm_span *spans, size_t n_spans, tfm__result result) {
-    size_t mark = engine->scratch_used, rows = input.n_rows, pieces = 0, keys = 0, i;
-    float *qkv = tfm__take(engine, rows, tfm__qkv_width(attention));
-    float *context = tfm__take(engine, rows, attention->n_heads * attention->head_dim);
+                           const tfm_span *spans, size_t n_spans, const size_t *wanted, tfm__result result) {
+    size_t mark = engine->scratch_used, n_wanted = 0, keys = 0, pieces, i;
+    float *qkv = tfm__take(engine, input.n_rows, tfm__qkv_width(attention));
+    float *context = tfm__take(engine, input.n_rows, attention->n_heads * attention->head_dim);
     tfm__attention_job job;
     job.engine = engine;
     job.attention = attention;
     job.spans = spans;
     job.n_spans = n_spans;
+    job.wanted = wanted;
     job.qkv = qkv;
     job.context = context;
     job.layer = layer;
     job.uncached = tfm__take_uncached(engine, &job);
     for (i = 0; i < n_spans; i++) {
-        pieces += tfm__attend_pieces(attention, spans[i].n_rows);
-        keys += ((spans[i].kv ? spans[i].kv->n_tokens : 0) + spans[i].n_rows) * spans[i].n_rows;
+        n_wanted += tfm__wanted_rows(&job, i);
+        keys += ((spans[i].kv ? spans[i].kv->n_tokens : 0) + spans[i].n_rows) * tfm__wanted_rows(&job, i);
     }
     tfm__linear(engine, &attention->qkv, input, TFM_NO_ACTIVATION, tfm__result_in(qkv, 0));
-    tfm__run(engine, n_spans * attention->n_kv_heads, 4 * attention->head_dim * tfm__divide_up(rows, n_spans),
-             tfm__store_piece, &job);
-    tfm__run(engine, pieces, 2 * attention->head_dim * tfm__divide_up(keys * attention->n_heads, pieces),
-             tfm__attend_piece, &job);
-    tfm__linear(engine, &attention->out, tfm__input_of(context, rows, NULL), TFM_NO_ACTIVATION, result);
+    tfm__run(engine, tfm__all_pieces(&job, tfm__store_pieces),
+             4 * attention->head_dim * tfm__divide_up(input.n_rows, n_spans), tfm__store_piece, &job);
+    pieces = tfm__all_pieces(&job, tfm__attend_pieces);
+    if (pieces)
+        tfm__run(engine, pieces, 2 * attention->head_dim * tfm__divide_up(keys * attention->n_heads, pieces),
+                 tfm__attend_piece, &job);
+    if (n_wanted)
+        tfm__linear(engine, &attention->out, tfm__input_of(context, n_wanted, NULL), TFM_NO_ACTIVATION, result);
     engine->scratch_used = mark;
 }
 
@@ -3414,7 +3449,7 @@ TFM_API tfm_status tfm_attention_forward(tfm_engine *engine, const tfm_attention
         status = tfm__reserve(engine, tfm__attention_scratch(attention, spans, n_spans), error);
     if (status == TFM_OK && n_spans)
         tfm__attention(engine, attention, layer, tfm__input_of(x, tfm__count_rows(spans, n_spans), NULL), spans,
-                       n_spans, tfm__result_in(y, 0));
+                       n_spans, NULL, tfm__result_in(y, 0));
     return status;
 }
 
@@ -3514,20 +3549,40 @@ static size_t tfm__block_scratch(const tfm_block *block, const tfm_span *spans, 
     return TFM__MAX(attention, ffn);
 }
 
-/* Pre-norm: x += attention(norm(x)), x += ffn(norm(x)). Post-norm: x = norm(x + attention(x)), x = norm(x + ffn(x)). */
+/* The last of each span's rows, wanted[span] of them: from x [rows][width] to selected [wanted rows][width]. */
+static size_t tfm__keep_rows(const float *x, size_t width, const tfm_span *spans, size_t n_spans, const size_t *wanted,
+                             float *selected) {
+    size_t row = 0, n_selected = 0, i;
+    for (i = 0; i < n_spans; i++) {
+        row += spans[i].n_rows;
+        memcpy(selected + n_selected * width, x + (row - wanted[i]) * width, wanted[i] * width * sizeof *x);
+        n_selected += wanted[i];
+    }
+    return n_selected;
+}
+
+/* Pre-norm: x += attention(norm(x)), x += ffn(norm(x)). Post-norm: x = norm(x + attention(x)), x = norm(x + ffn(x)).
+ * If not all rows are wanted (NULL: they are), x is given up after the attention, and the rest of the block is done for
+ * the selected rows alone. */
 static void tfm__block(tfm_engine *engine, const tfm_block *block, size_t layer, float *x, const tfm_span *spans,
-                       size_t n_spans) {
-    size_t rows = tfm__count_rows(spans, n_spans);
+                       size_t n_spans, const size_t *wanted, float *selected) {
+    size_t rows = tfm__count_rows(spans, n_spans), n_selected = rows;
     const int pre = block->norm_place == TFM_PRE_NORM;
     const tfm_norm *attention_norm = &block->attention_norm, *ffn_norm = &block->ffn_norm;
-    const tfm__result add_to_x = tfm__result_in(x, 1);
+    if (wanted)
+        n_selected = tfm__keep_rows(x, attention_norm->weight.shape[0], spans, n_spans, wanted, selected);
+    else
+        selected = x;
     tfm__attention(engine, &block->attention, layer, tfm__input_of(x, rows, pre ? attention_norm : NULL), spans,
-                   n_spans, add_to_x);
+                   n_spans, wanted, tfm__result_in(selected, 1));
+    if (!n_selected)
+        return;
     if (!pre)
-        tfm__norm(engine, attention_norm, x, rows, x);
-    tfm__ffn(engine, &block->ffn, tfm__input_of(x, rows, pre ? ffn_norm : NULL), add_to_x);
+        tfm__norm(engine, attention_norm, selected, n_selected, selected);
+    tfm__ffn(engine, &block->ffn, tfm__input_of(selected, n_selected, pre ? ffn_norm : NULL),
+             tfm__result_in(selected, 1));
     if (!pre)
-        tfm__norm(engine, ffn_norm, x, rows, x);
+        tfm__norm(engine, ffn_norm, selected, n_selected, selected);
 }
 
 static tfm_status tfm__check_block(const tfm_block *block, const char *name, tfm_error *error) {
@@ -3553,7 +3608,7 @@ TFM_API tfm_status tfm_block_forward(tfm_engine *engine, const tfm_block *block,
     if (status == TFM_OK)
         status = tfm__reserve(engine, tfm__block_scratch(block, spans, n_spans), error);
     if (status == TFM_OK && n_spans)
-        tfm__block(engine, block, layer, x, spans, n_spans);
+        tfm__block(engine, block, layer, x, spans, n_spans, NULL, NULL);
     return status;
 }
 
@@ -5734,6 +5789,7 @@ struct tfm_session {
     tfm_kv *kv;             /* [n_sequences] */
     int32_t *tokens;        /* [n_sequences][context]: what is in the caches */
     tfm_span *spans;        /* [n_sequences] */
+    size_t *wanted;         /* [n_sequences]: how many of each span's rows, the last ones, have outputs */
     unsigned char *in_call; /* [n_sequences]: it has a chunk in this call */
     float *x;               /* [max_rows][d_model]: the activations */
     float *selected;        /* [max_rows][d_model]: those whose results are wanted */
@@ -5773,6 +5829,7 @@ static void tfm__carve_session(tfm_session *session, tfm__carver *carver) {
     session->kv = (tfm_kv *)tfm__carve(carver, sequences, sizeof *session->kv);
     session->tokens = (int32_t *)tfm__carve(carver, tfm__product(sequences, session->context), sizeof *session->tokens);
     session->spans = (tfm_span *)tfm__carve(carver, sequences, sizeof *session->spans);
+    session->wanted = (size_t *)tfm__carve(carver, sequences, sizeof *session->wanted);
     session->in_call = (unsigned char *)tfm__carve(carver, sequences, 1);
     session->x = (float *)tfm__carve(carver, tfm__product(rows, d->d_model), sizeof *session->x);
     session->selected = (float *)tfm__carve(carver, tfm__product(rows, d->d_model), sizeof *session->selected);
@@ -5930,18 +5987,27 @@ static void tfm__embed_row(void *argument, size_t row) {
         }
 }
 
-/* One pass: the session's first `rows` ids through all blocks; the activations are in session->x. */
-static void tfm__forward(tfm_session *session, size_t rows, const tfm_span *spans, size_t n_spans) {
+/* One pass: the session's first `rows` ids through all blocks. The results of the last wanted[i] rows of span i are in
+ * session->selected; returns their number. */
+static size_t tfm__forward(tfm_session *session, size_t rows, size_t n_spans) {
     const tfm_model *model = session->model;
+    const size_t n_layers = model->description.n_layers, *wanted = session->wanted;
+    const tfm_span *spans = session->spans;
     tfm__embed_job embed;
-    size_t layer;
+    size_t layer, n_selected = 0, i;
     embed.model = model;
     embed.ids = session->ids;
     embed.positions = session->positions;
     embed.x = session->x;
     tfm__run(session->engine, rows, 16 * model->description.d_model, tfm__embed_row, &embed);
-    for (layer = 0; layer < model->description.n_layers; layer++)
-        tfm__block(session->engine, model->blocks + layer, layer, session->x, spans, n_spans);
+    for (layer = 0; layer < n_layers; layer++)
+        tfm__block(session->engine, model->blocks + layer, layer, session->x, spans, n_spans,
+                   layer + 1 < n_layers ? NULL : wanted, session->selected);
+    if (!n_layers)
+        tfm__keep_rows(session->x, model->description.d_model, spans, n_spans, wanted, session->selected);
+    for (i = 0; i < n_spans; i++)
+        n_selected += wanted[i];
+    return n_selected;
 }
 
 /* Final norm, and head if logits are wanted, of the n selected rows. */
@@ -6019,6 +6085,7 @@ static size_t tfm__gather(tfm__evaluation *e, size_t *n_spans) {
         const tfm_chunk *from = e->chunks + e->chunk;
         tfm_kv *kv = session->kv + from->sequence;
         size_t n = TFM__MIN(from->n_tokens - e->done, session->max_rows - rows);
+        size_t end = e->done + n, unwanted = from->n_tokens - from->n_outputs;
         int32_t *tokens = session->tokens + from->sequence * session->context + kv->n_tokens;
         memmove(tokens, from->tokens + e->done, n * sizeof *tokens); /* tfm_shift gives the sequence's own */
         memcpy(session->ids + rows, tokens, n * sizeof *tokens);
@@ -6026,6 +6093,7 @@ static size_t tfm__gather(tfm__evaluation *e, size_t *n_spans) {
             session->positions[rows + i] = (int32_t)(kv->n_tokens + i);
         session->spans[*n_spans].kv = kv;
         session->spans[*n_spans].n_rows = n;
+        session->wanted[*n_spans] = end > unwanted ? TFM__MIN(end - unwanted, n) : 0;
         rows += n;
         e->done += n;
         if (e->done == from->n_tokens)
@@ -6034,31 +6102,14 @@ static size_t tfm__gather(tfm__evaluation *e, size_t *n_spans) {
     return rows;
 }
 
-/* Copies the rows whose results are wanted to session->selected, and counts the pass's tokens as cached. */
-static size_t tfm__select_rows(tfm__evaluation *e, size_t first_chunk, size_t first_done, size_t n_spans) {
-    tfm_session *session = e->session;
-    size_t d_model = session->model->description.d_model, row = 0, n_selected = 0, i;
-    for (i = 0; i < n_spans; i++, first_done = 0) {
-        const tfm_chunk *from = e->chunks + first_chunk + i;
-        size_t n = session->spans[i].n_rows, end = first_done + n, unwanted = from->n_tokens - from->n_outputs;
-        size_t select = end > unwanted ? TFM__MIN(end - unwanted, n) : 0;
-        memcpy(session->selected + n_selected * d_model, session->x + (row + n - select) * d_model,
-               select * d_model * sizeof *session->x);
-        n_selected += select;
-        row += n;
-        session->spans[i].kv->n_tokens += n;
-    }
-    return n_selected;
-}
-
 static void tfm__evaluate(void *argument) {
     tfm__evaluation *e = (tfm__evaluation *)argument;
     const tfm_description *d = &e->session->model->description;
     size_t output_size = e->what == TFM_LOGITS ? d->vocab_size : d->d_model;
     while (e->chunk < e->n_chunks) {
-        size_t first_chunk = e->chunk, first_done = e->done, n_spans, n_selected, rows = tfm__gather(e, &n_spans);
-        tfm__forward(e->session, rows, e->session->spans, n_spans);
-        n_selected = tfm__select_rows(e, first_chunk, first_done, n_spans);
+        size_t n_spans, rows = tfm__gather(e, &n_spans), n_selected = tfm__forward(e->session, rows, n_spans), i;
+        for (i = 0; i < n_spans; i++)
+            e->session->spans[i].kv->n_tokens += e->session->spans[i].n_rows;
         tfm__output(e->session, n_selected, e->what, e->outputs);
         if (n_selected) /* without any, outputs may be NULL */
             e->outputs += n_selected * output_size;
