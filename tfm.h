@@ -698,6 +698,13 @@ TFM_API tfm_status tfm_generate_ids(tfm_session *session, const int32_t *prompt,
 #error "tfm.h needs a little-endian CPU"
 #endif
 
+/* Hint: this cache line is about to be written. */
+#if defined(__GNUC__) || defined(__clang__)
+#define TFM__PREFETCH(address) __builtin_prefetch(address, 1, 2)
+#else
+#define TFM__PREFETCH(address) (void)(address)
+#endif
+
 #define TFM__MIN(a, b) ((a) < (b) ? (a) : (b))
 #define TFM__MAX(a, b) ((a) > (b) ? (a) : (b))
 
@@ -2150,15 +2157,25 @@ static TFM__TARGET TFM__INLINE void TFM__FN(store16)(float *p, v16 a) {
 
 /* The first n lanes from memory, the rest `fill`; and back. */
 static TFM__TARGET TFM__INLINE v16 TFM__FN(load_part)(const float *p, size_t n, float fill) {
+#if TFM__LANES == 16
+    v16 result;
+    const __mmask16 mask = n < 16 ? (__mmask16)((1u << n) - 1) : (__mmask16)0xFFFF;
+    result.part[0] = _mm512_mask_loadu_ps(_mm512_set1_ps(fill), mask, p);
+    return result;
+#else
     float side[16];
     if (n >= 16)
         return TFM__FN(load16)(p);
     TFM__FN(store16)(side, TFM__FN(set16)(fill));
     memcpy(side, p, n * sizeof *p);
     return TFM__FN(load16)(side);
+#endif
 }
 
 static TFM__TARGET TFM__INLINE void TFM__FN(store_part)(float *p, v16 a, size_t n) {
+#if TFM__LANES == 16
+    _mm512_mask_storeu_ps(p, n < 16 ? (__mmask16)((1u << n) - 1) : (__mmask16)0xFFFF, a.part[0]);
+#else
     float side[16];
     if (n >= 16) {
         TFM__FN(store16)(p, a);
@@ -2166,6 +2183,7 @@ static TFM__TARGET TFM__INLINE void TFM__FN(store_part)(float *p, v16 a, size_t 
     }
     TFM__FN(store16)(side, a);
     memcpy(p, side, n * sizeof *p);
+#endif
 }
 
 /* The sum of the lanes: lane i and lane i + 8, of the eight sums i and i + 4, and so on: one order everywhere. */
@@ -2923,7 +2941,7 @@ static void tfm__linear_piece(void *argument, size_t index) {
     const tfm__kernels *kernels = job->engine->kernels;
     const tfm_tensor *weight = &job->linear->weight, *bias = &job->linear->bias;
     const float *x = job->input.norm ? job->normed : job->input.x;
-    size_t out = weight->shape[0], in = weight->shape[1], r;
+    size_t out = weight->shape[0], in = weight->shape[1], r, c;
     size_t column = index / job->row_blocks * job->columns, row = index % job->row_blocks * job->rows;
     size_t end = TFM__MIN(row + job->rows, job->input.n_rows);
     float block[TFM__LINEAR_ROWS * TFM__LINEAR_COLUMNS]; /* [rows][columns] */
@@ -2944,6 +2962,10 @@ static void tfm__linear_piece(void *argument, size_t index) {
         product.n_rows = finish.n_rows = TFM__MIN(TFM__LINEAR_ROWS, end - row);
         product.x = x ? x + row * in : NULL;
         product.quantized = tfm__quantized_at(&job->quantized, in, row, 0);
+        if (!job->result.quantized.q)
+            for (r = 0; r < product.n_rows; r++)
+                for (c = 0; c < finish.n; c += TFM__CACHE_LINE / sizeof(float))
+                    TFM__PREFETCH(job->result.y + (row + r) * out + column + c);
         kernels->matmul[weight->dtype](&product);
         finish.y = job->result.quantized.q ? block : job->result.y + row * out + column;
         finish.y_stride = job->result.quantized.q ? job->columns : out;
