@@ -698,11 +698,11 @@ TFM_API tfm_status tfm_generate_ids(tfm_session *session, const int32_t *prompt,
 #error "tfm.h needs a little-endian CPU"
 #endif
 
-/* Hint: this cache line is about to be written. */
+/* Hint: this cache line will be written soon. */
 #if defined(__GNUC__) || defined(__clang__)
-#define TFM__PREFETCH(address) __builtin_prefetch(address, 1, 2)
+#define TFM__FETCH_TO_WRITE(address) __builtin_prefetch(address, 1, 2)
 #else
-#define TFM__PREFETCH(address) (void)(address)
+#define TFM__FETCH_TO_WRITE(address) (void)(address)
 #endif
 
 #define TFM__MIN(a, b) ((a) < (b) ? (a) : (b))
@@ -1914,6 +1914,7 @@ static const tfm__kernels tfm__scalar_kernels = {
     _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(a), _mm256_slli_epi32(_mm256_castps_si256(t), 23)))
 #define TFM__ROWS_I8 3
 #define TFM__PANELS_I8 1
+#define TFM__TALL_I8 3
 #define vi __m256i
 #define vi_load(p) _mm256_loadu_si256((const __m256i *)(p))
 #define vi_set1 _mm256_set1_epi32
@@ -1957,6 +1958,7 @@ static const tfm__kernels tfm__scalar_kernels = {
     _mm512_castsi512_ps(_mm512_add_epi32(_mm512_castps_si512(a), _mm512_slli_epi32(_mm512_castps_si512(t), 23)))
 #define TFM__ROWS_I8 4
 #define TFM__PANELS_I8 3
+#define TFM__TALL_I8 8
 #define vi __m512i
 #define vi_load(p) _mm512_loadu_si512(p)
 #define vi_set1 _mm512_set1_epi32
@@ -2002,6 +2004,7 @@ static const tfm__kernels tfm__scalar_kernels = {
     vreinterpretq_f32_s32(vaddq_s32(vreinterpretq_s32_f32(a), vshlq_n_s32(vreinterpretq_s32_f32(t), 23)))
 #define TFM__ROWS_I8 3
 #define TFM__PANELS_I8 1
+#define TFM__TALL_I8 3
 #define vi int32x4_t
 #define vi_load(p) vld1q_s32((const int32_t *)(const void *)(p))
 #define vi_set1 vdupq_n_s32
@@ -2553,7 +2556,7 @@ static TFM__TARGET TFM__INLINE void TFM__FN(tile_i8)(const int rows, const int p
     const int8_t *q = job->quantized.q + row * q_stride;
     const float *scales = job->quantized.scales + row * groups;
     const int32_t *offsets = job->quantized.offsets + row * groups;
-    vf sum[TFM__ROWS_I8][TFM__PANELS_I8 * TFM__PARTS];
+    vf sum[TFM__TALL_I8][TFM__PANELS_I8 * TFM__PARTS];
     size_t g;
     int r, c, step;
     TFM__UNROLL
@@ -2562,7 +2565,7 @@ static TFM__TARGET TFM__INLINE void TFM__FN(tile_i8)(const int rows, const int p
     for (c = 0; c < columns; c++)
         sum[r][c] = part_of_k.first ? vf_load(y + (size_t)r * y_stride + c * TFM__LANES) : vf_set1(0);
     for (g = part_of_k.first; g < part_of_k.end; g++) {
-        vi part[TFM__ROWS_I8][TFM__PANELS_I8 * TFM__PARTS], weights[TFM__PANELS_I8 * TFM__PARTS];
+        vi part[TFM__TALL_I8][TFM__PANELS_I8 * TFM__PARTS], weights[TFM__PANELS_I8 * TFM__PARTS];
         TFM__UNROLL
         for (r = 0; r < rows; r++)
             TFM__UNROLL
@@ -2612,18 +2615,24 @@ static TFM__TARGET TFM__INLINE void TFM__FN(tile_rows_i8)(size_t rows, const int
 #if TFM__ROWS_I8 == 4
     case 3: TFM__FN(tile_i8)(3, panels, job, row, part_of_k, w, y, y_stride); break;
 #endif
+#if TFM__TALL_I8 == 8
+    case 5: TFM__FN(tile_i8)(5, 1, job, row, part_of_k, w, y, y_stride); break;
+    case 6: TFM__FN(tile_i8)(6, 1, job, row, part_of_k, w, y, y_stride); break;
+    case 7: TFM__FN(tile_i8)(7, 1, job, row, part_of_k, w, y, y_stride); break;
+    case 8: TFM__FN(tile_i8)(8, 1, job, row, part_of_k, w, y, y_stride); break;
+#endif
     default: TFM__FN(tile_i8)(TFM__ROWS_I8, panels, job, row, part_of_k, w, y, y_stride);
     }
 }
 
-/* All rows of y from the column on, in one tile's width: `step` columns. */
+/* All rows of y, `at_once` a time, from the column on, in one tile's width: `step` columns. */
 static TFM__TARGET TFM__INLINE void TFM__FN(columns_i8)(const tfm__matmul *job, size_t column, size_t step,
-                                                        TFM__FN(groups) part_of_k) {
+                                                        size_t at_once, TFM__FN(groups) part_of_k) {
     const unsigned char *w = (const unsigned char *)job->w + column / 16 * job->panel_bytes;
     size_t row, r, lanes = TFM__MIN(job->n - column, (size_t)16);
-    for (row = 0; row < job->n_rows; row += TFM__ROWS_I8) {
-        float *y = job->y + row * job->y_stride + column, side[TFM__ROWS_I8 * 16];
-        size_t rows = TFM__MIN(job->n_rows - row, (size_t)TFM__ROWS_I8);
+    for (row = 0; row < job->n_rows; row += at_once) {
+        float *y = job->y + row * job->y_stride + column, side[TFM__TALL_I8 * 16];
+        size_t rows = TFM__MIN(job->n_rows - row, at_once);
         if (step > 16)
             TFM__FN(tile_rows_i8)(rows, TFM__PANELS_I8, job, row, part_of_k, w, y, job->y_stride);
         else if (lanes == 16)
@@ -2640,19 +2649,20 @@ static TFM__TARGET TFM__INLINE void TFM__FN(columns_i8)(const tfm__matmul *job, 
 }
 
 /* With many rows, a tile's weights are taken in parts of 12 KiB, that all rows pass over while the first-level cache has
- * them; the float sums wait in y meanwhile. */
+ * them; the float sums wait in y meanwhile. With few, as in batched decoding, the weights come from memory, and most of
+ * the time with them: all rows go in one tall, narrow tile, so that reading never pauses for rows that come after. */
 static TFM__TARGET void TFM__FN(matmul_i8)(const tfm__matmul *job) {
-    const size_t groups = tfm__groups(job->k);
-    const size_t at_once = job->n_rows > 2 * TFM__ROWS_I8 ? 12 / TFM__PANELS_I8 : groups;
+    const int few = job->n_rows <= TFM__TALL_I8, tall = few && job->n_rows > TFM__ROWS_I8;
+    const size_t groups = tfm__groups(job->k), groups_at_once = few ? groups : 12 / TFM__PANELS_I8;
     size_t column = 0, step;
-    TFM__FN(groups) part_of_k;
     for (; column < job->n; column += step) {
-        step = TFM__PANELS_I8 > 1 && column + 16 * TFM__PANELS_I8 <= job->n ? 16 * TFM__PANELS_I8 : 16;
+        TFM__FN(groups) part_of_k;
+        step = !tall && column + 16 * TFM__PANELS_I8 <= job->n ? 16 * TFM__PANELS_I8 : 16;
         part_of_k.end = 0;
         do {
             part_of_k.first = part_of_k.end;
-            part_of_k.end = TFM__MIN(part_of_k.first + at_once, groups);
-            TFM__FN(columns_i8)(job, column, step, part_of_k);
+            part_of_k.end = TFM__MIN(part_of_k.first + groups_at_once, groups);
+            TFM__FN(columns_i8)(job, column, step, tall ? job->n_rows : TFM__ROWS_I8, part_of_k);
         } while (part_of_k.end < groups);
     }
 }
@@ -2696,6 +2706,7 @@ static const tfm__kernels TFM__FN(kernels) = {
 #undef vf_times_2_to
 #undef TFM__ROWS_I8
 #undef TFM__PANELS_I8
+#undef TFM__TALL_I8
 #undef TFM__BIASED
 #undef vi
 #undef vi_load
@@ -2965,7 +2976,7 @@ static void tfm__linear_piece(void *argument, size_t index) {
         if (!job->result.quantized.q)
             for (r = 0; r < product.n_rows; r++)
                 for (c = 0; c < finish.n; c += TFM__CACHE_LINE / sizeof(float))
-                    TFM__PREFETCH(job->result.y + (row + r) * out + column + c);
+                    TFM__FETCH_TO_WRITE(job->result.y + (row + r) * out + column + c);
         kernels->matmul[weight->dtype](&product);
         finish.y = job->result.quantized.q ? block : job->result.y + row * out + column;
         finish.y_stride = job->result.quantized.q ? job->columns : out;
@@ -6302,11 +6313,20 @@ static void tfm__penalize(float penalty, float *logits, size_t vocab_size, const
 
 /* The largest logit's token, the first among equals; vocab_size if every logit is NaN or -infinity. */
 static size_t tfm__likeliest(const float *logits, size_t vocab_size) {
-    size_t best = vocab_size, i;
-    for (i = 0; i < vocab_size; i++)
-        if (logits[i] > (best < vocab_size ? logits[best] : -INFINITY))
-            best = i;
-    return best;
+    float lane[16], largest = -INFINITY;
+    size_t i, k;
+    for (k = 0; k < 16; k++)
+        lane[k] = -INFINITY;
+    for (i = 0; i + 16 <= vocab_size; i += 16) /* compilers make vectors of this */
+        for (k = 0; k < 16; k++)
+            lane[k] = logits[i + k] > lane[k] ? logits[i + k] : lane[k];
+    for (; i < vocab_size; i++)
+        lane[0] = logits[i] > lane[0] ? logits[i] : lane[0];
+    for (k = 0; k < 16; k++)
+        largest = lane[k] > largest ? lane[k] : largest;
+    for (i = 0; i < vocab_size && (logits[i] != largest || largest == -INFINITY); i++) {
+    }
+    return i;
 }
 
 /* Forbids all tokens below the k-th likeliest. */
