@@ -305,17 +305,19 @@ typedef struct tfm_block {
  * panels that the matrix kernels read. Make one with tfm_kv_create, or let a session manage them. */
 #define TFM_KV_PAGE 128
 typedef struct tfm_kv {
+    tfm_dtype dtype; /* TFM_F32 or TFM_F16 */
     size_t n_layers, n_kv_heads, head_dim;
     size_t capacity;       /* tokens that there are pages for */
     size_t n_tokens;       /* tokens that are in it. The caller moves it on, after the last block of a step. */
     const uint32_t *pages; /* which page of the pool holds tokens [i * TFM_KV_PAGE, ...); NULL: page i */
     size_t n_pool_pages;
-    float *pool; /* [n_layers][n_pool_pages][2: keys, values][n_kv_heads][TFM_KV_PAGE * head_dim rounded up to 16] */
+    void *pool; /* [n_layers][n_pool_pages][2: keys, values][n_kv_heads][TFM_KV_PAGE * head_dim rounded up to 16] */
 } tfm_kv;
 
-/* Makes an empty cache with its own pool. Free with tfm_kv_free and the same allocator (NULL: the default one). */
-TFM_API tfm_status tfm_kv_create(tfm_kv *kv, size_t n_layers, size_t n_kv_heads, size_t head_dim, size_t capacity,
-                                 const tfm_allocator *allocator, tfm_error *error);
+/* Makes an empty cache with its own pool. dtype TFM_F32, or TFM_F16 for half the memory: keys and values are rounded to
+ * 11 bits, and held to +-65504. Free with tfm_kv_free and the same allocator (NULL: the default one). */
+TFM_API tfm_status tfm_kv_create(tfm_kv *kv, tfm_dtype dtype, size_t n_layers, size_t n_kv_heads, size_t head_dim,
+                                 size_t capacity, const tfm_allocator *allocator, tfm_error *error);
 TFM_API void tfm_kv_free(tfm_kv *kv, const tfm_allocator *allocator);
 
 /* Consecutive rows of x that are consecutive tokens of one sequence; one step may run several spans, and tokens attend
@@ -500,6 +502,7 @@ typedef struct tfm_session_options {
     size_t context;     /* tokens that a sequence may have; 0: the model's n_positions */
     size_t n_sequences; /* independent sequences; 0: 1 */
     size_t max_rows;    /* tokens evaluated in one pass; longer input is cut into passes. 0: 512 */
+    tfm_dtype kv_dtype; /* of the KV cache, as in tfm_kv_create; 0: TFM_F16 if the weights are i8, else TFM_F32 */
     tfm_engine_options engine;
 } tfm_session_options;
 
@@ -1651,6 +1654,8 @@ typedef struct tfm__kernels {
     /* Turns the n scores of a block into exp(score * scale + mask - new max), adds them to the running softmax, and
      * returns the factor exp(old max - new max) for what was summed before. mask [n] or NULL. */
     float (*softmax_block)(tfm__softmax *softmax, float *scores, size_t n, float scale, const float *mask);
+    /* x[n] as 16-bit floats, those beyond +-65504 as that */
+    void (*to_f16)(const float *x, size_t n, uint16_t *halves);
     /* x[n] *= by */
     void (*scale)(float *x, size_t n, float by);
     /* gate[n] = gate[n] * up[n] */
@@ -1805,6 +1810,12 @@ static float tfm__scalar_softmax_block(tfm__softmax *softmax, float *scores, siz
     return correction;
 }
 
+static void tfm__scalar_to_f16(const float *x, size_t n, uint16_t *halves) {
+    size_t i;
+    for (i = 0; i < n; i++)
+        halves[i] = tfm__to_f16(x[i] > 65504.0f ? 65504.0f : x[i] < -65504.0f ? -65504.0f : x[i]);
+}
+
 static void tfm__scalar_scale(float *x, size_t n, float by) {
     size_t i;
     for (i = 0; i < n; i++)
@@ -1824,6 +1835,7 @@ static const tfm__kernels tfm__scalar_kernels = {
     tfm__scalar_finish,
     {tfm__scalar_layer_norm, tfm__scalar_rms_norm},
     tfm__scalar_softmax_block,
+    tfm__scalar_to_f16,
     tfm__scalar_scale,
     tfm__scalar_multiply,
 };
@@ -1904,6 +1916,7 @@ static const tfm__kernels tfm__scalar_kernels = {
 #define vf_load_f16(p) _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(p)))
 #define vf_load_bf16(p)                                                                                                \
     _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)(p))), 16))
+#define vf_store_f16(p, a) _mm_storeu_si128((__m128i *)(p), _mm256_cvtps_ph(a, _MM_FROUND_TO_NEAREST_INT))
 #define vf_abs(a) _mm256_andnot_ps(_mm256_set1_ps(-0.0f), a)
 /* the larger of two floats that are not negative, by their bits: NaN is the largest */
 #define vf_max_bits(a, b) _mm256_castsi256_ps(_mm256_max_epi32(_mm256_castps_si256(a), _mm256_castps_si256(b)))
@@ -1951,6 +1964,7 @@ static const tfm__kernels tfm__scalar_kernels = {
 #define vf_load_f16(p) _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)(p)))
 #define vf_load_bf16(p)                                                                                                \
     _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)(p))), 16))
+#define vf_store_f16(p, a) _mm256_storeu_si256((__m256i *)(p), _mm512_cvtps_ph(a, _MM_FROUND_TO_NEAREST_INT))
 #define vf_abs(a) _mm512_abs_ps(a)
 #define vf_max_bits(a, b) _mm512_castsi512_ps(_mm512_max_epi32(_mm512_castps_si512(a), _mm512_castps_si512(b)))
 #define vf_if_less(a, b, yes, no) _mm512_mask_blend_ps(_mm512_cmp_ps_mask(a, b, _CMP_LT_OQ), no, yes)
@@ -1997,6 +2011,7 @@ static const tfm__kernels tfm__scalar_kernels = {
 #define vf_fma(a, b, c) vfmaq_f32(c, a, b)
 #define vf_load_f16(p) vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16((const uint16_t *)(p))))
 #define vf_load_bf16(p) vreinterpretq_f32_u32(vshll_n_u16(vld1_u16((const uint16_t *)(p)), 16))
+#define vf_store_f16(p, a) vst1_u16((uint16_t *)(p), vreinterpret_u16_f16(vcvt_f16_f32(a)))
 #define vf_abs vabsq_f32
 #define vf_max_bits(a, b) vreinterpretq_f32_s32(vmaxq_s32(vreinterpretq_s32_f32(a), vreinterpretq_s32_f32(b)))
 #define vf_if_less(a, b, yes, no) vbslq_f32(vcltq_f32(a, b), yes, no)
@@ -2420,6 +2435,22 @@ static TFM__TARGET float TFM__FN(softmax_block)(tfm__softmax *softmax, float *sc
     return correction;
 }
 
+/* NaN stays NaN: max and min return their second argument then. */
+static TFM__TARGET void TFM__FN(to_f16)(const float *x, size_t n, uint16_t *halves) {
+    const vf low = vf_set1(-65504.0f), high = vf_set1(65504.0f);
+    float side[TFM__LANES];
+    uint16_t side_halves[TFM__LANES];
+    size_t i;
+    for (i = 0; i + TFM__LANES <= n; i += TFM__LANES)
+        vf_store_f16(halves + i, vf_min(high, vf_max(low, vf_load(x + i))));
+    if (i < n) {
+        memset(side, 0, sizeof side);
+        memcpy(side, x + i, (n - i) * sizeof *x);
+        vf_store_f16(side_halves, vf_min(high, vf_max(low, vf_load(side))));
+        memcpy(halves + i, side_halves, (n - i) * sizeof *halves);
+    }
+}
+
 static TFM__TARGET void TFM__FN(scale)(float *x, size_t n, float by) {
     size_t i;
     for (i = 0; i < n; i += 16)
@@ -2674,6 +2705,7 @@ static const tfm__kernels TFM__FN(kernels) = {
     TFM__BASE(finish),
     {TFM__BASE(layer_norm), TFM__BASE(rms_norm)},
     TFM__BASE(softmax_block),
+    TFM__BASE(to_f16),
     TFM__BASE(scale),
     TFM__BASE(multiply),
 };
@@ -2699,6 +2731,7 @@ static const tfm__kernels TFM__FN(kernels) = {
 #undef vf_min
 #undef vf_fma
 #undef vf_load_f16
+#undef vf_store_f16
 #undef vf_load_bf16
 #undef vf_abs
 #undef vf_max_bits
@@ -3109,34 +3142,38 @@ TFM_API tfm_status tfm_activation_forward(tfm_engine *engine, tfm_activation act
  * keys lie in panels of 16 tokens [tokens / 16][head_dim][16] (outputs: tokens) and values in panels of 16 dimensions
  * [head_dim / 16][tokens][16] (outputs: dimensions). So that is how the cache stores them. */
 
-/* Floats of one head's keys, or values, in one page. */
-static size_t tfm__kv_head_floats(size_t head_dim) {
-    return tfm__product(TFM_KV_PAGE, tfm__round_up(head_dim, TFM__PANEL));
+/* Bytes of one head's keys, or values, in one page. */
+static size_t tfm__kv_head_bytes(tfm_dtype dtype, size_t head_dim) {
+    return tfm__product(TFM_KV_PAGE * tfm__dtype_sizes[dtype], tfm__round_up(head_dim, TFM__PANEL));
 }
 
-static size_t tfm__kv_floats(size_t n_layers, size_t n_pages, size_t n_kv_heads, size_t head_dim) {
-    return tfm__product(tfm__product(n_layers, n_pages), tfm__product(2 * n_kv_heads, tfm__kv_head_floats(head_dim)));
+static size_t tfm__kv_bytes(tfm_dtype dtype, size_t n_layers, size_t n_pages, size_t n_kv_heads, size_t head_dim) {
+    return tfm__product(tfm__product(n_layers, n_pages),
+                        tfm__product(2 * n_kv_heads, tfm__kv_head_bytes(dtype, head_dim)));
 }
 
 /* Keys (what = 0) or values (1) of a head in the page that holds the tokens [page * TFM_KV_PAGE, ...). */
-static float *tfm__kv_at(const tfm_kv *kv, size_t layer, size_t page, size_t what, size_t head) {
+static char *tfm__kv_at(const tfm_kv *kv, size_t layer, size_t page, size_t what, size_t head) {
     size_t in_pool = kv->pages ? kv->pages[page] : page;
-    return kv->pool + (((layer * kv->n_pool_pages + in_pool) * 2 + what) * kv->n_kv_heads + head) *
-                          tfm__kv_head_floats(kv->head_dim);
+    return (char *)kv->pool + (((layer * kv->n_pool_pages + in_pool) * 2 + what) * kv->n_kv_heads + head) *
+                                  tfm__kv_head_bytes(kv->dtype, kv->head_dim);
 }
 
-TFM_API tfm_status tfm_kv_create(tfm_kv *kv, size_t n_layers, size_t n_kv_heads, size_t head_dim, size_t capacity,
-                                 const tfm_allocator *allocator, tfm_error *error) {
+TFM_API tfm_status tfm_kv_create(tfm_kv *kv, tfm_dtype dtype, size_t n_layers, size_t n_kv_heads, size_t head_dim,
+                                 size_t capacity, const tfm_allocator *allocator, tfm_error *error) {
     tfm_allocator memory = tfm__allocator(allocator);
     size_t size;
     memset(kv, 0, sizeof *kv);
+    if (dtype != TFM_F32 && dtype != TFM_F16)
+        return tfm__fail(error, TFM_ERROR_ARGUMENT, "tfm_kv_create: keys and values can be f32 or f16");
+    kv->dtype = dtype;
     kv->n_layers = n_layers;
     kv->n_kv_heads = n_kv_heads;
     kv->head_dim = head_dim;
     kv->capacity = capacity;
     kv->n_pool_pages = tfm__divide_up(capacity, TFM_KV_PAGE);
-    size = tfm__product(tfm__kv_floats(n_layers, kv->n_pool_pages, n_kv_heads, head_dim), sizeof *kv->pool);
-    kv->pool = (float *)tfm__allocate_aligned(&memory, size, TFM__CACHE_LINE);
+    size = tfm__kv_bytes(dtype, n_layers, kv->n_pool_pages, n_kv_heads, head_dim);
+    kv->pool = tfm__allocate_aligned(&memory, size, TFM__CACHE_LINE);
     return kv->pool ? TFM_OK : tfm__fail_memory(error, size);
 }
 
@@ -3220,25 +3257,43 @@ static size_t tfm__store_pieces(const tfm__attention_job *job, size_t span) {
     return tfm__stores_itself(job, span) ? 0 : job->attention->n_kv_heads;
 }
 
-/* One head's keys and values of one span go into its cache, a panel's tokens at a time. */
+/* One head's keys and values of one token go into their panels: numbers `distance` apart, and runs of 16. */
+static void tfm__store_f32(const float *key, const float *value, size_t dim, float *keys, float *values) {
+    size_t d;
+    for (d = 0; d < dim; d++)
+        keys[d * TFM__PANEL] = key[d];
+    for (d = 0; d < dim; d += TFM__PANEL)
+        memcpy(values + d * TFM_KV_PAGE, value + d, TFM__MIN(TFM__PANEL, dim - d) * sizeof *value);
+}
+
+static void tfm__store_f16(const tfm__kernels *kernels, const float *key, const float *value, size_t dim,
+                           uint16_t *keys, uint16_t *values) {
+    uint16_t halves[TFM__PANEL];
+    size_t d, i, n;
+    for (d = 0; d < dim; d += n) {
+        n = TFM__MIN(TFM__PANEL, dim - d);
+        kernels->to_f16(key + d, n, halves);
+        for (i = 0; i < n; i++)
+            keys[(d + i) * TFM__PANEL] = halves[i];
+        kernels->to_f16(value + d, n, values + d * TFM_KV_PAGE);
+    }
+}
+
+/* One head's keys and values of one span go into its cache. */
 static void tfm__store(const tfm__attention_job *job, const tfm__span_view *view, size_t head) {
     const tfm_attention *attention = job->attention;
-    size_t width = tfm__qkv_width(attention), dim = attention->head_dim, i, n, token, d;
-    for (i = 0; i < view->span->n_rows; i += n) {
-        const float *key = job->qkv + (view->row + i) * width + (attention->n_heads + head) * dim;
-        const float *value = key + attention->n_kv_heads * dim;
+    size_t dim = attention->head_dim, size = tfm__dtype_sizes[view->kv->dtype], i;
+    for (i = 0; i < view->span->n_rows; i++) {
+        const float *row = job->qkv + (view->row + i) * tfm__qkv_width(attention);
+        const float *key = row + (attention->n_heads + head) * dim, *value = key + attention->n_kv_heads * dim;
         size_t page = (view->past + i) / TFM_KV_PAGE, at = (view->past + i) % TFM_KV_PAGE;
-        float *keys = tfm__kv_at(view->kv, job->layer, page, 0, head) + at / TFM__PANEL * dim * TFM__PANEL;
-        float *values = tfm__kv_at(view->kv, job->layer, page, 1, head) + at * TFM__PANEL;
-        n = TFM__MIN(TFM__PANEL - at % TFM__PANEL, view->span->n_rows - i);
-        keys += at % TFM__PANEL;
-        for (d = 0; d < dim; d++)
-            for (token = 0; token < n; token++)
-                keys[d * TFM__PANEL + token] = key[token * width + d];
-        for (token = 0; token < n; token++)
-            for (d = 0; d < dim; d += TFM__PANEL)
-                memcpy(values + d * TFM_KV_PAGE + token * TFM__PANEL, value + token * width + d,
-                       TFM__MIN(TFM__PANEL, dim - d) * sizeof *value);
+        char *keys = tfm__kv_at(view->kv, job->layer, page, 0, head);
+        char *values = tfm__kv_at(view->kv, job->layer, page, 1, head) + at * TFM__PANEL * size;
+        keys += (at / TFM__PANEL * dim * TFM__PANEL + at % TFM__PANEL) * size;
+        if (view->kv->dtype == TFM_F16)
+            tfm__store_f16(job->engine->kernels, key, value, dim, (uint16_t *)(void *)keys, (uint16_t *)(void *)values);
+        else
+            tfm__store_f32(key, value, dim, (float *)(void *)keys, (float *)(void *)values);
     }
 }
 
@@ -3281,6 +3336,7 @@ static void tfm__attend(const tfm__attention_job *job, const tfm__span_view *vie
     size_t n_keys = view->past + view->span->n_rows, dim = attention->head_dim, start, i;
     size_t end = tfm__visible(queries, attention->causal, n_keys, queries->n - 1); /* of the query that sees most */
     float scores[TFM__QUERIES * TFM_KV_PAGE];                                      /* [n][TFM_KV_PAGE] */
+    const tfm_dtype dtype = view->kv->dtype;
     tfm__softmax softmax[TFM__QUERIES];
     tfm__matmul product;
     for (i = 0; i < queries->n; i++) {
@@ -3293,13 +3349,13 @@ static void tfm__attend(const tfm__attention_job *job, const tfm__span_view *vie
         product.x = queries->query; /* scores [n][keys] = queries [n][head_dim] keys^T */
         product.x_stride = queries->query_stride;
         product.w = tfm__kv_at(view->kv, job->layer, start / TFM_KV_PAGE, 0, queries->kv_head);
-        product.panel_bytes = TFM__PANEL * dim * sizeof(float);
+        product.panel_bytes = TFM__PANEL * dim * tfm__dtype_sizes[dtype];
         product.n = tfm__round_up(keys, TFM__PANEL); /* the scores past the last key are not looked at */
         product.k = dim;
         product.y = scores;
         product.y_stride = TFM_KV_PAGE;
         product.add = 0;
-        kernels->matmul[TFM_F32](&product);
+        kernels->matmul[dtype](&product);
         for (i = 0; i < queries->n; i++) {
             size_t limit = tfm__visible(queries, attention->causal, n_keys, i);
             size_t visible = limit <= start ? 0 : TFM__MIN(limit - start, keys);
@@ -3315,13 +3371,13 @@ static void tfm__attend(const tfm__attention_job *job, const tfm__span_view *vie
         product.x = scores; /* context [n][head_dim] += probabilities [n][keys] values */
         product.x_stride = TFM_KV_PAGE;
         product.w = tfm__kv_at(view->kv, job->layer, start / TFM_KV_PAGE, 1, queries->kv_head);
-        product.panel_bytes = TFM__PANEL * TFM_KV_PAGE * sizeof(float);
+        product.panel_bytes = TFM__PANEL * TFM_KV_PAGE * tfm__dtype_sizes[dtype];
         product.n = dim;
         product.k = keys;
         product.y = queries->context;
         product.y_stride = queries->context_stride;
         product.add = start > 0;
-        kernels->matmul[TFM_F32](&product);
+        kernels->matmul[dtype](&product);
     }
     for (i = 0; i < queries->n; i++)
         kernels->scale(queries->context + i * queries->context_stride, dim,
@@ -3371,6 +3427,11 @@ static size_t tfm__uncached_pages(const tfm_span *span) {
     return span->kv ? 0 : tfm__divide_up(span->n_rows, TFM_KV_PAGE);
 }
 
+static size_t tfm__uncached_floats(const tfm_attention *attention, const tfm_span *span) {
+    size_t bytes = tfm__kv_bytes(TFM_F32, 1, tfm__uncached_pages(span), attention->n_kv_heads, attention->head_dim);
+    return tfm__scratch_floats(1, bytes / sizeof(float));
+}
+
 static size_t tfm__kv_struct_floats(size_t n_spans) {
     return tfm__scratch_floats(n_spans, tfm__divide_up(sizeof(tfm_kv), sizeof(float)));
 }
@@ -3380,8 +3441,7 @@ static size_t tfm__attention_scratch(const tfm_attention *attention, const tfm_s
     floats = tfm__scratch_floats(rows, tfm__qkv_width(attention)) +
              tfm__scratch_floats(rows, attention->n_heads * attention->head_dim) + tfm__kv_struct_floats(n_spans);
     for (i = 0; i < n_spans; i++)
-        floats += tfm__scratch_floats(
-            1, tfm__kv_floats(1, tfm__uncached_pages(spans + i), attention->n_kv_heads, attention->head_dim));
+        floats += tfm__uncached_floats(attention, spans + i);
     return floats + TFM__MAX(tfm__linear_scratch(&attention->qkv, rows), tfm__linear_scratch(&attention->out, rows));
 }
 
@@ -3396,10 +3456,11 @@ static const tfm_kv *tfm__take_uncached(tfm_engine *engine, const tfm__attention
         if (!pages)
             continue;
         memset(kvs + i, 0, sizeof *kvs);
+        kvs[i].dtype = TFM_F32;
         kvs[i].n_kv_heads = attention->n_kv_heads;
         kvs[i].head_dim = attention->head_dim;
         kvs[i].capacity = pages * TFM_KV_PAGE;
-        kvs[i].pool = tfm__take(engine, 1, tfm__kv_floats(1, pages, attention->n_kv_heads, attention->head_dim));
+        kvs[i].pool = tfm__take(engine, 1, tfm__uncached_floats(attention, job->spans + i));
     }
     return kvs;
 }
@@ -3461,7 +3522,8 @@ static tfm_status tfm__check_spans(const tfm_attention *attention, size_t layer,
             return tfm__fail(error, TFM_ERROR_ARGUMENT, "span %lu has no tokens", (unsigned long)i);
         if (!kv)
             continue;
-        if (kv->n_kv_heads != attention->n_kv_heads || kv->head_dim != attention->head_dim || layer >= kv->n_layers)
+        if ((kv->dtype != TFM_F32 && kv->dtype != TFM_F16) || kv->n_kv_heads != attention->n_kv_heads ||
+            kv->head_dim != attention->head_dim || layer >= kv->n_layers)
             return tfm__fail(error, TFM_ERROR_ARGUMENT, "the cache of span %lu was made for other layers",
                              (unsigned long)i);
         if (kv->n_tokens > kv->capacity || spans[i].n_rows > kv->capacity - kv->n_tokens)
@@ -5816,8 +5878,9 @@ struct tfm_session {
     const tfm_model *model;
     tfm_engine *engine;
     size_t context, n_sequences, max_rows;
-    size_t n_pages;         /* pages of each sequence */
-    float *pool;            /* the sequences' keys and values */
+    size_t n_pages; /* pages of each sequence */
+    tfm_dtype kv_dtype;
+    void *pool;             /* the sequences' keys and values */
     uint32_t *pages;        /* [n_sequences][n_pages] */
     tfm_kv *kv;             /* [n_sequences] */
     int32_t *tokens;        /* [n_sequences][context]: what is in the caches */
@@ -5885,14 +5948,15 @@ static tfm_status tfm__session_memory(tfm_session *session, tfm_error *error) {
     memset(carver.memory, 0, carver.used);
     carver.used = 0;
     tfm__carve_session(session, &carver);
-    size = tfm__product(tfm__kv_floats(d->n_layers, pages, d->n_kv_heads, d->head_dim), sizeof *session->pool);
-    session->pool = (float *)tfm__allocate_aligned(&session->allocator, size, TFM__HUGE_PAGE);
+    size = tfm__kv_bytes(session->kv_dtype, d->n_layers, pages, d->n_kv_heads, d->head_dim);
+    session->pool = tfm__allocate_aligned(&session->allocator, size, TFM__HUGE_PAGE);
     if (!session->pool)
         return tfm__fail_memory(error, size);
     for (i = 0; i < pages; i++)
         session->pages[i] = (uint32_t)i;
     for (i = 0; i < session->n_sequences; i++) {
         tfm_kv *kv = session->kv + i;
+        kv->dtype = session->kv_dtype;
         kv->n_layers = d->n_layers;
         kv->n_kv_heads = d->n_kv_heads;
         kv->head_dim = d->head_dim;
@@ -5931,6 +5995,12 @@ static tfm_status tfm__session_setup(tfm_session *session, const tfm_session_opt
         return tfm__fail(error, TFM_ERROR_ARGUMENT,
                          "a context of %lu tokens was asked for, but the model has %lu positions",
                          (unsigned long)session->context, (unsigned long)d->n_positions);
+    session->kv_dtype = options->kv_dtype;
+    if (!session->kv_dtype)
+        session->kv_dtype =
+            d->n_layers && session->model->blocks->attention.qkv.weight.dtype == TFM_I8 ? TFM_F16 : TFM_F32;
+    if (session->kv_dtype != TFM_F32 && session->kv_dtype != TFM_F16)
+        return tfm__fail(error, TFM_ERROR_ARGUMENT, "the KV cache can be f32 or f16");
     session->n_pages = tfm__divide_up(session->context, TFM_KV_PAGE);
     if (session->n_sequences > (size_t)TFM__MAX_SIZE / session->n_pages)
         return tfm__fail(error, TFM_ERROR_ARGUMENT, "%lu sequences are too many", (unsigned long)session->n_sequences);
