@@ -413,7 +413,7 @@ TFM_API tfm_status tfm_file_verify(const tfm_file *file, tfm_error *error);
 typedef int (*tfm_progress)(void *user, uint64_t done, uint64_t total);
 
 typedef struct tfm_quantize_options {
-    tfm_dtype dtype; /* what the matrices become; 0: each keeps its own */
+    tfm_dtype dtype; /* what the matrices become; 0: TFM_I8 */
     int threads;     /* as in tfm_engine_options */
     tfm_progress progress;
     void *progress_user;
@@ -1419,8 +1419,16 @@ static void tfm__matrix_row(const tfm_tensor *matrix, size_t index, size_t colum
         tfm__to_floats(matrix->dtype, tfm__at(data, matrix->dtype, first + column * stride), stride, n, row);
 }
 
+/* Powers of two that a tensor is multiplied by when it is packed: see tfm__folding. */
+typedef struct tfm__factors {
+    const float *rows;    /* [out] of a matrix, [n] of a vector; NULL: none */
+    const float *columns; /* [in]; NULL: none */
+    float offset;         /* what a vector stands for is its numbers + this */
+} tfm__factors;
+
 typedef struct tfm__pack_job {
     const tfm_tensor *from; /* [out, in] */
+    tfm__factors factors;   /* only for i8 */
     tfm_dtype dtype;
     char *panels; /* [ceil(out / 16)] panels */
 } tfm__pack_job;
@@ -1457,6 +1465,20 @@ static void tfm__pack_panel(void *argument, size_t panel) {
     }
 }
 
+/* The same as tfm__read_part, times the factors. */
+static void tfm__read_factored(const tfm__pack_job *job, size_t panel, size_t first, size_t n, float *part) {
+    size_t base = panel * TFM__PANEL, lanes = TFM__MIN(TFM__PANEL, job->from->shape[0] - base), k, lane;
+    tfm__read_part(job->from, panel, first, n, part);
+    if (job->factors.columns)
+        for (k = 0; k < n; k++)
+            for (lane = 0; lane < lanes; lane++)
+                part[k * TFM__PANEL + lane] *= job->factors.columns[first + k];
+    if (job->factors.rows)
+        for (k = 0; k < n; k++)
+            for (lane = 0; lane < lanes; lane++)
+                part[k * TFM__PANEL + lane] *= job->factors.rows[base + lane];
+}
+
 /* The bits of the smallest scale with which `largest` is at most 127. */
 static uint32_t tfm__scale_bits(float largest) {
     return tfm__float_bits(largest / 127);
@@ -1466,14 +1488,14 @@ static uint32_t tfm__scale_bits(float largest) {
 #define TFM__NOT_FINITE INT32_MIN
 
 /* The bases: the largest scale of an output gets the code 255. */
-static void tfm__quantize_bases(const tfm_tensor *from, size_t panel, int32_t *bases) {
+static void tfm__quantize_bases(const tfm__pack_job *job, size_t panel, int32_t *bases) {
     const uint32_t step = (uint32_t)1 << TFM__CODE_STEP, reach = 255 * step;
     float part[TFM__GROUP * TFM__PANEL], largest[16] = {0};
-    size_t in = from->shape[1], first, n, i;
+    size_t in = job->from->shape[1], first, n, i;
     uint32_t bits, not_finite = 0;
     for (first = 0; first < in; first += n) {
         n = TFM__MIN(TFM__GROUP, in - first);
-        tfm__read_part(from, panel, first, n, part);
+        tfm__read_factored(job, panel, first, n, part);
         for (i = 0; i < n * TFM__PANEL; i++) {
             float size = fabsf(part[i]);
             largest[i % TFM__PANEL] = size > largest[i % TFM__PANEL] ? size : largest[i % TFM__PANEL];
@@ -1516,7 +1538,7 @@ static void tfm__quantize_panel(void *argument, size_t panel) {
     unsigned char *codes = target + TFM__CACHE_LINE, *integers = target + tfm__integers_at(groups);
     float part[TFM__GROUP * TFM__PANEL];
     int32_t bases[16];
-    tfm__quantize_bases(job->from, panel, bases);
+    tfm__quantize_bases(job, panel, bases);
     memset(target, 0, tfm__integers_at(groups));
     memcpy(target, bases, sizeof bases);
     for (g = 0; g < TFM__PANEL; g++)
@@ -1525,7 +1547,7 @@ static void tfm__quantize_panel(void *argument, size_t panel) {
     for (g = 0; g < groups; g++) {
         n = TFM__MIN(TFM__GROUP, in - g * TFM__GROUP);
         memset(part, 0, sizeof part);
-        tfm__read_part(job->from, panel, g * TFM__GROUP, n, part);
+        tfm__read_factored(job, panel, g * TFM__GROUP, n, part);
         tfm__quantize_group(part, bases, codes + g * TFM__PANEL, integers + g * TFM__GROUP * TFM__PANEL);
     }
 }
@@ -1549,10 +1571,12 @@ static void tfm__copy_panel(void *argument, size_t panel) {
 }
 
 /* Packs a matrix into memory of tfm_tensor_bytes(the panels). See tfm__is_not_finite. */
-static tfm_tensor tfm__pack_into(tfm__threads *threads, const tfm_tensor *matrix, tfm_dtype dtype, void *memory) {
+static tfm_tensor tfm__pack_into(tfm__threads *threads, const tfm_tensor *matrix, tfm__factors factors, tfm_dtype dtype,
+                                 void *memory) {
     int same = matrix->layout == TFM_PANELS && matrix->dtype == dtype;
     tfm__pack_job job;
     job.from = matrix;
+    job.factors = factors;
     job.dtype = dtype;
     job.panels = (char *)memory;
     tfm__parallel(threads, tfm__divide_up(matrix->shape[0], TFM__PANEL),
@@ -1561,6 +1585,11 @@ static tfm_tensor tfm__pack_into(tfm__threads *threads, const tfm_tensor *matrix
                                     : tfm__pack_panel,
                   &job);
     return tfm__tensor(dtype, TFM_PANELS, matrix->shape[0], matrix->shape[1], memory);
+}
+
+static tfm__factors tfm__no_factors(void) {
+    tfm__factors factors = {NULL, NULL, 0};
+    return factors;
 }
 
 TFM_API void tfm_unpack(tfm_tensor *packed, const tfm_allocator *allocator) {
@@ -1586,7 +1615,7 @@ TFM_API tfm_status tfm_pack(const tfm_tensor *matrix, tfm_dtype dtype, const tfm
     panels = tfm__allocate_aligned(&memory, size, TFM__CACHE_LINE);
     if (!panels)
         return tfm__fail_memory(error, size);
-    *packed = tfm__pack_into(&alone, matrix, dtype, panels);
+    *packed = tfm__pack_into(&alone, matrix, tfm__no_factors(), dtype, panels);
     if (tfm__is_not_finite(packed)) {
         tfm_unpack(packed, allocator);
         return tfm__fail(error, TFM_ERROR_ARGUMENT, "tfm_pack: a weight is not finite, and so can't be quantized");
@@ -4079,6 +4108,293 @@ TFM_API tfm_status tfm_file_verify(const tfm_file *file, tfm_error *error) {
     return TFM_OK;
 }
 
+/* No size in a description is larger. */
+#define TFM__MAX_SIZE 0x7FFFFFFF
+
+/* ---- folding: outlier channels moved from activations into weights, before both are quantized
+ * Some channels of a real model's activations are 20 to 100 times larger than the rest, and take the precision of the 63
+ * others of their group. Where a channel i comes out of something linear, a factor can move: activation / c_i, and weights
+ * of that input * c_i, is the same product (Xiao et al. 2023, SmoothQuant). c_i = sqrt(size of the activation / size of the
+ * weights), rounded to a power of two, so that nothing changes but exponents. The sizes need no data: after a norm,
+ * channel i has the size sqrt(gain_i^2 + bias_i^2); after a matrix, channel j sqrt(sum_i (w_ji size_i)^2 + bias_j^2).
+ * Three pairs in each block: norm -> matrix (pre-norm only: the residual stream of post-norm is the norm's own result),
+ * values -> out, and, in a gated FFN, up -> down (the gate is not linear). */
+
+typedef struct tfm__folding {
+    tfm__factors *of; /* [n_entries] of the file */
+    float *floats;
+    size_t size, used; /* floats */
+} tfm__folding;
+
+/* The shape of a stack, as far as folding needs it, and its weights in one block. */
+typedef struct tfm__foldable {
+    size_t n_heads, n_kv_heads, head_dim;
+    int pre_norm, gated;
+    float offset;                                                                   /* that is added to norm weights */
+    const tfm_entry *attention_norm[2], *qkv[2], *out, *ffn_norm[2], *up[2], *down; /* [weight, bias] */
+} tfm__foldable;
+
+static const tfm_meta *tfm__stack_meta(const tfm_file *file, const char *stack, const char *key) {
+    char full[64];
+    snprintf(full, sizeof full, "%s.%s", stack, key);
+    return tfm_file_find_meta(file, full);
+}
+
+static size_t tfm__stack_size(const tfm_file *file, const char *stack, const char *key) {
+    const tfm_meta *meta = tfm__stack_meta(file, stack, key);
+    int64_t value = meta && meta->type == TFM_META_I64 && meta->count == 1 ? *(const int64_t *)meta->values : 0;
+    return value > 0 && value < TFM__MAX_SIZE ? (size_t)value : 0;
+}
+
+static int tfm__stack_says(const tfm_file *file, const char *stack, const char *key, const char *word) {
+    const tfm_meta *meta = tfm__stack_meta(file, stack, key);
+    return meta && meta->type == TFM_META_TEXT && meta->count == strlen(word) &&
+           !memcmp(meta->values, word, meta->count);
+}
+
+/* A tensor of a block that can take part: a matrix of floats, or a vector. */
+static const tfm_entry *tfm__block_entry(const tfm_file *file, const char *stack, size_t layer, const char *part) {
+    const tfm_entry *entry;
+    char name[96];
+    snprintf(name, sizeof name, "%s.blocks.%lu.%s", stack, (unsigned long)layer, part);
+    entry = tfm_file_find(file, name);
+    return entry && tfm__is_float(entry->tensor.dtype) && entry->tensor.n_dims <= 2 ? entry : NULL;
+}
+
+static tfm__foldable tfm__find_foldable(const tfm_file *file, const char *stack, size_t layer) {
+    const tfm_meta *offset = tfm__stack_meta(file, stack, "norm_weight_offset");
+    tfm__foldable f;
+    memset(&f, 0, sizeof f);
+    f.n_heads = tfm__stack_size(file, stack, "n_heads");
+    f.n_kv_heads = tfm__stack_size(file, stack, "n_kv_heads");
+    f.head_dim = tfm__stack_size(file, stack, "head_dim");
+    f.pre_norm = !tfm__stack_says(file, stack, "norm_place", "post") && !tfm__stack_size(file, stack, "parallel");
+    f.gated = tfm__stack_says(file, stack, "ffn", "gated");
+    if (offset && offset->type == TFM_META_F64 && offset->count == 1)
+        f.offset = (float)*(const double *)offset->values;
+    f.attention_norm[0] = tfm__block_entry(file, stack, layer, "attention_norm.weight");
+    f.attention_norm[1] = tfm__block_entry(file, stack, layer, "attention_norm.bias");
+    f.qkv[0] = tfm__block_entry(file, stack, layer, "attention.qkv.weight");
+    f.qkv[1] = tfm__block_entry(file, stack, layer, "attention.qkv.bias");
+    f.out = tfm__block_entry(file, stack, layer, "attention.out.weight");
+    f.ffn_norm[0] = tfm__block_entry(file, stack, layer, "ffn_norm.weight");
+    f.ffn_norm[1] = tfm__block_entry(file, stack, layer, "ffn_norm.bias");
+    f.up[0] = tfm__block_entry(file, stack, layer, "ffn.up.weight");
+    f.up[1] = tfm__block_entry(file, stack, layer, "ffn.up.bias");
+    f.down = tfm__block_entry(file, stack, layer, "ffn.down.weight");
+    return f;
+}
+
+static int tfm__is_matrix_of(const tfm_entry *entry, size_t out, size_t in) {
+    return entry && entry->tensor.n_dims == 2 && entry->tensor.shape[0] == out && entry->tensor.shape[1] == in;
+}
+
+static int tfm__is_vector_of(const tfm_entry *entry, size_t n, int optional) {
+    return entry ? entry->tensor.n_dims == 1 && entry->tensor.shape[0] == n : optional;
+}
+
+/* Are these shapes what the description says? If not, nothing is folded: loading will say what is wrong. */
+static int tfm__foldable_fits(const tfm__foldable *f) {
+    size_t inner = f->n_heads * f->head_dim, kv = f->n_kv_heads * f->head_dim, d_model, d_ff;
+    if (!f->qkv[0] || !f->down || f->qkv[0]->tensor.n_dims != 2 || f->down->tensor.n_dims != 2 || !f->n_kv_heads ||
+        !f->head_dim || f->n_heads % f->n_kv_heads)
+        return 0;
+    d_model = f->qkv[0]->tensor.shape[1];
+    d_ff = f->down->tensor.shape[1];
+    return tfm__is_matrix_of(f->qkv[0], inner + 2 * kv, d_model) && tfm__is_vector_of(f->qkv[1], inner + 2 * kv, 1) &&
+           tfm__is_matrix_of(f->out, d_model, inner) &&
+           tfm__is_matrix_of(f->up[0], (f->gated ? 2 : 1) * d_ff, d_model) &&
+           tfm__is_vector_of(f->up[1], (f->gated ? 2 : 1) * d_ff, 1) && f->down->tensor.shape[0] == d_model &&
+           tfm__is_vector_of(f->attention_norm[0], d_model, !f->pre_norm) &&
+           tfm__is_vector_of(f->attention_norm[1], d_model, 1) &&
+           tfm__is_vector_of(f->ffn_norm[0], d_model, !f->pre_norm) && tfm__is_vector_of(f->ffn_norm[1], d_model, 1);
+}
+
+static float tfm__entry_float(const tfm_entry *entry, size_t i) {
+    float value = 0;
+    if (entry)
+        tfm__to_floats(entry->tensor.dtype, tfm__at(entry->tensor.data, entry->tensor.dtype, i), 1, 1, &value);
+    return value;
+}
+
+/* Squares of the sizes of a norm's results. */
+static void tfm__norm_powers(const tfm__foldable *f, const tfm_entry *const norm[2], size_t n, float *powers) {
+    size_t i;
+    for (i = 0; i < n; i++) {
+        float gain = tfm__entry_float(norm[0], i) + f->offset, bias = tfm__entry_float(norm[1], i);
+        powers[i] = f->pre_norm ? gain * gain + bias * bias : 1;
+    }
+}
+
+/* columns[in]: the sums of the squares of a matrix's columns. rows[out], or NULL: squares of the sizes of its results, for
+ * inputs with the squares in_powers. */
+static void tfm__measure(const tfm_entry *const linear[2], const float *in_powers, float *columns, float *rows) {
+    const tfm_tensor *w = &linear[0]->tensor;
+    size_t out = w->shape[0], in = w->shape[1], panel, first, n, k, lane;
+    float part[TFM__PACK_STEP * TFM__PANEL];
+    memset(columns, 0, in * sizeof *columns);
+    for (panel = 0; panel < out; panel += TFM__PANEL) {
+        float sums[16] = {0};
+        for (first = 0; first < in; first += n) {
+            n = TFM__MIN(TFM__PACK_STEP, in - first);
+            tfm__read_part(w, panel / TFM__PANEL, first, n, part);
+            for (k = 0; k < n; k++)
+                for (lane = 0; lane < TFM__PANEL; lane++) {
+                    float square = part[k * TFM__PANEL + lane] * part[k * TFM__PANEL + lane];
+                    columns[first + k] += square;
+                    if (rows)
+                        sums[lane] += square * in_powers[first + k];
+                }
+        }
+        for (lane = 0; rows && lane < TFM__MIN(TFM__PANEL, out - panel); lane++) {
+            float bias = tfm__entry_float(linear[1], panel + lane);
+            rows[panel + lane] = sums[lane] + bias * bias;
+        }
+    }
+}
+
+/* From the squares of activations and weights: their common factors c and, in place of the activations, 1 / c. */
+static void tfm__balance(float *activations, float *weights, size_t n) {
+    float mean = 0;
+    size_t counted = 0, i;
+    for (i = 0; i < n; i++) {
+        float ratio = weights[i] > 0 && activations[i] > 0 ? activations[i] / weights[i] : 0;
+        weights[i] = ratio > 0 && ratio <= FLT_MAX ? log2f(ratio) / 4 : NAN; /* of c, which is sqrt(sqrt(ratio)) */
+        if (!isnan(weights[i]))
+            mean += weights[i], counted++;
+    }
+    mean /= (float)TFM__MAX(counted, 1);
+    for (i = 0; i < n; i++) {
+        float exponent = isnan(weights[i]) ? 0 : rintf(weights[i] - mean);
+        exponent = TFM__MAX(-16, TFM__MIN(16, exponent));
+        weights[i] = ldexpf(1, (int)exponent);
+        activations[i] = ldexpf(1, -(int)exponent);
+    }
+}
+
+/* Room in the folding's memory; an address only on the second run. */
+static float *tfm__fold_take(tfm__folding *folding, size_t n) {
+    float *floats = folding->floats ? folding->floats + folding->used : NULL;
+    folding->used += n;
+    return floats;
+}
+
+static void tfm__set_factors(tfm__folding *folding, const tfm_file *file, const tfm_entry *entry, const float *rows,
+                             const float *columns) {
+    tfm__factors *of = entry ? folding->of + (entry - file->entries) : NULL;
+    if (of && rows)
+        of->rows = rows;
+    if (of && columns)
+        of->columns = columns;
+}
+
+/* One block. rows: of qkv and up, first squares of sizes and then factors; columns: of all four. */
+static void tfm__fold_block(tfm__folding *folding, const tfm_file *file, const tfm__foldable *f) {
+    size_t d_model = f->qkv[0]->tensor.shape[1], d_ff = f->down->tensor.shape[1], inner = f->n_heads * f->head_dim;
+    size_t kv = f->n_kv_heads * f->head_dim, up = f->up[0]->tensor.shape[0], group = f->n_heads / f->n_kv_heads, i;
+    float *qkv_rows = tfm__fold_take(folding, inner + 2 * kv), *qkv_columns = tfm__fold_take(folding, d_model);
+    float *out_columns = tfm__fold_take(folding, inner), *values = tfm__fold_take(folding, kv);
+    float *up_rows = tfm__fold_take(folding, up), *up_columns = tfm__fold_take(folding, d_model);
+    float *down_columns = tfm__fold_take(folding, d_ff);
+    float *norms[2];
+    const tfm_entry *out[2] = {NULL, NULL}, *down[2] = {NULL, NULL};
+    norms[0] = tfm__fold_take(folding, d_model);
+    norms[1] = tfm__fold_take(folding, d_model);
+    if (!folding->floats)
+        return;
+    out[0] = f->out;
+    down[0] = f->down;
+    tfm__norm_powers(f, f->attention_norm, d_model, norms[0]);
+    tfm__measure(f->qkv, norms[0], qkv_columns, qkv_rows);
+    tfm__measure(out, NULL, out_columns, NULL);
+    memset(values, 0, kv * sizeof *values);
+    for (i = 0; i < inner; i++) /* heads of a group share values */
+        values[i / f->head_dim / group * f->head_dim + i % f->head_dim] += out_columns[i];
+    tfm__balance(qkv_rows + inner + kv, values, kv);
+    for (i = 0; i < inner; i++)
+        out_columns[i] = values[i / f->head_dim / group * f->head_dim + i % f->head_dim];
+    for (i = 0; i < inner + kv; i++)
+        qkv_rows[i] = 1;
+    tfm__set_factors(folding, file, f->qkv[0], qkv_rows, NULL);
+    tfm__set_factors(folding, file, f->qkv[1], qkv_rows, NULL);
+    tfm__set_factors(folding, file, f->out, NULL, out_columns);
+    tfm__norm_powers(f, f->ffn_norm, d_model, norms[1]);
+    tfm__measure(f->up, norms[1], up_columns, up_rows);
+    if (f->gated) {
+        tfm__measure(down, NULL, down_columns, NULL);
+        for (i = 0; i < d_ff; i++) {
+            up_rows[d_ff + i] *= up_rows[i]; /* the product of gate and up */
+            up_rows[i] = 1;
+        }
+        tfm__balance(up_rows + d_ff, down_columns, d_ff);
+        tfm__set_factors(folding, file, f->up[0], up_rows, NULL);
+        tfm__set_factors(folding, file, f->up[1], up_rows, NULL);
+        tfm__set_factors(folding, file, f->down, NULL, down_columns);
+    }
+    if (!f->pre_norm)
+        return;
+    tfm__balance(norms[0], qkv_columns, d_model);
+    tfm__balance(norms[1], up_columns, d_model);
+    tfm__set_factors(folding, file, f->qkv[0], NULL, qkv_columns);
+    tfm__set_factors(folding, file, f->up[0], NULL, up_columns);
+    for (i = 0; i < 2; i++) {
+        tfm__set_factors(folding, file, f->attention_norm[i], norms[0], NULL);
+        tfm__set_factors(folding, file, f->ffn_norm[i], norms[1], NULL);
+    }
+    folding->of[f->attention_norm[0] - file->entries].offset = f->offset;
+    folding->of[f->ffn_norm[0] - file->entries].offset = f->offset;
+}
+
+static void tfm__fold_stack(tfm__folding *folding, const tfm_file *file, const char *stack) {
+    size_t n_layers = TFM__MIN(tfm__stack_size(file, stack, "n_layers"), file->n_entries), layer;
+    for (layer = 0; layer < n_layers; layer++) {
+        tfm__foldable f = tfm__find_foldable(file, stack, layer);
+        if (tfm__foldable_fits(&f))
+            tfm__fold_block(folding, file, &f);
+    }
+}
+
+static void tfm__fold_free(tfm__folding *folding, const tfm_allocator *allocator) {
+    tfm__release(allocator, folding->of);
+    tfm__release(allocator, folding->floats);
+    memset(folding, 0, sizeof *folding);
+}
+
+/* The factors for all of a file's tensors. */
+static tfm_status tfm__fold(const tfm_file *file, tfm__folding *folding, const tfm_allocator *allocator,
+                            tfm_error *error) {
+    size_t of_size = tfm__product(file->n_entries, sizeof *folding->of), run;
+    memset(folding, 0, sizeof *folding);
+    folding->of = (tfm__factors *)tfm__allocate_zeroed(allocator, of_size);
+    if (!folding->of)
+        return tfm__fail_memory(error, of_size);
+    for (run = 0; run < 2; run++) { /* how much memory; then the factors */
+        folding->used = 0;
+        tfm__fold_stack(folding, file, "encoder");
+        tfm__fold_stack(folding, file, "decoder");
+        if (run || !folding->used)
+            break;
+        folding->floats = (float *)tfm__allocate(allocator, tfm__product(folding->used, sizeof *folding->floats));
+        if (!folding->floats) {
+            tfm__fold_free(folding, allocator);
+            return tfm__fail_memory(error, tfm__product(folding->used, sizeof *folding->floats));
+        }
+    }
+    return TFM_OK;
+}
+
+static tfm__factors tfm__factors_of(const tfm__folding *folding, const tfm_file *file, const tfm_entry *entry) {
+    return folding->of ? folding->of[entry - file->entries] : tfm__no_factors();
+}
+
+/* A vector times its factors, in fp32. */
+static void tfm__factored_vector(const tfm_tensor *from, const tfm__factors *factors, float *to) {
+    size_t n = from->shape[0], i;
+    tfm__to_floats(from->dtype, from->data, 1, n, to);
+    for (i = 0; factors->rows && i < n; i++)
+        to[i] = (to[i] + factors->offset) * factors->rows[i] - factors->offset;
+}
+
 /* ---- writing */
 
 #ifndef TFM_NO_STDIO
@@ -4099,6 +4415,7 @@ static void tfm__put_u64(unsigned char *p, uint64_t value) {
 typedef struct tfm__rewrite {
     const tfm_file *from;
     const tfm_quantize_options *options;
+    tfm__folding folding; /* for i8 */
     tfm_allocator allocator;
     tfm__threads threads;
     FILE *to;
@@ -4108,10 +4425,15 @@ typedef struct tfm__rewrite {
     uint64_t read, total; /* progress, in bytes of the old file's tensors */
 } tfm__rewrite;
 
-/* What the tensor becomes: matrices panels, of the wanted dtype; vectors stay. */
-static tfm_tensor tfm__rewritten(const tfm__rewrite *rewrite, const tfm_tensor *tensor) {
-    tfm_dtype dtype = rewrite->options->dtype ? rewrite->options->dtype : tensor->dtype;
-    return tensor->n_dims == 2 ? tfm__tensor(dtype, TFM_PANELS, tensor->shape[0], tensor->shape[1], NULL) : *tensor;
+/* What the tensor becomes: matrices panels, of the wanted dtype; vectors stay, or are fp32 if they take part in folding. */
+static tfm_tensor tfm__rewritten(const tfm__rewrite *rewrite, const tfm_entry *entry) {
+    const tfm_dtype dtype = rewrite->options->dtype ? rewrite->options->dtype : TFM_I8;
+    const tfm_tensor *tensor = &entry->tensor;
+    if (tensor->n_dims == 2)
+        return tfm__tensor(dtype, TFM_PANELS, tensor->shape[0], tensor->shape[1], NULL);
+    if (tfm__factors_of(&rewrite->folding, rewrite->from, entry).rows)
+        return tfm__tensor(TFM_F32, TFM_ROWS, tensor->shape[0], 0, NULL);
+    return *tensor;
 }
 
 static tfm_status tfm__write(const tfm__rewrite *rewrite, const void *data, size_t size, tfm_error *error) {
@@ -4129,17 +4451,23 @@ static tfm_status tfm__write_padding(const tfm__rewrite *rewrite, size_t to, tfm
 static tfm_status tfm__rewrite_tensor(tfm__rewrite *rewrite, const tfm__crc_tables *crc, const tfm_entry *entry,
                                       unsigned char *directory, tfm_error *error) {
     const tfm_tensor *tensor = &entry->tensor;
-    tfm_tensor target = tfm__rewritten(rewrite, tensor);
+    tfm_tensor target = tfm__rewritten(rewrite, entry);
     size_t offset = (size_t)tfm__u64(directory + 48), size = tfm_tensor_bytes(&target);
     const tfm_quantize_options *options = rewrite->options;
+    const tfm__factors factors = tfm__factors_of(&rewrite->folding, rewrite->from, entry);
     void *memory = NULL;
     tfm_status status;
-    if (tensor->n_dims == 2) {
+    if (!target.data) {
         memory = tfm__allocate_aligned(&rewrite->allocator, size, TFM__CACHE_LINE);
         if (!memory)
             return tfm__fail_memory(error, size);
-        target = tfm__pack_into(&rewrite->threads, tensor, target.dtype, memory);
-        if (tfm__is_not_finite(&target)) {
+        if (tensor->n_dims == 2)
+            target = tfm__pack_into(&rewrite->threads, tensor, factors, target.dtype, memory);
+        else {
+            tfm__factored_vector(tensor, &factors, (float *)memory);
+            target.data = memory;
+        }
+        if (tensor->n_dims == 2 && tfm__is_not_finite(&target)) {
             tfm__release_aligned(&rewrite->allocator, memory);
             return tfm__fail(error, TFM_ERROR_FORMAT,
                              "%s: a weight of tensor '%.*s' is not finite, and can't be quantized", rewrite->from->name,
@@ -4166,7 +4494,7 @@ static void tfm__plan_rewrite(tfm__rewrite *rewrite) {
     size_t end = rewrite->head_size, i;
     for (i = 0; i < rewrite->from->n_entries; i++) {
         const tfm_entry *entry = rewrite->from->entries + i;
-        tfm_tensor target = tfm__rewritten(rewrite, &entry->tensor);
+        tfm_tensor target = tfm__rewritten(rewrite, entry);
         end = tfm__round_up(end, TFM__CACHE_LINE);
         tfm__put_u32(directory + 4, (uint32_t)target.dtype);
         tfm__put_u32(directory + 8, (uint32_t)target.layout);
@@ -4246,7 +4574,12 @@ TFM_API tfm_status tfm_quantize(const char *in_path, const char *out_path, const
         strcpy(path, out_path);
         strcat(path, ".part");
         rewrite.path = path;
-        status = tfm__rewrite_to(&rewrite, out_path, error);
+        status = TFM_OK;
+        if (!rewrite.options->dtype || rewrite.options->dtype == TFM_I8)
+            status = tfm__fold(from, &rewrite.folding, &rewrite.allocator, error);
+        if (status == TFM_OK)
+            status = tfm__rewrite_to(&rewrite, out_path, error);
+        tfm__fold_free(&rewrite.folding, &rewrite.allocator);
     } else
         status = tfm__fail_memory(error, rewrite.head_size);
     tfm__release(&rewrite.allocator, path);
@@ -5455,8 +5788,6 @@ static const char *const tfm__ffn_words[] = {"plain", "gated", NULL};
 static const char *const tfm__activation_words[] = {"none",       "relu", "gelu", "gelu_tanh",
                                                     "quick_gelu", "silu", "tanh", NULL};
 
-#define TFM__MAX_SIZE 0x7FFFFFFF
-
 static void tfm__read_description(tfm__reader *reader, tfm_description *d) {
     tfm__read_word(reader, "model.kind", tfm__kind_words, 1);
     d->vocab_size = tfm__read_size(reader, "vocab_size", 1, TFM__MAX_SIZE, -1);
@@ -5492,10 +5823,11 @@ static void tfm__read_description(tfm__reader *reader, tfm_description *d) {
 typedef struct tfm__loader {
     tfm__reader reader;
     tfm__threads threads;
-    tfm_dtype dtype; /* of the matrices; 0: as in the file */
-    int copy;        /* 1: nothing is used where it lies */
-    int fill;        /* 0: first run */
-    char *memory;    /* for what can't be used where it lies */
+    tfm_dtype dtype;      /* of the matrices; 0: as in the file */
+    tfm__folding folding; /* if that is i8 */
+    int copy;             /* 1: nothing is used where it lies */
+    int fill;             /* 0: first run */
+    char *memory;         /* for what can't be used where it lies */
     size_t used;
     uint64_t parameters;
 } tfm__loader;
@@ -5546,7 +5878,8 @@ static void tfm__load_matrix(tfm__loader *loader, const char *name, size_t out, 
     if (loader->copy || entry->tensor.layout != TFM_PANELS || entry->tensor.dtype != dtype) {
         char *memory = tfm__loader_take(loader, tfm_tensor_bytes(matrix));
         if (loader->fill) {
-            *matrix = tfm__pack_into(&loader->threads, &entry->tensor, dtype, memory);
+            *matrix = tfm__pack_into(&loader->threads, &entry->tensor,
+                                     tfm__factors_of(&loader->folding, reader->file, entry), dtype, memory);
             tfm__file_forget(loader->reader.file, &entry->tensor);
         }
         if (loader->fill && tfm__is_not_finite(matrix) && reader->status == TFM_OK)
@@ -5566,13 +5899,15 @@ static void tfm__load_table(tfm__loader *loader, const char *name, size_t rows, 
 /* A vector, in fp32. */
 static void tfm__load_vector(tfm__loader *loader, const char *name, size_t n, int optional, tfm_tensor *vector) {
     const tfm_entry *entry = tfm__load_entry(loader, name, n, 0, optional);
+    tfm__factors factors;
     if (!entry)
         return;
+    factors = tfm__factors_of(&loader->folding, loader->reader.file, entry);
     *vector = tfm__tensor(TFM_F32, TFM_ROWS, n, 0, entry->tensor.data);
-    if (entry->tensor.dtype != TFM_F32) {
+    if (entry->tensor.dtype != TFM_F32 || factors.rows) {
         float *memory = (float *)(void *)tfm__loader_take(loader, n * sizeof *memory);
         if (loader->fill) {
-            tfm__to_floats(entry->tensor.dtype, entry->tensor.data, 1, n, memory);
+            tfm__factored_vector(&entry->tensor, &factors, memory);
             vector->data = memory;
         }
     }
@@ -5730,43 +6065,53 @@ TFM_API void tfm_free(tfm_model *model) {
     tfm__release(&allocator, model);
 }
 
-static tfm_status tfm__load_model(tfm_model *model, const tfm_load_options *options, tfm_error *error) {
+static tfm_status tfm__load_with(tfm__loader *loader, tfm_model *model, const tfm_load_options *options,
+                                 tfm_error *error) {
     const tfm_description *d = &model->description;
-    tfm__loader loader;
-    memset(&loader, 0, sizeof loader);
-    loader.reader.file = model->file;
-    loader.reader.error = error;
-    loader.threads.count = tfm__thread_count(options->threads);
-    loader.dtype = options->dtype;
-    loader.copy = options->copy;
+    loader->reader.file = model->file;
+    loader->reader.error = error;
+    loader->threads.count = tfm__thread_count(options->threads);
+    loader->dtype = options->dtype;
+    loader->copy = options->copy;
     if ((unsigned)options->dtype >= TFM_DTYPE_COUNT)
         return tfm__fail(error, TFM_ERROR_UNSUPPORTED, "unknown type %d", (int)options->dtype);
     if (options->verify && tfm_file_verify(model->file, error) != TFM_OK)
         return TFM_ERROR_FORMAT;
-    tfm__read_description(&loader.reader, &model->description);
-    if (loader.reader.status == TFM_OK && d->n_layers > model->file->n_entries)
-        tfm__reader_fail(&loader.reader, "decoder.n_layers", "no more layers than there are tensors");
-    if (loader.reader.status != TFM_OK)
-        return loader.reader.status;
+    tfm__read_description(&loader->reader, &model->description);
+    if (loader->reader.status == TFM_OK && d->n_layers > model->file->n_entries)
+        tfm__reader_fail(&loader->reader, "decoder.n_layers", "no more layers than there are tensors");
+    if (loader->reader.status != TFM_OK)
+        return loader->reader.status;
+    if (options->dtype == TFM_I8 && tfm__fold(model->file, &loader->folding, &model->allocator, error) != TFM_OK)
+        return TFM_ERROR_MEMORY;
     model->blocks = (tfm_block *)tfm__allocate_zeroed(&model->allocator, d->n_layers * sizeof *model->blocks);
     if (!model->blocks)
         return tfm__fail_memory(error, d->n_layers * sizeof *model->blocks);
-    tfm__load_weights(&loader, model);
-    if (loader.reader.status != TFM_OK)
-        return loader.reader.status;
-    if (loader.used) {
-        model->weights = tfm__allocate_aligned(&model->allocator, loader.used, TFM__HUGE_PAGE);
+    tfm__load_weights(loader, model);
+    if (loader->reader.status != TFM_OK)
+        return loader->reader.status;
+    if (loader->used) {
+        model->weights = tfm__allocate_aligned(&model->allocator, loader->used, TFM__HUGE_PAGE);
         if (!model->weights)
-            return tfm__fail_memory(error, loader.used);
-        tfm__advise_huge(model->weights, loader.used);
-        loader.memory = (char *)model->weights;
-        loader.fill = 1;
-        tfm__load_weights(&loader, model);
+            return tfm__fail_memory(error, loader->used);
+        tfm__advise_huge(model->weights, loader->used);
+        loader->memory = (char *)model->weights;
+        loader->fill = 1;
+        tfm__load_weights(loader, model);
     }
-    model->parameters = loader.parameters;
+    model->parameters = loader->parameters;
     model->bytes_per_token = tfm__bytes_per_token(model);
-    tfm__read_tokenizer(&loader.reader, model);
-    return loader.reader.status;
+    tfm__read_tokenizer(&loader->reader, model);
+    return loader->reader.status;
+}
+
+static tfm_status tfm__load_model(tfm_model *model, const tfm_load_options *options, tfm_error *error) {
+    tfm__loader loader;
+    tfm_status status;
+    memset(&loader, 0, sizeof loader);
+    status = tfm__load_with(&loader, model, options, error);
+    tfm__fold_free(&loader.folding, &model->allocator);
+    return status;
 }
 
 /* Takes the file over, whatever comes of it. */
