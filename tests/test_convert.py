@@ -1169,7 +1169,7 @@ def test_usage(converter, _):
     write_json(config, model.model_args)
     for what, arguments in (("nothing", []), ("one argument", [path]), ("three arguments", [path, "a", "b"]),
                             ("unknown option", [path, "a", "--what"]), ("no value", [path, "a", "--arch"]),
-                            ("unknown arch", [path, "a", "--arch", "bert"])):
+                            ("unknown arch", [path, "a", "--arch", "bloom"])):
         result = subprocess.run([*converter.command, *arguments], capture_output=True, text=True)
         check_equal(result.returncode, 2, "usage: %s: exit status" % what)
         check_sentence(result.stderr, "usage: " + what)
@@ -1183,9 +1183,10 @@ def test_usage(converter, _):
 def test_configurations(converter, _):
     model = hf_model()
     cases = [
-        (dict(model_type="bert"), ("'bert'", "gpt2")), (dict(model_type=3), ("model_type",)),
+        (dict(model_type="bloom"), ("'bloom'", "gpt2")), (dict(model_type=3), ("model_type",)),
         (dict(architectures=["GPT2ForSequenceClassification"]), ("GPT2ForSequenceClassification",)),
-        (dict(model_type="drop", architectures=["BertModel"]), ("BertModel",)),
+        (dict(model_type="drop", architectures=["BloomModel"]), ("BloomModel",)),
+        (dict(model_type="bert"), ("GPT2LMHeadModel", "BertModel")),
         (dict(architectures=[["x"]]), ("x",)), (dict(architectures="GPT2Model"), ("architectures",)),
         (dict(n_embd="drop", hidden_size="drop"), ("n_embd",)), (dict(n_embd="24"), ("n_embd",)),
         (dict(n_embd=0), ("n_embd",)), (dict(n_embd=-24), ("n_embd",)), (dict(n_embd=24.0), ("n_embd",)),
