@@ -81,6 +81,11 @@ def check_equal(found, expected, what):
 class TfmFile:
     """Reads everything and complains (ValueError) about whatever the format doesn't allow."""
 
+    # Name, elements and bytes of a block; from 16 on GGUF's.
+    DTYPES = {1: ("f32", 1, 4), 2: ("f16", 1, 2), 3: ("bf16", 1, 2), 18: ("Q4_0", 32, 18), 19: ("Q4_1", 32, 20),
+              22: ("Q5_0", 32, 22), 23: ("Q5_1", 32, 24), 24: ("Q8_0", 32, 34), 28: ("Q4_K", 256, 144),
+              29: ("Q5_K", 256, 176), 30: ("Q6_K", 256, 210)}
+
     def __init__(self, path):
         with open(path, "rb") as file:
             self.data = file.read()
@@ -138,15 +143,17 @@ class TfmFile:
                 raise ValueError("directory entry of " + name)
             if offset % 64 or offset < previous or offset - previous >= 64 or any(self.data[previous:offset]):
                 raise ValueError("place of " + name)
-            if size != math.prod(shape) * {1: 4, 2: 2, 3: 2}[dtype] or offset + size > len(self.data):
+            kind, elements, block = self.DTYPES[dtype]
+            if size != math.prod(shape) // elements * block or shape[n_dims - 1] % elements:
                 raise ValueError("size of " + name)
+            if offset + size > len(self.data):
+                raise ValueError("end of " + name)
             data = self.data[offset:offset + size]
             if zlib.crc32(data) != crc:
                 raise ValueError("checksum of " + name)
             if name in self.tensors:
                 raise ValueError("tensor twice: " + name)
-            self.tensors[name] = ((None, "f32", "f16", "bf16")[dtype], ("rows", "cols")[layout], tuple(shape[:n_dims]),
-                                  data)
+            self.tensors[name] = (kind, ("rows", "cols")[layout], tuple(shape[:n_dims]), data)
             previous = offset + size
         if at != end:
             raise ValueError("directory size")

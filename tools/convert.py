@@ -263,11 +263,15 @@ def unique_keys(pairs):
     return values
 
 
-def parse_json(text, where):
+def parse_json_value(text, where):
     try:
-        values = json.loads(text, object_pairs_hook=unique_keys)
+        return json.loads(text, object_pairs_hook=unique_keys)
     except (ValueError, RecursionError) as error:
         raise ConvertError("%s: is not valid JSON: %s" % (where, error))
+
+
+def parse_json(text, where):
+    values = parse_json_value(text, where)
     if not isinstance(values, dict):
         raise ConvertError("%s: should hold a JSON object" % where)
     return Fields(values, where)
@@ -913,10 +917,10 @@ def find_weights(source):
     for name in WEIGHT_FILES:
         if source.has(name):
             return source.beside(name)
-    others = sorted(name for name in os.listdir(source.path) if name.endswith(".safetensors"))
+    others = sorted(name for name in os.listdir(source.directory) if name.endswith(".safetensors"))
     if len(others) == 1:
         return source.beside(others[0])
-    raise ConvertError("%s: has none of %s" % (source.path, ", ".join(WEIGHT_FILES)))
+    raise ConvertError("%s: has none of %s" % (source.directory, ", ".join(WEIGHT_FILES)))
 
 
 def read_weights(file):
@@ -936,12 +940,16 @@ def read_weights(file):
     raise ConvertError("%s: is neither a .safetensors file nor one that torch.save wrote" % file.path)
 
 
+def is_plain_name(name):
+    """Whether it names something in the same directory. With a directory in it, it could lead anywhere."""
+    return isinstance(name, str) and not re.search(r"[/\\:\0]", name) and name not in ("", ".", "..")
+
+
 def read_shards(source, path):
     index = source.json(path)
     shards: Dict[str, List[str]] = {}
     for name, shard in index.object("weight_map").values.items():
-        # A name with a directory in it could lead anywhere.
-        if not isinstance(shard, str) or re.search(r"[/\\:\0]", shard) or shard in ("", ".", ".."):
+        if not is_plain_name(shard):
             raise ConvertError("%s: %s is in %s, which should be the name of a file in the same directory"
                                % (path, quote(name), quote(shard)))
         shards.setdefault(shard, []).append(name)
@@ -2056,6 +2064,69 @@ def check_architectures(config, kinds, family):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Directories of sentence-transformers: modules.json lists what follows the model
+# ---------------------------------------------------------------------------------------------------------------------
+
+class Pooling(NamedTuple):
+    kind: str  # cls, mean, max
+    normalize: bool
+    max_tokens: Optional[int]
+
+
+POOLING_MODES = {"cls": "cls", "mean": "mean", "max": "max", "cls_token": "cls", "mean_tokens": "mean",
+                 "max_tokens": "max"}
+
+
+def read_modules(source):
+    """What the modules after the model do with its hidden states, or None. The source becomes the model's directory."""
+    if not source.is_directory or not source.has("modules.json"):
+        return None
+    path = source.beside("modules.json")
+    modules = parse_json_value(source.text(path), path)
+    if not isinstance(modules, list) or not modules or not all(isinstance(module, dict) for module in modules):
+        raise ConvertError("%s: should hold a list of modules" % path)
+    modules = [Fields(module, "%s: module %d" % (path, i)) for i, module in enumerate(modules)]
+    kinds = [module.text("type").rpartition(".")[2] for module in modules]
+    known = [kind for kind in kinds if kind != "Dropout"]  # which does nothing here
+    if known not in (["Transformer"], ["Transformer", "Pooling"], ["Transformer", "Pooling", "Normalize"]):
+        raise ConvertError("%s: the modules %s are not supported, only Transformer, Pooling and Normalize in this order"
+                           % (path, listing(kinds, 8)))
+    for module in modules:
+        if module.text("path") and not is_plain_name(module.text("path")):
+            raise ConvertError("%s: 'path' should be the name of a directory beside modules.json, not %s"
+                               % (module.where, quote(module.text("path"))))
+    pooling = None
+    if "Pooling" in kinds:
+        name = os.path.join(modules[kinds.index("Pooling")].text("path"), "config.json")
+        settings = source.optional_json("sentence_bert_config.json")
+        if settings.flag("do_lower_case", False):
+            source.notes.append("warning: sentence_bert_config.json asks for lower case, which is left to the caller")
+        pooling = Pooling(pooling_kind(source.json(source.beside(name))), "Normalize" in kinds,
+                          settings.size("max_seq_length", None))
+    source.directory = source.beside(modules[0].text("path"))
+    return pooling
+
+
+def pooling_kind(config):
+    """The one way of pooling that the configuration turns on, in its older or its newer words."""
+    found = [key[len("pooling_mode_"):] for key in config.values
+             if key.startswith("pooling_mode_") and config.flag(key)]
+    mode = config.get("pooling_mode", (str, list), "a string or a list", [])
+    found += mode if isinstance(mode, list) else [mode]
+    kinds = sorted({POOLING_MODES.get(name, "") for name in found if isinstance(name, str)})
+    if len(kinds) != 1 or not kinds[0]:
+        raise ConvertError("%s: the way of pooling should be one of cls, mean and max, not %s"
+                           % (config.where, listing(found) or "none"))
+    return kinds[0]
+
+
+def put_pooling(model, pooling):
+    if model.kind == "encoder":
+        model.pooling, model.pool_max_tokens = pooling.kind, pooling.max_tokens
+        model.pool_normalize = pooling.normalize
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Matching the tensors of a checkpoint with a family's rules
 # ---------------------------------------------------------------------------------------------------------------------
 
@@ -2864,6 +2935,7 @@ def convert(args):
     source = Source(args.checkpoint)
     out = os.path.realpath(args.out)
     check_output(out, args.out)
+    pooling = read_modules(source)
     # A directory's configuration can refuse it before its weights are read; nanoGPT's comes with the weights.
     checkpoint = None if source.is_directory else read_checkpoint(source)
     config = read_config(source, args.config, checkpoint and checkpoint.arguments)
@@ -2875,6 +2947,8 @@ def convert(args):
     if family.prepare is not None:
         tensors = family.prepare(family, tensors, config, source.notes)
     model = family.describe(config, family, tensors)
+    if pooling is not None:
+        put_pooling(model, pooling)
     settle_head(tensors, model, family, source.notes)
     entries = match_tensors(tensors, model, family, source.path)
     bpe = read_tokenizer(source, family, model.vocab_size) if model.vocab_size else None
