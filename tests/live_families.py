@@ -25,6 +25,10 @@ import sys
 import tempfile
 import time
 
+try:
+    import gguf
+except ImportError:
+    gguf = None
 import numpy
 import safetensors.torch
 import torch
@@ -53,7 +57,6 @@ def to_tensor(kind, layout, shape, data):
         dtype = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}[kind]
         tensor = torch.frombuffer(bytearray(data), dtype=dtype).float()
     else:
-        import gguf
         blocks = numpy.frombuffer(data, dtype=numpy.uint8)
         tensor = torch.from_numpy(gguf.quants.dequantize(blocks, gguf.GGMLQuantizationType[kind]).copy())
     return tensor.view(shape) if layout == "rows" else tensor.view(shape[::-1]).T
@@ -433,6 +436,9 @@ class Runner:
         what = name
         folder = os.path.join(self.folder, "%03d %s" % (self.number, name))
         made = function(generator, folder)
+        if made is None:
+            print("%-44s not compared: the package gguf is not there" % what)
+            return
         model, options = made if isinstance(made, tuple) else (made, {})
         if not os.path.exists(folder):
             model.save_pretrained(folder)
@@ -914,6 +920,255 @@ torch_case("nn.TransformerEncoderLayer", lambda sizes: nn.TransformerEncoderLaye
            {"arch": "nn.TransformerEncoderLayer"})
 torch_case("nn.TransformerDecoderLayer", lambda sizes: nn.TransformerDecoderLayer(**sizes),
            {"arch": "nn.TransformerDecoderLayer", "state_prefix": "block."})
+
+
+# --- GGUF ---
+
+class GgufMaker:
+    """Writes a model of transformers as llama.cpp's converter does, and rounds its weights to what was written."""
+
+    def __init__(self, path, arch, kinds):
+        self.writer = gguf.GGUFWriter(path, arch)
+        self.kinds = [gguf.GGMLQuantizationType[kind] for kind in kinds]
+        self.count = 0
+
+    def kind_for(self, shape):
+        """The next of the types that rows of this length can have."""
+        if len(shape) > 1:
+            for _ in self.kinds:
+                self.count += 1
+                kind = self.kinds[self.count % len(self.kinds)]
+                if shape[-1] % gguf.GGML_QUANT_SIZES[kind][0] == 0:
+                    return kind
+        return gguf.GGMLQuantizationType.F32
+
+    def put(self, name, *parameters, order=None, transpose=False, offset=0.0, kind=None):
+        """The rows of the parameters, one after another, in the order given."""
+        rows = torch.cat([parameter.detach().T if transpose else parameter.detach() for parameter in parameters])
+        order = torch.arange(len(rows)) if order is None else order
+        array = (rows[order] + offset).contiguous().numpy()
+        kind = kind or self.kind_for(array.shape)
+        packed = random_blocks(kind, array.shape) if kind.name in K_QUANTS else gguf.quants.quantize(array, kind)
+        self.writer.add_tensor(name, packed, raw_dtype=kind)
+        written = torch.empty_like(rows)
+        written[order] = torch.from_numpy(gguf.quants.dequantize(packed, kind).reshape(array.shape).copy()) - offset
+        start = 0
+        for parameter in parameters:
+            size = parameter.shape[-1 if transpose else 0]
+            part = written[start:start + size]
+            parameter.data.copy_(part.T if transpose else part)
+            start += size
+
+    def settings(self, config, **values):
+        writer = self.writer
+        writer.add_block_count(config.num_hidden_layers)
+        writer.add_embedding_length(config.hidden_size)
+        writer.add_head_count(config.num_attention_heads)
+        writer.add_context_length(config.max_position_embeddings)
+        for name, value in values.items():
+            getattr(writer, "add_" + name)(value)
+
+    def close(self):
+        self.writer.write_header_to_file()
+        self.writer.write_kv_data_to_file()
+        self.writer.write_tensors_to_file()
+        self.writer.close()
+
+
+# Where the scales of a block are, two bytes each; the package doesn't write these types.
+K_QUANTS = {"Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,)}
+
+
+def random_blocks(kind, shape):
+    """Random bits with scales that make weights of a usual size."""
+    elements, size = gguf.GGML_QUANT_SIZES[kind]
+    blocks = torch.randint(0, 256, (*shape[:-1], shape[-1] // elements, size), dtype=torch.uint8).numpy()
+    for place in K_QUANTS[kind.name]:
+        scales = (torch.rand(blocks.shape[:-1]) * 1e-4 + 1e-5).half().numpy()
+        blocks[..., place:place + 2] = scales[..., None].view(numpy.uint8)
+    return blocks.reshape(*shape[:-1], -1)
+
+
+def interleaved(n_heads, head_dim):
+    """LLaMA's rows in llama.cpp: a pair that is rotated together stands together."""
+    rows = torch.arange(n_heads * head_dim).view(n_heads, 2, head_dim // 2)
+    return rows.transpose(1, 2).flatten()
+
+
+def put_llama_blocks(maker, model, arch):
+    config, gemma = model.config, arch.startswith("gemma")
+    offset = float(gemma)
+    for i, layer in enumerate(model.model.layers):
+        block, attention = "blk.%d." % i, layer.self_attn
+        for letter, heads in (("q", config.num_attention_heads), ("k", config.num_key_value_heads),
+                              ("v", config.num_key_value_heads)):
+            projection = getattr(attention, letter + "_proj")
+            order = interleaved(heads, attention.head_dim) if arch == "llama" and letter != "v" else None
+            maker.put(block + "attn_%s.weight" % letter, projection.weight, order=order)
+            if projection.bias is not None:
+                maker.put(block + "attn_%s.bias" % letter, projection.bias, order=order)
+        if arch == "qwen3":
+            maker.put(block + "attn_q_norm.weight", attention.q_norm.weight)
+            maker.put(block + "attn_k_norm.weight", attention.k_norm.weight)
+        maker.put(block + "attn_output.weight", attention.o_proj.weight)
+        maker.put(block + "attn_norm.weight", layer.input_layernorm.weight, offset=offset)
+        if arch == "gemma2":
+            maker.put(block + "post_attention_norm.weight", layer.post_attention_layernorm.weight, offset=offset)
+            maker.put(block + "ffn_norm.weight", layer.pre_feedforward_layernorm.weight, offset=offset)
+            maker.put(block + "post_ffw_norm.weight", layer.post_feedforward_layernorm.weight, offset=offset)
+        else:
+            maker.put(block + "ffn_norm.weight", layer.post_attention_layernorm.weight, offset=offset)
+        for name in ("gate", "up", "down"):
+            maker.put(block + "ffn_%s.weight" % name, getattr(layer.mlp, name + "_proj").weight)
+    maker.put("output_norm.weight", model.model.norm.weight, offset=offset)
+    maker.put("token_embd.weight", model.model.embed_tokens.weight)
+    if not config.tie_word_embeddings:
+        maker.put("output.weight", model.lm_head.weight)
+
+
+def gguf_case(name, arch, make, kinds, write, **says):
+    def build(generator, folder):
+        if gguf is None:
+            return None
+        os.makedirs(folder)
+        path = os.path.join(folder, "model.gguf")
+        model = make(generator, folder)
+        maker = GgufMaker(path, arch, kinds)
+        with torch.no_grad():
+            write(maker, model)
+        maker.close()
+        return model, {"checkpoint": path, "says": says}
+    CASES.append(("GGUF " + name, build))
+
+
+def llama_gguf(arch, **more):
+    def write(maker, model):
+        config = model.config
+        maker.settings(config, head_count_kv=config.num_key_value_heads, feed_forward_length=config.intermediate_size,
+                       layer_norm_rms_eps=config.rms_norm_eps, rope_freq_base=config.rope_parameters["rope_theta"],
+                       key_length=model.model.layers[0].self_attn.head_dim,
+                       value_length=model.model.layers[0].self_attn.head_dim, eos_token_id=2, **more)
+        if arch == "gemma2":
+            maker.writer.add_attn_logit_softcapping(config.attn_logit_softcapping)
+            maker.writer.add_final_logit_softcapping(config.final_logit_softcapping)
+            maker.writer.add_sliding_window(config.sliding_window)
+        put_llama_blocks(maker, model, arch)
+    return write
+
+
+def llama3_gguf(maker, model):
+    llama_gguf("llama", rope_dimension_count=model.model.layers[0].self_attn.head_dim)(maker, model)
+    rope = model.model.rotary_emb
+    plain = 1.0 / model.config.rope_parameters["rope_theta"] ** (torch.arange(0, 16, 2) / 16)
+    maker.writer.add_tensor("rope_freqs.weight", (plain / rope.inv_freq).numpy())
+
+
+def yarn_gguf(maker, model):
+    rope = model.config.rope_parameters
+    llama_gguf("llama", rope_scaling_type=gguf.RopeScalingType.YARN, rope_scaling_factor=rope["factor"],
+               rope_scaling_orig_ctx_len=rope["original_max_position_embeddings"])(maker, model)
+
+
+def phi_gguf(fused):
+    def write(maker, model):
+        config = model.config
+        attention = model.model.layers[0].self_attn
+        maker.settings(config, head_count_kv=config.num_key_value_heads, feed_forward_length=config.intermediate_size,
+                       layer_norm_eps=config.layer_norm_eps, rope_dimension_count=attention.rotary_ndims)
+        for i, layer in enumerate(model.model.layers):
+            attention = layer.self_attn
+            parts = [getattr(attention, letter + "_proj") for letter in "qkv"]
+            for kind in ("weight", "bias"):
+                tensors = [getattr(part, kind) for part in parts]
+                if fused:
+                    maker.put("blk.%d.attn_qkv.%s" % (i, kind), *tensors)
+                for letter, tensor in zip("" if fused else "qkv", tensors):
+                    maker.put("blk.%d.attn_%s.%s" % (i, letter, kind), tensor)
+                for target, module in (("attn_output", attention.dense), ("attn_norm", layer.input_layernorm),
+                                       ("ffn_up", layer.mlp.fc1), ("ffn_down", layer.mlp.fc2)):
+                    maker.put("blk.%d.%s.%s" % (i, target, kind), getattr(module, kind))
+        for kind in ("weight", "bias"):
+            maker.put("output_norm." + kind, getattr(model.model.final_layernorm, kind))
+            maker.put("output." + kind, getattr(model.lm_head, kind))
+        maker.put("token_embd.weight", model.model.embed_tokens.weight)
+    return write
+
+
+def neox_gguf(maker, model):
+    config, heads = model.config, model.config.num_attention_heads
+    maker.settings(config, feed_forward_length=config.intermediate_size, layer_norm_eps=config.layer_norm_eps,
+                   rope_dimension_count=4, parallel_residual=config.use_parallel_residual)
+    order = torch.arange(3 * config.hidden_size).view(heads, 3, -1).transpose(0, 1).flatten()
+    for i, layer in enumerate(model.gpt_neox.layers):
+        for kind in ("weight", "bias"):
+            maker.put("blk.%d.attn_qkv.%s" % (i, kind), getattr(layer.attention.query_key_value, kind), order=order)
+            for target, module in (("attn_output", layer.attention.dense), ("attn_norm", layer.input_layernorm),
+                                   ("ffn_norm", layer.post_attention_layernorm), ("ffn_up", layer.mlp.dense_h_to_4h),
+                                   ("ffn_down", layer.mlp.dense_4h_to_h)):
+                maker.put("blk.%d.%s.%s" % (i, target, kind), getattr(module, kind))
+    for kind in ("weight", "bias"):
+        maker.put("output_norm." + kind, getattr(model.gpt_neox.final_layer_norm, kind))
+    maker.put("token_embd.weight", model.gpt_neox.embed_in.weight)
+    maker.put("output.weight", model.get_output_embeddings().weight)
+
+
+def gpt2_gguf(maker, model):
+    config, base = model.config, model.transformer
+    maker.settings(config, feed_forward_length=4 * config.n_embd, layer_norm_eps=config.layer_norm_epsilon)
+    for i, layer in enumerate(base.h):
+        for target, module in (("attn_qkv", layer.attn.c_attn), ("attn_output", layer.attn.c_proj),
+                               ("ffn_up", layer.mlp.c_fc), ("ffn_down", layer.mlp.c_proj)):
+            maker.put("blk.%d.%s.weight" % (i, target), module.weight, transpose=True)
+            maker.put("blk.%d.%s.bias" % (i, target), module.bias)
+        for target, module in (("attn_norm", layer.ln_1), ("ffn_norm", layer.ln_2)):
+            maker.put("blk.%d.%s.weight" % (i, target), module.weight)
+            maker.put("blk.%d.%s.bias" % (i, target), module.bias)
+    maker.put("output_norm.weight", base.ln_f.weight)
+    maker.put("output_norm.bias", base.ln_f.bias)
+    maker.put("position_embd.weight", base.wpe.weight, kind=gguf.GGMLQuantizationType.F32)
+    maker.put("token_embd.weight", base.wte.weight)
+
+
+def gpt2_of(heads, size):
+    def make(generator, _):
+        return randomized(transformers.GPT2LMHeadModel(transformers.GPT2Config(
+            n_head=heads, n_embd=heads * size, n_layer=2, n_positions=41, vocab_size=odd(generator, 60, 300))))
+    return make
+
+
+_wide = dict(hidden_size=256, num_attention_heads=4, num_key_value_heads=2, head_dim=64, num_hidden_layers=2)
+_blocks = dict(hidden_size=96, num_attention_heads=3, num_key_value_heads=1, head_dim=32, intermediate_size=160)
+_legacy, _k = ["Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1"], ["Q4_K", "Q5_K", "Q6_K", "Q8_0", "F16"]
+gguf_case("llama, F32", "llama", llama(*_llama), ["F32"], llama_gguf("llama"), **{"generation.eos_ids": [2]})
+gguf_case("llama, F16 and BF16", "llama", llama(*_llama), ["F16", "BF16"], llama_gguf("llama"))
+gguf_case("llama with biases", "llama", llama(*_llama, attention_bias=True), ["F16"], lambda maker, model: (
+    llama_gguf("llama")(maker, model),
+    [maker.put("blk.%d.attn_output.bias" % i, layer.self_attn.o_proj.bias)
+     for i, layer in enumerate(model.model.layers)]))
+for _kind in _legacy:
+    gguf_case("llama, " + _kind, "llama", llama(*_llama, **_blocks), [_kind], llama_gguf("llama"))
+gguf_case("llama, old quantized types mixed", "llama", llama(*_llama, **_blocks), _legacy, llama_gguf("llama"))
+for _kind in K_QUANTS:
+    gguf_case("llama, " + _kind, "llama", llama(*_llama, **_wide, intermediate_size=512), [_kind], llama_gguf("llama"))
+gguf_case("llama, types mixed", "llama", llama(*_llama, **_wide, intermediate_size=512, tie_word_embeddings=True), _k,
+          llama_gguf("llama"))
+gguf_case("llama 3's frequencies", "llama", llama(*_llama, head_dim=16, rope_parameters={
+    "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 16, "rope_theta": 100.0}), ["F32"], llama3_gguf)
+gguf_case("llama, yarn", "llama", llama(*_llama, head_dim=16, rope_parameters={
+    "rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16, "rope_theta": 100.0}), ["F32"], yarn_gguf)
+gguf_case("qwen2", "qwen2", llama(*_qwen2, **_blocks), _legacy, llama_gguf("qwen2"))
+gguf_case("qwen3", "qwen3", llama(*_qwen3, **_wide, intermediate_size=256), _k, llama_gguf("qwen3"))
+gguf_case("gemma", "gemma", gemma(transformers.GemmaForCausalLM, transformers.GemmaConfig), ["F32"], llama_gguf("gemma"))
+gguf_case("gemma2", "gemma2", gemma(*_gemma2, sliding_window=6, num_hidden_layers=3, query_pre_attn_scalar=14,
+                                    attn_logit_softcapping=2.0, final_logit_softcapping=3.0), ["F16"],
+          llama_gguf("gemma2"))
+gguf_case("phi2", "phi2", lambda generator, _: phi(generator), ["F32"], phi_gguf(True))
+gguf_case("phi2 in parts", "phi2", lambda generator, _: phi(generator), ["F16"], phi_gguf(False))
+gguf_case("gptneox", "gptneox", lambda generator, _: neox(generator), ["F16"], neox_gguf)
+gguf_case("gptneox, one after the other", "gptneox", lambda generator, _: neox(generator, use_parallel_residual=False),
+          ["F32"], neox_gguf)
+gguf_case("gpt2", "gpt2", gpt2_of(3, 32), _legacy, gpt2_gguf)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -35,6 +35,7 @@ import itertools
 import json
 import math
 import mmap
+import operator
 import os
 import pickle
 import re
@@ -891,6 +892,105 @@ def describe_kind(value):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Reading .gguf: metadata, directory of tensors, data
+# ---------------------------------------------------------------------------------------------------------------------
+
+GGUF_MAGIC = b"GGUF"
+GGUF_NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
+GGUF_STRING, GGUF_ARRAY = 8, 9
+GGUF_DTYPES = {0: "F32", 1: "F16", 2: "Q4_0", 3: "Q4_1", 6: "Q5_0", 7: "Q5_1", 8: "Q8_0", 12: "Q4_K", 13: "Q5_K",
+               14: "Q6_K", 28: "F64", 30: "BF16"}
+
+
+class Gguf:
+    """A file of llama.cpp's format, versions 2 and 3. Reads from front to end; nothing in it is trusted."""
+
+    def __init__(self, file):
+        self.file = file
+        self.data = file.map()
+        self.position = len(GGUF_MAGIC)
+        version = self.number("I")
+        if version not in (2, 3):
+            raise ConvertError("%s: is a .gguf file of %s; versions 2 and 3 are supported" % (
+                file.path, "a big-endian machine" if version > 0xFFFF else "version %d" % version))
+        n_tensors, n_values = self.number("Q"), self.number("Q")
+        self.values: Dict[str, Any] = {}
+        for _ in range(n_values):
+            key = self.string()
+            if key in self.values:
+                raise ConvertError("%s: the key %s is there twice" % (file.path, quote(key)))
+            self.values[key] = self.value(self.number("I"))
+        self.tensors: Dict[str, Tensor] = {}
+        for _ in range(n_tensors):
+            self.read_tensor()
+        self.settle_data()
+        file.unload()
+
+    def checkpoint(self):
+        return Checkpoint(self.tensors, None, os.path.basename(self.file.path), Fields(self.values, self.file.path))
+
+    def take(self, size):
+        if size > self.file.size - self.position:
+            raise ConvertError("%s: is truncated or damaged: %d bytes are announced at byte %d, where there are %d"
+                               % (self.file.path, size, self.position, self.file.size - self.position))
+        self.position += size
+        return self.data[self.position - size:self.position]
+
+    def number(self, kind):
+        return struct.unpack("<" + kind, self.take(struct.calcsize("<" + kind)))[0]
+
+    def string(self):
+        return self.take(self.number("Q")).decode("utf-8", "surrogateescape")
+
+    def value(self, kind):
+        if kind in GGUF_NUMBERS:
+            return self.number(GGUF_NUMBERS[kind])
+        if kind == GGUF_STRING:
+            return self.string()
+        if kind == GGUF_ARRAY:
+            kind, count = self.number("I"), self.number("Q")
+            if kind == GGUF_STRING:
+                return [self.string() for _ in range(count)]
+            if kind in GGUF_NUMBERS:
+                code = GGUF_NUMBERS[kind]
+                return list(struct.unpack("<%d%s" % (count, code), self.take(count * struct.calcsize("<" + code))))
+        raise ConvertError("%s: the value before byte %d is of the unknown type %d"
+                           % (self.file.path, self.position, kind))
+
+    def read_tensor(self):
+        name, n_dims = self.string(), self.number("I")
+        where = "%s: the tensor %s" % (self.file.path, quote(name))
+        if name in self.tensors:
+            raise ConvertError("%s is there twice" % where)
+        if not 1 <= n_dims <= 4:
+            raise ConvertError("%s should have 1 to 4 dimensions, not %d" % (where, n_dims))
+        shape = tuple(reversed([self.number("Q") for _ in range(n_dims)]))
+        code, offset = self.number("I"), self.number("Q")
+        if code not in GGUF_DTYPES:
+            raise ConvertError("%s has the type %d of GGML, which is not supported (supported: %s)"
+                               % (where, code, ", ".join(GGUF_DTYPES.values())))
+        dtype = GGUF_DTYPES[code]
+        if math.prod(shape) > 1 << 48 or shape[-1] % BLOCK_TYPES.get(dtype, (1, 0))[0]:
+            raise ConvertError("%s has the shape %s, which its type %s can't have" % (where, quote(list(shape)), dtype))
+        storage = Storage(self.file, offset, stored_size(dtype, math.prod(shape)))
+        self.tensors[name] = Tensor(name, dtype, shape, row_major(shape), storage, 0)
+
+    def settle_data(self):
+        """Offsets are from the start of the data, which is known last."""
+        fields = Fields(self.values, self.file.path)
+        if fields.integer("split.count", 1) > 1:
+            raise ConvertError("%s: is one of several files; llama-gguf-split --merge makes them one" % self.file.path)
+        alignment = fields.size("general.alignment", 32, 1 << 20)
+        start = self.position + -self.position % alignment
+        for tensor in self.tensors.values():
+            storage = tensor.storage
+            if storage.offset % alignment or start + storage.offset + storage.size > self.file.size:
+                raise ConvertError("%s should lie at a multiple of %d within the file's %d bytes, not at byte %d of the "
+                                   "data with %d bytes" % (tensor, alignment, self.file.size, storage.offset, storage.size))
+            storage.offset += start
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Checkpoints: one file or many
 # ---------------------------------------------------------------------------------------------------------------------
 
@@ -903,13 +1003,17 @@ class Checkpoint(NamedTuple):
     tensors: Dict[str, Tensor]
     arguments: Optional[Dict[str, Any]]  # nanoGPT's model_args
     label: str  # the file's name, for the record
+    gguf: Optional[Fields] = None  # the metadata of a file of that format
 
 
 def read_checkpoint(source):
     path = find_weights(source) if source.is_directory else source.path
     if path.endswith(".index.json"):
         return read_shards(source, path)
-    tensors, arguments = read_weights(source.open(path))
+    file = source.open(path)
+    if file.read(0, min(4, file.size)) == GGUF_MAGIC:
+        return Gguf(file).checkpoint()
+    tensors, arguments = read_weights(file)
     return Checkpoint(tensors, arguments, os.path.basename(path))
 
 
@@ -937,7 +1041,7 @@ def read_weights(file):
     if start[257:262] == b"ustar":
         raise ConvertError("%s: is in the tar format of PyTorch 0.1; load it with PyTorch and save it again"
                            % file.path)
-    raise ConvertError("%s: is neither a .safetensors file nor one that torch.save wrote" % file.path)
+    raise ConvertError("%s: is neither a .safetensors or .gguf file nor one that torch.save wrote" % file.path)
 
 
 def is_plain_name(name):
@@ -1115,25 +1219,29 @@ def read_rope(config, head_dim, n_positions, partial=1.0):
         partial = options.number("partial_rotary_factor",
                                  config.number(("partial_rotary_factor", "rotary_pct"), partial))
     dim = int(head_dim * (1.0 if partial is None else partial))
-    if not 0 < dim + dim % 2 <= head_dim or not theta > 0:
-        raise ConvertError("%s: can't rotate %d of a head's %d elements with the base %g"
-                           % (options.where, dim, head_dim, theta))
-    kind = options.text(("rope_type", "type"), "default")
-    if kind not in ROPE_SCALINGS:
-        raise ConvertError("%s: rotary positions of the type %s are not supported (supported: %s)"
-                           % (options.where, quote(kind), ", ".join(ROPE_SCALINGS)))
-    plain = [theta ** (-i / dim) for i in range(0, dim, 2)]
     trained = config.size("original_max_position_embeddings", None) or options.size(
         "original_max_position_embeddings", n_positions)
-    scaled, scale = ROPE_SCALINGS[kind](options, plain, RopeShape(dim, theta, trained, n_positions))
-    return Rope(array.array("f", scaled), scale)
+    kind = options.text(("rope_type", "type"), "default")
+    return make_rope(options, kind, head_dim, RopeShape(dim, theta, trained, n_positions))
 
 
 class RopeShape(NamedTuple):
-    dim: int
+    dim: int  # elements of a head that are rotated
     theta: float
     trained: int  # positions before scaling
     n_positions: int
+
+
+def make_rope(options, kind, head_dim, shape):
+    if not 0 < shape.dim + shape.dim % 2 <= head_dim or not shape.theta > 0:
+        raise ConvertError("%s: can't rotate %d of a head's %d elements with the base %g"
+                           % (options.where, shape.dim, head_dim, shape.theta))
+    if kind not in ROPE_SCALINGS:
+        raise ConvertError("%s: rotary positions of the type %s are not supported (supported: %s)"
+                           % (options.where, quote(kind), ", ".join(ROPE_SCALINGS)))
+    plain = [shape.theta ** (-i / shape.dim) for i in range(0, shape.dim, 2)]
+    scaled, scale = ROPE_SCALINGS[kind](options, plain, shape)
+    return Rope(array.array("f", scaled), scale)
 
 
 def rope_factor(options, default=Fields.REQUIRED):
@@ -2002,6 +2110,134 @@ TORCH_MODULES = (
 )
 
 
+# --- GGUF: names are the same for all architectures, so the rules are, too ---
+
+GGUF_RULES = (
+    embedding("token_embedding", "token_embd", "vocab_size"),
+    embedding("decoder.position_embedding", "position_embd", "table_size", when="learned"),
+    norm("decoder.blocks.{}.attention_norm", "blk.{}.attn_norm", bias="found"),
+    qkv("decoder.blocks.{}.attention.qkv", "blk.{}.", "attn_q", "attn_k", "attn_v", bias="found", when="split"),
+    linear("decoder.blocks.{}.attention.qkv", "blk.{}.attn_qkv", "qkv_dim", "d_model", bias="found", when="fused"),
+    linear("decoder.blocks.{}.attention.out", "blk.{}.attn_output", "d_model", "attention_dim", bias="found"),
+    norm("decoder.blocks.{}.attention.q_norm", "blk.{}.attn_q_norm", "head_dim", bias="", when="qk_norm"),
+    norm("decoder.blocks.{}.attention.k_norm", "blk.{}.attn_k_norm", "head_dim", bias="", when="qk_norm"),
+    norm("decoder.blocks.{}.attention_post_norm", "blk.{}.post_attention_norm", bias="", when="sandwich"),
+    norm("decoder.blocks.{}.ffn_norm", "blk.{}.ffn_norm", bias="found", when="ffn_norm"),
+    joined("decoder.blocks.{}.ffn.up", (("blk.{}.ffn_gate", "d_ff"), ("blk.{}.ffn_up", "d_ff")), "d_model",
+           bias="found", when="gated"),
+    linear("decoder.blocks.{}.ffn.up", "blk.{}.ffn_up", "d_ff", "d_model", bias="found", when="plain"),
+    linear("decoder.blocks.{}.ffn.down", "blk.{}.ffn_down", "d_model", "d_ff", bias="found"),
+    norm("decoder.blocks.{}.ffn_post_norm", "blk.{}.post_ffw_norm", bias="", when="sandwich"),
+    norm("decoder.final_norm", "output_norm", bias="found"),
+    embedding("head", "output", "vocab_size", bias="found"),
+)
+
+
+def describe_gguf(config, family, tensors):
+    """A model of llama.cpp's, by its metadata."""
+    settings, arch = family.defaults, config.text("general.architecture")
+
+    def key(name):
+        return "%s.%s" % (arch, name)
+
+    if config.integer(key("expert_count"), 0):
+        raise ConvertError("%s: has a mixture of experts, which is not supported" % config.where)
+    table = tensors.get("token_embd.weight")
+    if table is None or len(table.shape) != 2:
+        raise ConvertError("%s: there is no tensor 'token_embd.weight' of two dimensions" % config.where)
+    d_model, n_heads = config.size(key("embedding_length")), config.size(key("attention.head_count"))
+    n_layers = config.size(key("block_count"), limit=MAX_LAYERS)
+    n_positions = config.size(key("context_length"))
+    head_dim = config.size(key("attention.key_length"), None) or head_size(config, d_model, n_heads)
+    if config.size(key("attention.value_length"), head_dim) != head_dim:
+        raise ConvertError("%s: values of another size than keys are not supported" % config.where)
+    n_kv_heads = config.size(key("attention.head_count_kv"), n_heads)
+    if n_heads % n_kv_heads:
+        raise ConvertError("%s: the number of heads, %d, should be a multiple of that of key and value heads, %d"
+                           % (config.where, n_heads, n_kv_heads))
+    is_rms, parallel = settings["norm"] == "rms", settings.get("parallel", False)
+    stack = Stack(
+        n_layers=n_layers, n_heads=n_heads, n_kv_heads=n_kv_heads, head_dim=head_dim,
+        d_ff=config.size(key("feed_forward_length")), n_positions=n_positions, causal=True, cross=False,
+        norm=settings["norm"], norm_place=settings.get("norm_place", "pre"), final_norm=True,
+        norm_eps=config.number(key("attention.layer_norm_rms_epsilon" if is_rms else "attention.layer_norm_epsilon")),
+        positions=settings.get("positions", "rotary"), attention_scale=[head_dim ** -0.5],
+        ffn="gated" if is_rms else "plain", activation=settings["activation"],
+        parallel=config.flag(key("use_parallel_residual"), parallel) and parallel or None)
+    if stack.positions == "rotary":
+        rope = gguf_rope(config, key, tensors, head_dim, n_positions)
+        stack.rotary_frequencies, stack.rotary_scale = rope
+        stack.rotary_interleaved = settings.get("interleaved")
+    model = Model(
+        kind="decoder", vocab_size=table.shape[0], d_model=d_model, stacks={"decoder": stack},
+        tied="output.weight" not in tensors, needs_head=True,
+        switches={"found": None, "learned": stack.positions == "learned", "sandwich": stack.norm_place == "sandwich",
+                  "fused": "blk.0.attn_qkv.weight" in tensors, "split": "blk.0.attn_qkv.weight" not in tensors,
+                  "qk_norm": settings.get("qk_norm", False), "ffn_norm": not settings.get("one_norm", False),
+                  "gated": is_rms, "plain": not is_rms})
+    if settings.get("scaled_embeddings"):  # the norms' offset of 1 is in the weights already
+        model.embedding_scale = rounded(d_model ** 0.5, None)
+    if settings.get("bounded"):
+        describe_gguf_gemma2(config, key, model, stack)
+    return model
+
+
+def describe_gguf_gemma2(config, key, model, stack):
+    stack.attention_softcap = positive(config, key("attn_logit_softcapping"), 50.0)
+    model.logit_softcap = positive(config, key("final_logit_softcapping"), 30.0)
+    window = config.size(key("attention.sliding_window"), 4096)
+    stack.sliding_window = [0 if layer % 2 else window for layer in range(stack.n_layers)]
+    if stack.n_layers == 46:  # the 27B model, which llama.cpp also tells by its layers
+        stack.attention_scale = [(model.d_model // stack.n_heads) ** -0.5]
+
+
+def gguf_rope(config, key, tensors, head_dim, n_positions):
+    """Frequencies and their scale; LLaMA 3's factors are in a tensor of their own."""
+    kind = config.text(key("rope.scaling.type"), "none")
+    names = {"factor": "factor", "yarn_beta_fast": "beta_fast", "yarn_beta_slow": "beta_slow"}
+    options = Fields({name: config.values[key("rope.scaling." + given)] for given, name in names.items()
+                      if key("rope.scaling." + given) in config.values}, config.where + ": rope.scaling")
+    shape = RopeShape(config.size(key("rope.dimension_count"), head_dim), config.number(key("rope.freq_base"), 10000.0),
+                      config.size(key("rope.scaling.original_context_length"), n_positions), n_positions)
+    rope = make_rope(options, "default" if kind == "none" else kind, head_dim, shape)
+    if kind == "yarn":
+        more = config.number(key("rope.scaling.yarn_attn_factor"), config.number(key("rope.scaling.attn_factor"), 1.0))
+        rope = rope._replace(scale=rope.scale * more)
+    factors = tensors.pop("rope_freqs.weight", None)
+    if factors is None:
+        return rope
+    if factors.dtype != "F32" or factors.shape != (len(rope.frequencies),):
+        raise ConvertError("%s should have %d elements of the type F32" % (factors, len(rope.frequencies)))
+    divisors = struct.unpack("<%df" % factors.count, b"".join(map(bytes, factors.chunks())))
+    if not all(0 < divisor < math.inf for divisor in divisors):
+        raise ConvertError("%s should hold positive numbers" % factors)
+    return rope._replace(frequencies=array.array("f", map(operator.truediv, rope.frequencies, divisors)))
+
+
+GATED = {"norm": "rms", "activation": "silu"}
+GEMMA_GGUF = {"norm": "rms", "activation": "gelu_tanh", "scaled_embeddings": True}
+# By general.architecture; with LLaMA's name go all models of its shape, Mistral's among them.
+GGUF_ARCHITECTURES = {
+    "llama": dict(GATED, interleaved=True),
+    "qwen2": GATED,
+    "qwen3": dict(GATED, qk_norm=True),
+    "gemma": GEMMA_GGUF,
+    "gemma2": dict(GEMMA_GGUF, norm_place="sandwich", bounded=True),
+    "phi2": {"norm": "layer", "activation": "gelu_tanh", "parallel": True, "one_norm": True},
+    "gptneox": {"norm": "layer", "activation": "gelu", "parallel": True},
+    "gpt2": {"norm": "layer", "activation": "gelu_tanh", "positions": "learned"},
+}
+
+
+def gguf_family(config):
+    arch = config.text("general.architecture")
+    if arch not in GGUF_ARCHITECTURES:
+        raise ConvertError("%s: the architecture %s is not supported (supported: %s)"
+                           % (config.where, quote(arch), ", ".join(GGUF_ARCHITECTURES)))
+    return Family(title=arch, rules=GGUF_RULES, describe=describe_gguf, defaults=GGUF_ARCHITECTURES[arch],
+                  ignored=r"blk\.\d+\.attn_rot_embd\.weight", embedding="token_embd.weight", head="output.weight")
+
+
 # --- All of them ---
 
 FAMILIES = {
@@ -2638,6 +2874,63 @@ def parse_id(text, where):
     return int(text)
 
 
+# --- the tokenizer of a .gguf file ---
+
+# What llama.cpp calls the pre-tokenizers that split by the pattern of GPT-2.
+GGUF_PATTERNS = {"gpt-2": "gpt2", "phi-2": "gpt2", "mpt": "gpt2", "olmo": "gpt2", "jais": "gpt2"}
+GGUF_CONTROL, GGUF_USER_DEFINED, GGUF_UNUSED = 3, 4, 5
+
+
+def read_gguf_tokenizer(config, notes, vocab_size):
+    """The tokenizer in a .gguf file's metadata, or None."""
+    kind = config.text("tokenizer.ggml.model", "no_vocab")
+    if kind != "gpt2":
+        notes.append("warning: converted without a tokenizer: %s" % (
+            "there is none in the file" if kind == "no_vocab" else "its kind, %s, is not supported yet" % quote(kind)))
+        return None
+    pattern = config.text("tokenizer.ggml.pre", "gpt-2")
+    if pattern not in GGUF_PATTERNS:
+        notes.append("warning: converted without a tokenizer: its pre-tokenizer, %s, is not supported yet"
+                     % quote(pattern))
+        return None
+    bpe = gguf_bpe(config)
+    bpe.check_ids(vocab_size)
+    return bpe
+
+
+def gguf_bpe(config):
+    tokens, types = gguf_tokens(config)
+    merges = [parse_merge(merge, "%s: merge %d" % (config.where, i))
+              for i, merge in enumerate(config.texts("tokenizer.ggml.merges"))]
+    own = (GGUF_CONTROL, GGUF_USER_DEFINED, GGUF_UNUSED)
+    bpe = Bpe(config.where, {text: i for i, text in enumerate(tokens) if types[i] not in own}, merges)
+    add_gguf_tokens(config, bpe, tokens, types)
+    return bpe
+
+
+def gguf_tokens(config):
+    tokens = config.texts("tokenizer.ggml.tokens")
+    types = config.list("tokenizer.ggml.token_type", [1] * len(tokens))
+    if len(types) != len(tokens) or not all(type(kind) is int for kind in types):
+        raise ConvertError("%s: 'tokenizer.ggml.token_type' should have a type for each of %d tokens"
+                           % (config.where, len(tokens)))
+    return tokens, types
+
+
+def add_gguf_tokens(config, bpe, tokens, types):
+    """The tokens that are found in a text before the algorithm sees it, roles, and what stands around a text."""
+    for number, (text, kind) in enumerate(zip(tokens, types)):
+        if kind in (GGUF_CONTROL, GGUF_USER_DEFINED):
+            bpe.add(text, ADDED_FLAGS["special"] if kind == GGUF_CONTROL else 0, number)
+    for role, key in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding"), ("mask", "mask")):
+        number = config.integer("tokenizer.ggml.%s_token_id" % key, -1)
+        if 0 <= number < len(tokens):
+            bpe.named[role + "_token"] = number
+    for role, default, affix in (("bos", False, bpe.prefix_ids), ("eos", False, bpe.suffix_ids)):
+        if config.flag("tokenizer.ggml.add_%s_token" % role, default) and role + "_token" in bpe.named:
+            affix.append(bpe.named[role + "_token"])
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Writing .tfm: header, metadata, tensor directory, tensors. All numbers are little-endian.
 # ---------------------------------------------------------------------------------------------------------------------
@@ -2780,6 +3073,12 @@ def end_ids(source, config, bpe, vocab_size):
         source.notes.append("warning: left out the end-of-text id %s, as the model has only %d tokens"
                             % (listing(outside), vocab_size))
     return [number for number in ids if number not in outside]
+
+
+def gguf_end_ids(config, vocab_size):
+    """The ids that a .gguf file's metadata calls the end: of a text, of a turn, of a message."""
+    ids = [config.integer("tokenizer.ggml.%s_token_id" % name, -1) for name in ("eos", "eot", "eom")]
+    return [number for number in dict.fromkeys(ids) if 0 <= number < vocab_size]
 
 
 class Piece(NamedTuple):
@@ -2929,6 +3228,20 @@ def read_config(source, path, arguments):
     return Fields(values, parts[-1].where)
 
 
+def gguf_settings(checkpoint, args):
+    """(configuration, family's name, family) of a .gguf file, which says everything itself."""
+    if args.arch is not None or args.config is not None:
+        raise UsageError("a .gguf file has its configuration in itself; --arch and --config are for others")
+    family = gguf_family(checkpoint.gguf)
+    return checkpoint.gguf, family.title, family
+
+
+def find_tokenizer(source, checkpoint, family, model):
+    if checkpoint.gguf is not None:
+        return read_gguf_tokenizer(checkpoint.gguf, source.notes, model.vocab_size)
+    return read_tokenizer(source, family, model.vocab_size) if model.vocab_size else None
+
+
 def convert(args):
     """Converts, and returns the notes and the closing line."""
     started = time.monotonic()
@@ -2938,9 +3251,12 @@ def convert(args):
     pooling = read_modules(source)
     # A directory's configuration can refuse it before its weights are read; nanoGPT's comes with the weights.
     checkpoint = None if source.is_directory else read_checkpoint(source)
-    config = read_config(source, args.config, checkpoint and checkpoint.arguments)
-    name = choose_family(args.arch, config, checkpoint and checkpoint.arguments)
-    family = FAMILIES[name]
+    if checkpoint is not None and checkpoint.gguf is not None:
+        config, name, family = gguf_settings(checkpoint, args)
+    else:
+        config = read_config(source, args.config, checkpoint and checkpoint.arguments)
+        name = choose_family(args.arch, config, checkpoint and checkpoint.arguments)
+        family = FAMILIES[name]
     checkpoint = checkpoint or read_checkpoint(source)
 
     tensors = drop_unused(plain_names(checkpoint.tensors, family), family, source.notes)
@@ -2951,7 +3267,7 @@ def convert(args):
         put_pooling(model, pooling)
     settle_head(tensors, model, family, source.notes)
     entries = match_tensors(tensors, model, family, source.path)
-    bpe = read_tokenizer(source, family, model.vocab_size) if model.vocab_size else None
+    bpe = find_tokenizer(source, checkpoint, family, model)
 
     metadata = Metadata()
     metadata.text("model.name", source.name())
@@ -2960,7 +3276,10 @@ def convert(args):
     put_model(metadata, model)
     if bpe is not None:
         put_tokenizer(metadata, bpe)
-    ids = end_ids(source, config, bpe, model.vocab_size)
+    if checkpoint.gguf is not None:
+        ids = gguf_end_ids(config, model.vocab_size)
+    else:
+        ids = end_ids(source, config, bpe, model.vocab_size)
     if ids:
         metadata.i32("generation.eos_ids", ids)
     metadata.value("generation.start_id", model.start_id)
