@@ -5,21 +5,36 @@ usage: tools/convert.py CHECKPOINT OUT.tfm [--arch NAME] [--config FILE]
 
 CHECKPOINT is one of
   - a Hugging Face directory: config.json; model.safetensors or pytorch_model.bin, whole or in shards with an index;
-    tokenizer.json, or vocab.json and merges.txt (a model without a tokenizer is converted, too);
+    tokenizer files (a model without a tokenizer is converted, too);
+  - a directory of sentence-transformers: the same with modules.json (Transformer, Pooling, Normalize);
   - a bare state dict (.safetensors, or .pt, .pth, .bin written by torch.save, in the zip format of PyTorch 1.6 and
     later or in the older one), together with --arch and --config;
-  - a nanoGPT checkpoint (ckpt.pt), which carries its own configuration.
-For a file, a tokenizer is looked for beside it.
+  - a nanoGPT checkpoint (ckpt.pt), which carries its own configuration;
+  - a .gguf file of llama.cpp: llama (Mistral's, too), qwen2, qwen3, gemma, gemma2, phi2, gptneox, gpt2. F32, F16 and
+    BF16 stay what they are; blocks of Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q4_K, Q5_K and Q6_K are copied as they are.
+For a file, a tokenizer is looked for beside it (or, in a .gguf file, within it).
 
---arch NAME    gpt2 (Hugging Face), nanogpt or minGPT's mingpt; by default what the configuration says. The three
-               share a shape and differ in what a configuration leaves unsaid: the activation function (nanoGPT: exact
-               GELU; the others: its tanh approximation), whether the head is the token embedding (minGPT: no), and
-               whether biases may be absent (nanoGPT: yes).
+Families: GPT-2; BERT, RoBERTa, XLM-RoBERTa, DistilBERT, ELECTRA (with their heads for masked words, for classifying
+texts and tokens); T5, T5 v1.1, Flan-T5, mT5; LLaMA, Mistral, Qwen2, Qwen3, Gemma, Gemma 2, Phi, GPT-NeoX; PyTorch's
+own nn.Transformer, nn.TransformerEncoder and nn.TransformerDecoder.
+
+--arch NAME    a family, by default what the configuration says: gpt2, nanogpt, mingpt, bert, roberta (XLM-RoBERTa,
+               too), distilbert, electra, t5, mt5, llama, mistral, qwen2, qwen3, gemma, gemma2, phi, gpt_neox,
+               nn.Transformer, nn.TransformerEncoder, nn.TransformerDecoder, nn.TransformerEncoderLayer or
+               nn.TransformerDecoderLayer. The first three share a shape and differ in what a configuration leaves
+               unsaid: the activation function (nanoGPT: exact GELU; the others: its tanh approximation), whether the
+               head is the token embedding (minGPT: no), and whether biases may be absent (nanoGPT: yes).
 --config FILE  a JSON object such as config.json, or {"n_layer": 12, "n_head": 12, "n_embd": 768, "block_size": 1024,
                "vocab_size": 50304}. It overrides what the checkpoint itself says, key by key: nanoGPT checkpoints
                from before May 2023 need {"activation_function": "gelu_new"}.
+               For PyTorch's modules: {"nhead": 8} and, where they are not PyTorch's defaults, "norm_first" (false),
+               "activation" ("relu"), "layer_norm_eps" (1e-5, of all norms); "causal" (true: whether a decoder's tokens
+               see only what is before them), "n_positions" (4096: the longest sequence), "prefix" (what the module's
+               names begin with, if several modules would fit). Sizes and numbers of layers are the tensors';
+               "d_model", "dim_feedforward", "num_layers", "num_encoder_layers" and "num_decoder_layers" confirm them.
 
-Tensors keep the checkpoint's type (f32, f16, bf16; f64 becomes f32) and their bytes are copied, never held in memory.
+Tensors keep the checkpoint's type (f32, f16, bf16; f64 becomes f32; of several that become one the wider type), and
+their bytes are copied, never held in memory.
 Pickles are read by a machine of our own: it imports nothing, and calls nothing but a few functions of this file.
 OUT.tfm appears whole or not at all.
 
@@ -1077,6 +1092,7 @@ def read_shards(source, path):
 # ---------------------------------------------------------------------------------------------------------------------
 
 MAX_LAYERS = 1 << 16
+MAX_HEADS = 1 << 16
 
 
 @dataclasses.dataclass
@@ -1184,6 +1200,8 @@ def known_activation(config, name):
 
 
 def head_size(config, d_model, n_heads):
+    if n_heads > MAX_HEADS:
+        raise ConvertError("%s: %d heads are more than the %d that are supported" % (config.where, n_heads, MAX_HEADS))
     if d_model % n_heads:
         raise ConvertError("%s: the model's width, %d, should be a multiple of its number of heads, %d"
                            % (config.where, d_model, n_heads))
@@ -1200,6 +1218,10 @@ def refuse_flags(config, *keys):
 # ---------------------------------------------------------------------------------------------------------------------
 # Rotary positions: the frequencies, with the scaling of transformers' modeling_rope_utils worked in
 # ---------------------------------------------------------------------------------------------------------------------
+
+MAX_HEAD_DIM = 1 << 16
+F32_MAX = 3.4028234e38
+
 
 class Rope(NamedTuple):
     frequencies: array.array
@@ -1233,7 +1255,7 @@ class RopeShape(NamedTuple):
 
 
 def make_rope(options, kind, head_dim, shape):
-    if not 0 < shape.dim + shape.dim % 2 <= head_dim or not shape.theta > 0:
+    if not 0 < shape.dim + shape.dim % 2 <= min(head_dim, MAX_HEAD_DIM) or not shape.theta > 0:
         raise ConvertError("%s: can't rotate %d of a head's %d elements with the base %g"
                            % (options.where, shape.dim, head_dim, shape.theta))
     if kind not in ROPE_SCALINGS:
@@ -1241,6 +1263,8 @@ def make_rope(options, kind, head_dim, shape):
                            % (options.where, quote(kind), ", ".join(ROPE_SCALINGS)))
     plain = [shape.theta ** (-i / shape.dim) for i in range(0, shape.dim, 2)]
     scaled, scale = ROPE_SCALINGS[kind](options, plain, shape)
+    if not all(0 <= frequency < F32_MAX for frequency in scaled):
+        raise ConvertError("%s: the frequencies of the rotary positions are not finite numbers" % options.where)
     return Rope(array.array("f", scaled), scale)
 
 
@@ -1590,7 +1614,7 @@ def labels(config, n_labels):
     table = config.object("id2label", None)
     if table is None:
         return None
-    if set(table.values) != set(map(str, range(n_labels))):
+    if len(table.values) != n_labels or set(table.values) != set(map(str, range(n_labels))):
         raise ConvertError("%s: should have the labels 0 to %d, one for each row of the classifier"
                            % (table.where, n_labels - 1))
     return "\n".join(re.sub(r"[\r\n]+", " ", table.text(str(number))) for number in range(n_labels))
@@ -2041,7 +2065,7 @@ def prepare_torch(family, tensors, config, notes):
         found = sorted({name[:-len(anchor)] for name in tensors if ("." + name).endswith("." + anchor)}, key=len)
         if len(found) != 1:
             raise ConvertError("%s: has %s tensors %s; 'prefix' in the configuration should say what the names of the "
-                               "%s begin with" % (config.where, len(found) or "no", quote("….".strip(".") + anchor),
+                               "%s begin with" % (config.where, len(found) or "no", quote("…" + anchor),
                                                   family.title))
         prefix = found[0]
     elif prefix + anchor not in tensors:
@@ -2209,8 +2233,8 @@ def gguf_rope(config, key, tensors, head_dim, n_positions):
     if factors.dtype != "F32" or factors.shape != (len(rope.frequencies),):
         raise ConvertError("%s should have %d elements of the type F32" % (factors, len(rope.frequencies)))
     divisors = struct.unpack("<%df" % factors.count, b"".join(map(bytes, factors.chunks())))
-    if not all(0 < divisor < math.inf for divisor in divisors):
-        raise ConvertError("%s should hold positive numbers" % factors)
+    if not all(1e-9 < divisor < 1e9 for divisor in divisors):
+        raise ConvertError("%s should hold positive numbers of a usual size" % factors)
     return rope._replace(frequencies=array.array("f", map(operator.truediv, rope.frequencies, divisors)))
 
 
@@ -2572,7 +2596,7 @@ def check_source(tensor, shape, layout):
     if tensor.shape != expected:
         raise ConvertError("%s has the shape %s where the configuration asks for %s"
                            % (tensor, quote(list(tensor.shape)), list(expected)))
-    if tensor.dtype not in SOURCE_DTYPES and tensor.dtype not in BLOCK_TYPES:
+    if tensor.dtype not in SOURCE_DTYPES and (tensor.dtype not in BLOCK_TYPES or len(shape) < 2):
         raise ConvertError("%s has the type %s; integer and quantized checkpoints can't be converted, only %s"
                            % (tensor, tensor.dtype, ", ".join(SOURCE_DTYPES)))
 
