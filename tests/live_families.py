@@ -166,7 +166,8 @@ class Runtime:
         head_dim = self.get(stack + ".head_dim")
         q_dim, kv_dim = self.get(stack + ".n_heads") * head_dim, self.get(stack + ".n_kv_heads") * head_dim
         q, k, v = self.linear(name + ".qkv", x).split((q_dim, kv_dim, kv_dim), -1)
-        return self.linear(name + ".out", self.attend(stack, layer, q, k, v, self.self_mask(stack, layer, len(x), seen)))
+        mask = self.self_mask(stack, layer, len(x), seen)
+        return self.linear(name + ".out", self.attend(stack, layer, q, k, v, mask))
 
     def cross_attention(self, stack, layer, x, memory, seen):
         name = "%s.blocks.%d.cross" % (stack, layer)
@@ -365,7 +366,8 @@ def check_dump(program, what, path, inputs, expected):
         out = path + ".npy"
         command = [program, "dump", path, "--ids", ",".join(map(str, inputs.ids.tolist())), "--what", DUMPED[key],
                    "-o", out]
-        for option, value in (("--decoder-ids", inputs.decoder_ids), ("--types", inputs.types), ("--mask", inputs.seen)):
+        options = ("--decoder-ids", inputs.decoder_ids), ("--types", inputs.types), ("--mask", inputs.seen)
+        for option, value in options:
             if value is not None:
                 command += [option, ",".join(map(str, value.tolist()))]
         done = subprocess.run(command, capture_output=True, text=True)
@@ -373,8 +375,8 @@ def check_dump(program, what, path, inputs, expected):
             continue
         found = torch.from_numpy(numpy.load(out))
         wanted = expected[key]
-        if inputs.seen is not None and inputs.decoder_ids is None and wanted.dim() > 1:  # padding's own rows don't count
-            found, wanted = found[:int(inputs.seen.sum())], wanted[:int(inputs.seen.sum())]
+        if inputs.seen is not None and inputs.decoder_ids is None and wanted.dim() > 1:
+            found, wanted = found[:int(inputs.seen.sum())], wanted[:int(inputs.seen.sum())]  # padding's don't count
         off = difference(found.reshape(wanted.shape) if found.numel() == wanted.numel() else found, wanted)
         test_convert.check(off <= TOLERANCE, "%s: dump's %s is off by %.2g" % (what, key, off))
         worst = max(worst, off)
@@ -649,9 +651,9 @@ def _(generator, _):
 def llama_sizes(generator, head_dim=None, **more):
     heads, kv_heads = generator.choice([(1, 1), (3, 1), (6, 2), (7, 7), (4, 2)])
     head_dim = head_dim or generator.choice([6, 8, 10, 18])
-    sizes = dict(vocab_size=odd(generator, 60, 300), hidden_size=heads * head_dim, num_hidden_layers=generator.randrange(1, 4),
-                 num_attention_heads=heads, num_key_value_heads=kv_heads, intermediate_size=odd(generator, 17, 70),
-                 max_position_embeddings=odd(generator, 40, 70))
+    sizes = dict(vocab_size=odd(generator, 60, 300), hidden_size=heads * head_dim,
+                 num_hidden_layers=generator.randrange(1, 4), num_attention_heads=heads, num_key_value_heads=kv_heads,
+                 intermediate_size=odd(generator, 17, 70), max_position_embeddings=odd(generator, 40, 70))
     return dict(sizes, **more)
 
 
@@ -846,7 +848,8 @@ def torch_case(name, make, settings):
         torch.save(state, os.path.join(folder, "model.pt"))
         with open(os.path.join(folder, "config.json"), "w", encoding="utf-8") as file:
             json.dump(dict(settings.get("config", {}), nhead=heads), file)
-        return module, {"checkpoint": os.path.join(folder, "model.pt"), "reference": reference(module, sizes["d_model"]),
+        return module, {"checkpoint": os.path.join(folder, "model.pt"),
+                        "reference": reference(module, sizes["d_model"]),
                         "arguments": ["--arch", settings["arch"], "--config", os.path.join(folder, "config.json")]}
 
     def reference(module, width):
@@ -886,8 +889,8 @@ def split_attention(state, width):
 def encoder_of(layers, norm, **more):
     def make(sizes):
         layer = nn.TransformerEncoderLayer(**sizes, **more)
-        return nn.TransformerEncoder(layer, layers, nn.LayerNorm(sizes["d_model"], eps=layer.norm1.eps) if norm else None,
-                                     enable_nested_tensor=False)
+        last = nn.LayerNorm(sizes["d_model"], eps=layer.norm1.eps) if norm else None
+        return nn.TransformerEncoder(layer, layers, last, enable_nested_tensor=False)
     return make
 
 
@@ -1156,10 +1159,12 @@ gguf_case("llama 3's frequencies", "llama", llama(*_llama, head_dim=16, rope_par
     "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
     "original_max_position_embeddings": 16, "rope_theta": 100.0}), ["F32"], llama3_gguf)
 gguf_case("llama, yarn", "llama", llama(*_llama, head_dim=16, rope_parameters={
-    "rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16, "rope_theta": 100.0}), ["F32"], yarn_gguf)
+    "rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16, "rope_theta": 100.0}), ["F32"],
+          yarn_gguf)
 gguf_case("qwen2", "qwen2", llama(*_qwen2, **_blocks), _legacy, llama_gguf("qwen2"))
 gguf_case("qwen3", "qwen3", llama(*_qwen3, **_wide, intermediate_size=256), _k, llama_gguf("qwen3"))
-gguf_case("gemma", "gemma", gemma(transformers.GemmaForCausalLM, transformers.GemmaConfig), ["F32"], llama_gguf("gemma"))
+gguf_case("gemma", "gemma", gemma(transformers.GemmaForCausalLM, transformers.GemmaConfig), ["F32"],
+          llama_gguf("gemma"))
 gguf_case("gemma2", "gemma2", gemma(*_gemma2, sliding_window=6, num_hidden_layers=3, query_pre_attn_scalar=14,
                                     attn_logit_softcapping=2.0, final_logit_softcapping=3.0), ["F16"],
           llama_gguf("gemma2"))

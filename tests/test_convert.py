@@ -1258,11 +1258,13 @@ def test_encoder_configurations(converter, _):
     for changes, says in (
             (dict(is_decoder=True), ("is_decoder",)), (dict(add_cross_attention=True), ("add_cross_attention",)),
             (dict(position_embedding_type="relative_key"), ("position_embedding_type", "absolute")),
-            (dict(hidden_size=13), ("multiple",)), (dict(hidden_size=1 << 30, num_attention_heads=1), ("[30, 1073741824]",)),
+            (dict(hidden_size=13), ("multiple",)), (dict(hidden_size=1 << 30, num_attention_heads=1),
+             ("[30, 1073741824]",)),
             (dict(num_attention_heads=1 << 20, hidden_size=1 << 20), ("65536",)),
             (dict(num_hidden_layers=2), ("encoder.layer.1",)), (dict(type_vocab_size=3), ("token_type", "[3, 12]")),
             (dict(hidden_act="mish"), ("mish",)), (dict(id2label={"0": "a", "1": "b"}), ("id2label", "0 to 2")),
-            (dict(id2label={"0": "a", "1": "b", "3": "c"}), ("id2label",)), (dict(id2label={"0": "a", "1": "b", "2": 3}), ("id2label",)),
+            (dict(id2label={"0": "a", "1": "b", "3": "c"}), ("id2label",)),
+            (dict(id2label={"0": "a", "1": "b", "2": 3}), ("id2label",)),
             (dict(problem_type="many"), ("problem_type", "regression")),
             (dict(architectures=["BertForQuestionAnswering"]), ("BertForQuestionAnswering", "BertForMaskedLM")),
             (dict(architectures=["BertModel"]), ("classifier.weight",)),
@@ -1318,11 +1320,13 @@ def test_t5_configurations(converter, _):
     model = transformers.T5ForConditionalGeneration(transformers.T5Config(
         vocab_size=30, d_model=12, d_kv=5, d_ff=17, num_layers=1, num_heads=3))
     for changes, says in (
-            (dict(feed_forward_proj="gated-mish"), ("mish",)), (dict(feed_forward_proj="x-relu"), ("feed_forward_proj",)),
+            (dict(feed_forward_proj="gated-mish"), ("mish",)), (dict(feed_forward_proj="x-relu"),
+             ("feed_forward_proj",)),
             (dict(feed_forward_proj="gated-gelu"), ("wi_0",)), (dict(num_decoder_layers=2), ("decoder.block.1",)),
             (dict(relative_attention_num_buckets=31), ("relative_attention_bias", "[31, 3]")),
             (dict(architectures=["T5EncoderModel"]), ("decoder.",)), (dict(model_type="umt5"), ("umt5",)),
-            (dict(decoder_start_token_id="x"), ("decoder_start_token_id",)), (dict(d_kv=6), ("SelfAttention.q", "[18, 12]"))):
+            (dict(decoder_start_token_id="x"), ("decoder_start_token_id",)), (dict(d_kv=6),
+             ("SelfAttention.q", "[18, 12]"))):
         converter.refuse("T5 with %s" % changes, directory_of(converter, model, **changes), says=says)
 
 
@@ -1339,9 +1343,11 @@ def test_llama_configurations(converter, _):
             (dict(rope_parameters="drop", rope_scaling={"type": "linear"}), ("factor",)),
             (dict(rope_parameters={"rope_type": "linear", "factor": 0}), ("factor",)),
             (dict(rope_parameters={"rope_type": "linear", "factor": 1e-299}), ("finite",)),
-            (dict(rope_parameters={"rope_theta": -3.0}), ("rotate",)), (dict(rope_parameters={"rope_theta": "x"}), ("rope_theta",)),
+            (dict(rope_parameters={"rope_theta": -3.0}), ("rotate",)), (dict(rope_parameters={"rope_theta": "x"}),
+             ("rope_theta",)),
             (dict(rope_parameters=dict(rope, rope_type="llama3")), ("low_freq_factor",)),
-            (dict(rope_parameters=dict(rope, rope_type="llama3", low_freq_factor=4, high_freq_factor=1)), ("low_freq",)),
+            (dict(rope_parameters=dict(rope, rope_type="llama3", low_freq_factor=4, high_freq_factor=1)),
+             ("low_freq",)),
             (dict(rope_parameters=dict(rope, beta_fast=-1.0)), ("beta_fast",)),
             (dict(rope_parameters=dict(rope, rope_theta=1.0)), ("beta_fast",)),
             (dict(rope_parameters={"full_attention": rope, "sliding_attention": rope}), ("different layers",)),
@@ -1433,7 +1439,8 @@ def test_gguf(converter, _):
     file = converter.convert("GGUF", path(small_gguf(tensors=[q8])))
     if file is not None:
         check_equal({name: entry[0] for name, entry in file.tensors.items() if "qkv" in name},
-                    {"decoder.blocks.0.attention.qkv.weight#0": "Q8_0", "decoder.blocks.0.attention.qkv.weight#1": "f32"},
+                    {"decoder.blocks.0.attention.qkv.weight#0": "Q8_0",
+                     "decoder.blocks.0.attention.qkv.weight#1": "f32"},
                     "GGUF: a matrix of two types in parts")
         check(file.tensors["decoder.blocks.0.attention.qkv.weight#0"][3] == q8[3], "GGUF: blocks as they are")
         check_equal((file["model.family"], file["head"], file["decoder.rotary_interleaved"]), ("llama", "tied", 1),
@@ -1461,17 +1468,21 @@ def test_gguf(converter, _):
             ("a missing tensor", small_gguf(tensors=[("blk.0.ffn_up.weight", None, 0, b"")]), ("blk.0.ffn_up.weight",)),
             ("one more", small_gguf(tensors=[("blk.0.x.weight", (32,), 0, bytes(128))]), ("blk.0.x.weight",)),
             ("another shape", small_gguf(tensors=[("blk.0.ffn_up.weight", (32, 31), 0, bytes(3968))]), ("[31, 32]",)),
-            ("an unknown type", small_gguf(tensors=[("blk.0.ffn_up.weight", (32, 32), 16, bytes(4096))]), ("16", "Q4_K")),
+            ("an unknown type", small_gguf(tensors=[("blk.0.ffn_up.weight", (32, 32), 16, bytes(4096))]),
+             ("16", "Q4_K")),
             ("half a block", small_gguf(tensors=[("blk.0.ffn_up.weight", (33, 32), 8, bytes(4096))]), ("Q8_0",)),
             ("five dimensions", small_gguf(tensors=[("x", (1,) * 5, 0, bytes(4))]), ("dimensions",)),
             ("a huge tensor", small_gguf(tensors=[("blk.0.ffn_up.weight", (1 << 62, 1 << 62), 0, b"")]), ("ffn_up",)),
             ("an alignment of 3", small_gguf({"general.alignment": 3}), ("multiple of 3",)),
             ("one of several files", small_gguf({"split.count": 2}), ("merge",)),
-            ("factors of another size", small_gguf(tensors=[("rope_freqs.weight", (7,), 0, bytes(28))]), ("rope_freqs", "8")),
-            ("factors of zero", small_gguf(tensors=[("rope_freqs.weight", (8,), 0, bytes(32))]), ("rope_freqs", "positive")),
+            ("factors of another size", small_gguf(tensors=[("rope_freqs.weight", (7,), 0, bytes(28))]),
+             ("rope_freqs", "8")),
+            ("factors of zero", small_gguf(tensors=[("rope_freqs.weight", (8,), 0, bytes(32))]),
+             ("rope_freqs", "positive")),
             ("an odd rotation", small_gguf({"llama.rope.dimension_count": 34}), ("rotate",)),
             ("unknown scaling", small_gguf(more=[("llama.rope.scaling.type", 8, "su")]), ("su", "yarn")),
-            ("quantized norm", small_gguf(tensors=[("output_norm.weight", (32,), 8, bytes(34))]), ("output_norm", "Q8_0")),
+            ("quantized norm", small_gguf(tensors=[("output_norm.weight", (32,), 8, bytes(34))]),
+             ("output_norm", "Q8_0")),
             ("values of another size", small_gguf({"llama.attention.value_length": 8}), ("values",))):
         converter.refuse("GGUF: " + what, path(data), says=("model.gguf",) + says)
     data = small_gguf()

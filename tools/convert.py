@@ -1000,8 +1000,9 @@ class Gguf:
         for tensor in self.tensors.values():
             storage = tensor.storage
             if storage.offset % alignment or start + storage.offset + storage.size > self.file.size:
-                raise ConvertError("%s should lie at a multiple of %d within the file's %d bytes, not at byte %d of the "
-                                   "data with %d bytes" % (tensor, alignment, self.file.size, storage.offset, storage.size))
+                raise ConvertError("%s should lie at a multiple of %d within the file's %d bytes; it has %d bytes at "
+                                   "byte %d of the data" % (tensor, alignment, self.file.size, storage.size,
+                                                            storage.offset))
             storage.offset += start
 
 
@@ -2453,7 +2454,7 @@ def settle_aliases(tensors, family):
 def drop_unused(tensors, family, notes):
     left_out = [name for name in tensors if re.fullmatch(family.left_out, name)]
     if left_out:
-        notes.append("left out, as a language model doesn't use it: " + listing(left_out))
+        notes.append("left out, as no result needs it: " + listing(left_out))
     return {name: tensor for name, tensor in tensors.items()
             if name not in left_out and not re.fullmatch(family.ignored, name)}
 
