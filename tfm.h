@@ -4430,44 +4430,6 @@ static size_t tfm__utf8_incomplete(const char *text, size_t size) {
     return 0;
 }
 
-/* ---- Cutting a text into pieces ---------------------------------------------------------------------------------- */
-
-/* The size of the English contraction at the start of text, in lower case only; 0 if there is none. */
-static size_t tfm__gpt2_contraction(const unsigned char *text, size_t size) {
-    unsigned char a = size >= 2 ? text[1] : 0, b = size >= 3 ? text[2] : 0;
-    if (text[0] != '\'')
-        return 0;
-    if (a == 's' || a == 't' || a == 'm' || a == 'd')
-        return 2;
-    return (a == 'r' && b == 'e') || (a == 'v' && b == 'e') || (a == 'l' && b == 'l') ? 3 : 0;
-}
-
-/* The size of the first piece of a text (size is not 0) by GPT-2's pattern, whose alternatives are tried in this order:
-
-       's|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+
-
-   In words: an English contraction; a run of letters, of numbers, or of neither, with the one space before it; a run of
-   white space, which leaves its last character to what follows unless it has only that one.
-   With `lead`, a space that is not in the text stands before it, and is not counted; then a piece can have size 0. */
-static size_t tfm__gpt2_piece(const unsigned char *text, size_t size, int lead) {
-    const unsigned kinds = TFM__LETTER | TFM__NUMBER | TFM__SPACE;
-    size_t contraction = lead ? 0 : tfm__gpt2_contraction(text, size);
-    size_t end = !lead && text[0] == ' ' && size >= 2, used; /* after the one space */
-    unsigned kind = tfm__class_at(text + end, size - end, &used) & kinds;
-    size_t last = 0; /* where the last character of the run of white space begins */
-    if (contraction > 0)
-        return contraction;
-    if (kind != TFM__SPACE) {
-        do {
-            end += used;
-        } while (end < size && (tfm__class_at(text + end, size - end, &used) & kinds) == kind);
-        return end;
-    }
-    for (end = 0; end < size && (tfm__class_at(text + end, size - end, &used) & TFM__SPACE); end += used)
-        last = end;
-    return end < size && (last > 0 || lead) ? last : end;
-}
-
 /* ---- A hash table of pairs --------------------------------------------------------------------------------------- */
 
 #define TFM__PAIR_MEMBERS 0x1FFFFFu /* members of a pair are less than this, */
@@ -4532,7 +4494,7 @@ static uint32_t tfm__pairs_find(const tfm__pairs *pairs, uint32_t first, uint32_
     return entry && *entry != UINT64_MAX ? (uint32_t)(*entry & TFM__PAIR_VALUES) : TFM__NONE;
 }
 
-/* ---- The vocabulary of a byte-level BPE -------------------------------------------------------------------------- */
+/* ---- A tokenizer's tables -------------------------------------------------------------------------------------------- */
 
 /* Flags of an added token, as the file has them. */
 enum {
@@ -4544,78 +4506,83 @@ enum {
     TFM__ADDED = 32             /* not in the file: marks every added token */
 };
 
+typedef enum tfm__tokenizer_kind { TFM__BYTE_BPE } tfm__tokenizer_kind;
+
 /* The tokenizer's tables as they lie in the mapped file, none of them checked. The file must stay mapped for as long
-   as the tokenizer built on it is used. */
-typedef struct tfm__bpe_source {
+   as the tokenizer built on it is used. What a kind has no use for is 0. */
+typedef struct tfm__tokenizer_source {
+    tfm__tokenizer_kind kind;
+    /* every kind */
     const unsigned char *tokens; /* the bytes of every token, one after another, in the order of their ids */
     size_t tokens_size;
     const int32_t *token_sizes; /* [n_tokens] their sizes; 0 for an id without a token */
     size_t n_tokens;
-    const int32_t *merges; /* [n_merges][3] left id, right id, merged id; the rank of a merge is its place */
-    size_t n_merges;
     const int32_t *added; /* [n_added][2] id, flags; the token's bytes are the text to look for */
     size_t n_added;
-    const int32_t *byte_ids;   /* [256] the token of each single byte, or -1 */
     const int32_t *prefix_ids; /* [n_prefix] what every text begins with */
     size_t n_prefix;
     const int32_t *suffix_ids; /* [n_suffix] and ends with */
     size_t n_suffix;
-    int32_t unk_id;       /* stands for bytes without a token; -1: they vanish, and their neighbours may merge */
-    int fuse_unk;         /* one unk_id for a run of such bytes */
-    int add_prefix_space; /* a text that does not begin with a space gets one, also after each added token */
-    int ignore_merges;    /* a piece that is a token is that token, whatever the merges make of it */
-} tfm__bpe_source;
+    int32_t unk_id; /* stands for what has no token; -1: there is none */
+    /* byte-level BPE */
+    const int32_t *merges; /* [n_merges][3] left id, right id, merged id; the rank of a merge is its place */
+    size_t n_merges;
+    const int32_t *byte_ids; /* [256] the token of each single byte, or -1: it becomes unk_id, or else vanishes */
+    int fuse_unk;            /* one unk_id for a run of such bytes */
+    int add_prefix_space;    /* a text that does not begin with a space gets one, also after each added token */
+    int ignore_merges;       /* a piece that is a token is that token, whatever the merges make of it */
+} tfm__tokenizer_source;
 
-typedef struct tfm__bpe {
-    tfm__bpe_source source;
+typedef struct tfm__tokenizer {
+    tfm__tokenizer_source source;
     tfm_allocator allocator;
     uint32_t *offsets;          /* [n_tokens + 1] where each token's bytes begin */
     unsigned char *token_flags; /* [n_tokens] TFM__ADDED_... */
-    tfm__pairs merges;          /* left id, right id -> rank */
     /* Added tokens, as two tries in one table: node 0 is the root of those that are looked for first, node 1 of the
        normalized ones. */
     tfm__pairs added;                  /* node, byte -> node */
     int32_t *added_ids;                /* [number of nodes] the token that ends at the node, or -1 */
     unsigned char added_first[2][256]; /* whether a token begins with this byte */
-    uint32_t *words;                   /* ignore_merges: ids by the hash of their bytes, open addressing; or NULL */
+    uint32_t *words;                   /* ids by the hash of their bytes, open addressing; NULL if not needed */
     size_t words_mask;
-} tfm__bpe;
+    tfm__pairs merges; /* byte-level BPE: left id, right id -> rank */
+} tfm__tokenizer;
 
-static void tfm__bpe_free(tfm__bpe *bpe) {
+static void tfm__tokenizer_free(tfm__tokenizer *tokenizer) {
     void *memory[6];
     size_t i;
-    memory[0] = bpe->offsets;
-    memory[1] = bpe->token_flags;
-    memory[2] = bpe->merges.slots;
-    memory[3] = bpe->added.slots;
-    memory[4] = bpe->added_ids;
-    memory[5] = bpe->words;
+    memory[0] = tokenizer->offsets;
+    memory[1] = tokenizer->token_flags;
+    memory[2] = tokenizer->added.slots;
+    memory[3] = tokenizer->added_ids;
+    memory[4] = tokenizer->words;
+    memory[5] = tokenizer->merges.slots;
     for (i = 0; i < sizeof memory / sizeof memory[0]; i++)
         if (memory[i])
-            bpe->allocator.release(bpe->allocator.user, memory[i]);
-    memset(bpe, 0, sizeof *bpe);
+            tokenizer->allocator.release(tokenizer->allocator.user, memory[i]);
+    memset(tokenizer, 0, sizeof *tokenizer);
 }
 
 /* The bytes of a token and their number; NULL if there is no such id. */
-static const unsigned char *tfm__bpe_token_bytes(const tfm__bpe *bpe, int32_t id, size_t *size) {
+static const unsigned char *tfm__token_bytes(const tfm__tokenizer *tokenizer, int32_t id, size_t *size) {
     *size = 0;
-    if (id < 0 || (size_t)id >= bpe->source.n_tokens)
+    if (id < 0 || (size_t)id >= tokenizer->source.n_tokens)
         return NULL;
-    *size = bpe->offsets[id + 1] - bpe->offsets[id];
-    return bpe->source.tokens + bpe->offsets[id];
+    *size = tokenizer->offsets[id + 1] - tokenizer->offsets[id];
+    return tokenizer->source.tokens + tokenizer->offsets[id];
 }
 
 /* Whether the id is that of a special token, which is usually not shown to people. */
-static int tfm__bpe_is_special(const tfm__bpe *bpe, int32_t id) {
-    return id >= 0 && (size_t)id < bpe->source.n_tokens && (bpe->token_flags[id] & TFM__ADDED_SPECIAL);
+static int tfm__token_is_special(const tfm__tokenizer *tokenizer, int32_t id) {
+    return id >= 0 && (size_t)id < tokenizer->source.n_tokens && (tokenizer->token_flags[id] & TFM__ADDED_SPECIAL);
 }
 
-/* ---- Building it ------------------------------------------------------------------------------------------------- */
+/* ---- Checking them: what all kinds share ----------------------------------------------------------------------------- */
 
 /* Where each token's bytes are. The limits keep every id and rank within the hash table's words, and every product of
    sizes within 32 bits. */
-static tfm_status tfm__bpe_build_tokens(tfm__bpe *bpe, tfm_error *error) {
-    const tfm__bpe_source *source = &bpe->source;
+static tfm_status tfm__build_tokens(tfm__tokenizer *tokenizer, tfm_error *error) {
+    const tfm__tokenizer_source *source = &tokenizer->source;
     uint32_t offset = 0;
     size_t size, i;
     if (source->n_tokens == 0 || source->tokens_size == 0)
@@ -4628,9 +4595,9 @@ static tfm_status tfm__bpe_build_tokens(tfm__bpe *bpe, tfm_error *error) {
     }
     if (source->tokens_size > UINT32_MAX)
         return tfm__fail(error, TFM_ERROR_UNSUPPORTED, "tokenizer: the tokens have 4 GiB of bytes or more");
-    size = (source->n_tokens + 1) * sizeof *bpe->offsets;
-    bpe->offsets = (uint32_t *)tfm__tokenizer_allocate(&bpe->allocator, size, error);
-    if (!bpe->offsets)
+    size = (source->n_tokens + 1) * sizeof *tokenizer->offsets;
+    tokenizer->offsets = (uint32_t *)tfm__tokenizer_allocate(&tokenizer->allocator, size, error);
+    if (!tokenizer->offsets)
         return TFM_ERROR_MEMORY;
     for (i = 0; i < source->n_tokens; i++) {
         int32_t token_size = source->token_sizes[i];
@@ -4639,10 +4606,10 @@ static tfm_status tfm__bpe_build_tokens(tfm__bpe *bpe, tfm_error *error) {
                              "tokenizer: token %zu has size %ld, with %zu bytes left for it and those after it", i,
                              (long)token_size, (size_t)(source->tokens_size - offset));
         }
-        bpe->offsets[i] = offset;
+        tokenizer->offsets[i] = offset;
         offset += (uint32_t)token_size;
     }
-    bpe->offsets[i] = offset;
+    tokenizer->offsets[i] = offset;
     if (offset != source->tokens_size) {
         return tfm__fail(error, TFM_ERROR_FORMAT,
                          "tokenizer: the sizes of the tokens add up to %lu bytes, but there are %zu",
@@ -4651,35 +4618,241 @@ static tfm_status tfm__bpe_build_tokens(tfm__bpe *bpe, tfm_error *error) {
     return TFM_OK;
 }
 
-static tfm_status tfm__bpe_check_id(const tfm__bpe *bpe, int32_t id, const char *what, size_t which, tfm_error *error) {
-    if (id < 0 || (size_t)id >= bpe->source.n_tokens) {
+static tfm_status tfm__check_id(const tfm__tokenizer *tokenizer, int32_t id, const char *what, size_t which,
+                                tfm_error *error) {
+    if (id < 0 || (size_t)id >= tokenizer->source.n_tokens) {
         return tfm__fail(error, TFM_ERROR_FORMAT, "tokenizer: %s %zu refers to token %ld, but there are %zu tokens",
-                         what, which, (long)id, bpe->source.n_tokens);
+                         what, which, (long)id, tokenizer->source.n_tokens);
     }
     return TFM_OK;
 }
 
-static tfm_status tfm__bpe_check_ids(const tfm__bpe *bpe, const int32_t *ids, size_t n, const char *what,
-                                     tfm_error *error) {
+static tfm_status tfm__check_ids(const tfm__tokenizer *tokenizer, const int32_t *ids, size_t n, const char *what,
+                                 tfm_error *error) {
     tfm_status status = TFM_OK;
     size_t i;
     for (i = 0; i < n && status == TFM_OK; i++)
-        status = tfm__bpe_check_id(bpe, ids[i], what, i, error);
+        status = tfm__check_id(tokenizer, ids[i], what, i, error);
     return status;
 }
 
+#define TFM__MAX_ADDED_SIZE 1024 /* looking for added tokens takes that many steps for a byte of text, at worst */
+
+/* Enters one added token into its trie. */
+static tfm_status tfm__build_added_token(tfm__tokenizer *tokenizer, int32_t id, uint32_t *n_nodes, tfm_error *error) {
+    unsigned root = tokenizer->token_flags[id] & TFM__ADDED_NORMALIZED ? 1 : 0;
+    uint32_t node = root;
+    size_t size, i;
+    const unsigned char *bytes = tfm__token_bytes(tokenizer, id, &size);
+    if (size == 0 || size > TFM__MAX_ADDED_SIZE) {
+        return tfm__fail(error, TFM_ERROR_FORMAT, "tokenizer: the added token %ld has %zu bytes, not 1 to %d", (long)id,
+                         size, TFM__MAX_ADDED_SIZE);
+    }
+    tokenizer->added_first[root][bytes[0]] = 1;
+    for (i = 0; i < size; i++) {
+        uint64_t *slot = tfm__pairs_slot(&tokenizer->added, node, bytes[i]);
+        if (!slot) {
+            return tfm__fail(error, TFM_ERROR_FORMAT, "tokenizer: the added token %ld collides with too many others",
+                             (long)id);
+        }
+        if (*slot == UINT64_MAX) {
+            tokenizer->added_ids[*n_nodes] = -1;
+            *slot = tfm__pairs_entry(node, bytes[i], (*n_nodes)++);
+        }
+        node = (uint32_t)(*slot & TFM__PAIR_VALUES);
+    }
+    if (tokenizer->added_ids[node] != -1) {
+        return tfm__fail(error, TFM_ERROR_FORMAT, "tokenizer: the added tokens %ld and %ld are the same text",
+                         (long)tokenizer->added_ids[node], (long)id);
+    }
+    tokenizer->added_ids[node] = id;
+    return TFM_OK;
+}
+
+/* The flags of every token, and how many nodes the two tries of added tokens have at most. */
+static tfm_status tfm__build_flags(tfm__tokenizer *tokenizer, size_t *max_nodes, tfm_error *error) {
+    const int32_t *added = tokenizer->source.added;
+    size_t i;
+    *max_nodes = 2;
+    tokenizer->token_flags =
+        (unsigned char *)tfm__tokenizer_allocate(&tokenizer->allocator, tokenizer->source.n_tokens, error);
+    if (!tokenizer->token_flags)
+        return TFM_ERROR_MEMORY;
+    memset(tokenizer->token_flags, 0, tokenizer->source.n_tokens);
+    for (i = 0; i < tokenizer->source.n_added; i++) {
+        int32_t id = added[2 * i], flags = added[2 * i + 1];
+        if (tfm__check_id(tokenizer, id, "added token", i, error) != TFM_OK)
+            return TFM_ERROR_FORMAT;
+        if (flags < 0 || flags >= TFM__ADDED) {
+            return tfm__fail(error, TFM_ERROR_UNSUPPORTED, "tokenizer: the added token %ld has unknown flags, %ld",
+                             (long)id, (long)flags);
+        }
+        if (tokenizer->token_flags[id])
+            return tfm__fail(error, TFM_ERROR_FORMAT, "tokenizer: token %ld is added twice", (long)id);
+        tokenizer->token_flags[id] = (unsigned char)(flags | TFM__ADDED);
+        *max_nodes += tokenizer->offsets[id + 1] - tokenizer->offsets[id];
+    }
+    if (*max_nodes > TFM__PAIR_MEMBERS) {
+        return tfm__fail(error, TFM_ERROR_UNSUPPORTED, "tokenizer: the added tokens have more than %lu bytes",
+                         (unsigned long)TFM__PAIR_MEMBERS);
+    }
+    return TFM_OK;
+}
+
+static tfm_status tfm__build_added(tfm__tokenizer *tokenizer, tfm_error *error) {
+    size_t max_nodes, i;
+    uint32_t n_nodes = 2;
+    tfm_status status = tfm__build_flags(tokenizer, &max_nodes, error);
+    if (status == TFM_OK)
+        status = tfm__pairs_create(&tokenizer->added, max_nodes, &tokenizer->allocator, error);
+    if (status != TFM_OK)
+        return status;
+    tokenizer->added_ids =
+        (int32_t *)tfm__tokenizer_allocate(&tokenizer->allocator, max_nodes * sizeof *tokenizer->added_ids, error);
+    if (!tokenizer->added_ids)
+        return TFM_ERROR_MEMORY;
+    tokenizer->added_ids[0] = tokenizer->added_ids[1] = -1;
+    for (i = 0; i < tokenizer->source.n_added && status == TFM_OK; i++)
+        status = tfm__build_added_token(tokenizer, tokenizer->source.added[2 * i], &n_nodes, error);
+    return status;
+}
+
+/* The slot of a word (a piece of text, perhaps with a space that is not in it in front) in the table of whole tokens,
+   or the empty one where it belongs; NULL as for pairs. */
+static uint32_t *tfm__word_slot(const tfm__tokenizer *tokenizer, const unsigned char *text, size_t size, int lead) {
+    uint32_t hash = 2166136261u; /* FNV-1a */
+    size_t i, probes;
+    if (lead)
+        hash = (hash ^ ' ') * 16777619u;
+    for (i = 0; i < size; i++)
+        hash = (hash ^ text[i]) * 16777619u;
+    for (probes = 0; probes < TFM__MAX_PROBES; probes++) {
+        uint32_t *slot = &tokenizer->words[(hash + probes) & tokenizer->words_mask];
+        if (*slot != TFM__NONE) {
+            size_t token_size;
+            const unsigned char *token = tfm__token_bytes(tokenizer, (int32_t)*slot, &token_size);
+            if (token_size != size + (lead ? 1u : 0u) || (lead && token[0] != ' ') ||
+                memcmp(token + (lead ? 1 : 0), text, size) != 0)
+                continue;
+        }
+        return slot;
+    }
+    return NULL;
+}
+
+/* The table of whole tokens. Added tokens are not in it: they are found by their own rules. */
+static tfm_status tfm__build_words(tfm__tokenizer *tokenizer, tfm_error *error) {
+    size_t n_slots = tfm__table_slots(tokenizer->source.n_tokens), id;
+    tokenizer->words =
+        (uint32_t *)tfm__tokenizer_allocate(&tokenizer->allocator, n_slots * sizeof *tokenizer->words, error);
+    if (!tokenizer->words)
+        return TFM_ERROR_MEMORY;
+    tokenizer->words_mask = n_slots - 1;
+    memset(tokenizer->words, 0xFF, n_slots * sizeof *tokenizer->words);
+    for (id = 0; id < tokenizer->source.n_tokens; id++) {
+        size_t size;
+        const unsigned char *bytes = tfm__token_bytes(tokenizer, (int32_t)id, &size);
+        if (size > 0 && !tokenizer->token_flags[id]) {
+            uint32_t *slot = tfm__word_slot(tokenizer, bytes, size, 0);
+            if (!slot)
+                return tfm__fail(error, TFM_ERROR_FORMAT, "tokenizer: token %zu collides with too many others", id);
+            if (*slot == TFM__NONE)
+                *slot = (uint32_t)id;
+        }
+    }
+    return TFM_OK;
+}
+
+/* ---- Encoding: what all kinds share ---------------------------------------------------------------------------------- */
+
+/* One call of tfm__tokenizer_encode(). */
+typedef struct tfm__encoder {
+    const tfm__tokenizer *tokenizer;
+    unsigned flags;
+    int32_t *ids; /* the caller's; at most capacity of the n_ids found so far are stored */
+    size_t capacity;
+    size_t n_ids;
+    uint32_t *memory; /* where pieces are merged: the stack, the caller's scratch memory, or `own` */
+    size_t n_words;
+    void *own;
+    tfm_error *error;
+} tfm__encoder;
+
+static void tfm__emit(tfm__encoder *encoder, int32_t id) {
+    if (encoder->n_ids < encoder->capacity)
+        encoder->ids[encoder->n_ids] = id;
+    encoder->n_ids++;
+}
+
+/* Sees to it that n_words words of memory are there. */
+static tfm_status tfm__encoder_reserve(tfm__encoder *encoder, size_t n_words) {
+    const tfm_allocator *allocator = &encoder->tokenizer->allocator;
+    if (n_words <= encoder->n_words)
+        return TFM_OK;
+    if (encoder->own)
+        allocator->release(allocator->user, encoder->own);
+    encoder->n_words = 0;
+    encoder->memory = NULL;
+    encoder->own = tfm__tokenizer_allocate(allocator, n_words * sizeof *encoder->memory, encoder->error);
+    if (!encoder->own)
+        return TFM_ERROR_MEMORY;
+    encoder->memory = (uint32_t *)encoder->own;
+    encoder->n_words = n_words;
+    return TFM_OK;
+}
+
+/* ---- Byte-level BPE: cutting a text into pieces ---------------------------------------------------------------------- */
+
+/* The size of the English contraction at the start of text, in lower case only; 0 if there is none. */
+static size_t tfm__gpt2_contraction(const unsigned char *text, size_t size) {
+    unsigned char a = size >= 2 ? text[1] : 0, b = size >= 3 ? text[2] : 0;
+    if (text[0] != '\'')
+        return 0;
+    if (a == 's' || a == 't' || a == 'm' || a == 'd')
+        return 2;
+    return (a == 'r' && b == 'e') || (a == 'v' && b == 'e') || (a == 'l' && b == 'l') ? 3 : 0;
+}
+
+/* The size of the first piece of a text (size is not 0) by GPT-2's pattern, whose alternatives are tried in this order:
+
+       's|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+
+
+   In words: an English contraction; a run of letters, of numbers, or of neither, with the one space before it; a run of
+   white space, which leaves its last character to what follows unless it has only that one.
+   With `lead`, a space that is not in the text stands before it, and is not counted; then a piece can have size 0. */
+static size_t tfm__gpt2_piece(const unsigned char *text, size_t size, int lead) {
+    const unsigned kinds = TFM__LETTER | TFM__NUMBER | TFM__SPACE;
+    size_t contraction = lead ? 0 : tfm__gpt2_contraction(text, size);
+    size_t end = !lead && text[0] == ' ' && size >= 2, used; /* after the one space */
+    unsigned kind = tfm__class_at(text + end, size - end, &used) & kinds;
+    size_t last = 0; /* where the last character of the run of white space begins */
+    if (contraction > 0)
+        return contraction;
+    if (kind != TFM__SPACE) {
+        do {
+            end += used;
+        } while (end < size && (tfm__class_at(text + end, size - end, &used) & kinds) == kind);
+        return end;
+    }
+    for (end = 0; end < size && (tfm__class_at(text + end, size - end, &used) & TFM__SPACE); end += used)
+        last = end;
+    return end < size && (last > 0 || lead) ? last : end;
+}
+
+/* ---- Byte-level BPE: its tables -------------------------------------------------------------------------------------- */
+
 /* That the token of each byte, if it has one, is that byte. */
-static tfm_status tfm__bpe_check_bytes(const tfm__bpe *bpe, tfm_error *error) {
+static tfm_status tfm__bpe_check_bytes(const tfm__tokenizer *tokenizer, tfm_error *error) {
     size_t i;
     for (i = 0; i < 256; i++) {
-        int32_t id = bpe->source.byte_ids[i];
+        int32_t id = tokenizer->source.byte_ids[i];
         size_t size;
         const unsigned char *bytes;
         if (id == -1)
             continue;
-        if (tfm__bpe_check_id(bpe, id, "byte", i, error) != TFM_OK)
+        if (tfm__check_id(tokenizer, id, "byte", i, error) != TFM_OK)
             return TFM_ERROR_FORMAT;
-        bytes = tfm__bpe_token_bytes(bpe, id, &size);
+        bytes = tfm__token_bytes(tokenizer, id, &size);
         if (size != 1 || bytes[0] != i) {
             return tfm__fail(error, TFM_ERROR_FORMAT, "tokenizer: byte %zu: its token, %ld, is not that byte", i,
                              (long)id);
@@ -4690,14 +4863,14 @@ static tfm_status tfm__bpe_check_bytes(const tfm__bpe *bpe, tfm_error *error) {
 
 /* That the bytes of a merge's two parts, together, are those of its result. (So merging only makes symbols longer, and
    what is encoded can be decoded.) */
-static tfm_status tfm__bpe_check_merge(const tfm__bpe *bpe, size_t rank, tfm_error *error) {
-    const int32_t *merge = bpe->source.merges + 3 * rank;
+static tfm_status tfm__bpe_check_merge(const tfm__tokenizer *tokenizer, size_t rank, tfm_error *error) {
+    const int32_t *merge = tokenizer->source.merges + 3 * rank;
     const unsigned char *bytes[3];
     size_t sizes[3], i;
     for (i = 0; i < 3; i++) {
-        if (tfm__bpe_check_id(bpe, merge[i], "merge", rank, error) != TFM_OK)
+        if (tfm__check_id(tokenizer, merge[i], "merge", rank, error) != TFM_OK)
             return TFM_ERROR_FORMAT;
-        bytes[i] = tfm__bpe_token_bytes(bpe, merge[i], &sizes[i]);
+        bytes[i] = tfm__token_bytes(tokenizer, merge[i], &sizes[i]);
     }
     if (sizes[0] == 0 || sizes[1] == 0) {
         return tfm__fail(error, TFM_ERROR_FORMAT, "tokenizer: merge %zu joins token %ld, which is empty", rank,
@@ -4713,19 +4886,19 @@ static tfm_status tfm__bpe_check_merge(const tfm__bpe *bpe, size_t rank, tfm_err
 }
 
 /* The table of merges. Real vocabularies have a few megabytes to compare; a file can be made to have terabytes. */
-static tfm_status tfm__bpe_build_merges(tfm__bpe *bpe, tfm_error *error) {
-    const int32_t *merge = bpe->source.merges;
+static tfm_status tfm__bpe_build_merges(tfm__tokenizer *tokenizer, tfm_error *error) {
+    const int32_t *merge = tokenizer->source.merges;
     uint64_t compared = 0;
     size_t rank;
-    if (tfm__pairs_create(&bpe->merges, bpe->source.n_merges, &bpe->allocator, error) != TFM_OK)
+    if (tfm__pairs_create(&tokenizer->merges, tokenizer->source.n_merges, &tokenizer->allocator, error) != TFM_OK)
         return TFM_ERROR_MEMORY;
-    for (rank = 0; rank < bpe->source.n_merges; rank++, merge += 3) {
-        tfm_status status = tfm__bpe_check_merge(bpe, rank, error);
+    for (rank = 0; rank < tokenizer->source.n_merges; rank++, merge += 3) {
+        tfm_status status = tfm__bpe_check_merge(tokenizer, rank, error);
         uint64_t *slot;
         if (status != TFM_OK)
             return status;
-        compared += bpe->offsets[merge[2] + 1] - bpe->offsets[merge[2]];
-        slot = tfm__pairs_slot(&bpe->merges, (uint32_t)merge[0], (uint32_t)merge[1]);
+        compared += tokenizer->offsets[merge[2] + 1] - tokenizer->offsets[merge[2]];
+        slot = tfm__pairs_slot(&tokenizer->merges, (uint32_t)merge[0], (uint32_t)merge[1]);
         if (!slot || compared > UINT32_MAX) {
             return tfm__fail(error, TFM_ERROR_UNSUPPORTED,
                              "tokenizer: the merges up to %zu (tokens %ld and %ld) are not those of a real vocabulary",
@@ -4741,160 +4914,16 @@ static tfm_status tfm__bpe_build_merges(tfm__bpe *bpe, tfm_error *error) {
     return TFM_OK;
 }
 
-#define TFM__MAX_ADDED_SIZE 1024 /* looking for added tokens takes that many steps for a byte of text, at worst */
-
-/* Enters one added token into its trie. */
-static tfm_status tfm__bpe_build_added_token(tfm__bpe *bpe, int32_t id, uint32_t *n_nodes, tfm_error *error) {
-    unsigned root = bpe->token_flags[id] & TFM__ADDED_NORMALIZED ? 1 : 0;
-    uint32_t node = root;
-    size_t size, i;
-    const unsigned char *bytes = tfm__bpe_token_bytes(bpe, id, &size);
-    if (size == 0 || size > TFM__MAX_ADDED_SIZE) {
-        return tfm__fail(error, TFM_ERROR_FORMAT, "tokenizer: the added token %ld has %zu bytes, not 1 to %d", (long)id,
-                         size, TFM__MAX_ADDED_SIZE);
-    }
-    bpe->added_first[root][bytes[0]] = 1;
-    for (i = 0; i < size; i++) {
-        uint64_t *slot = tfm__pairs_slot(&bpe->added, node, bytes[i]);
-        if (!slot) {
-            return tfm__fail(error, TFM_ERROR_FORMAT, "tokenizer: the added token %ld collides with too many others",
-                             (long)id);
-        }
-        if (*slot == UINT64_MAX) {
-            bpe->added_ids[*n_nodes] = -1;
-            *slot = tfm__pairs_entry(node, bytes[i], (*n_nodes)++);
-        }
-        node = (uint32_t)(*slot & TFM__PAIR_VALUES);
-    }
-    if (bpe->added_ids[node] != -1) {
-        return tfm__fail(error, TFM_ERROR_FORMAT, "tokenizer: the added tokens %ld and %ld are the same text",
-                         (long)bpe->added_ids[node], (long)id);
-    }
-    bpe->added_ids[node] = id;
-    return TFM_OK;
-}
-
-/* The flags of every token, and how many nodes the two tries of added tokens have at most. */
-static tfm_status tfm__bpe_build_flags(tfm__bpe *bpe, size_t *max_nodes, tfm_error *error) {
-    const int32_t *added = bpe->source.added;
-    size_t i;
-    *max_nodes = 2;
-    bpe->token_flags = (unsigned char *)tfm__tokenizer_allocate(&bpe->allocator, bpe->source.n_tokens, error);
-    if (!bpe->token_flags)
-        return TFM_ERROR_MEMORY;
-    memset(bpe->token_flags, 0, bpe->source.n_tokens);
-    for (i = 0; i < bpe->source.n_added; i++) {
-        int32_t id = added[2 * i], flags = added[2 * i + 1];
-        if (tfm__bpe_check_id(bpe, id, "added token", i, error) != TFM_OK)
-            return TFM_ERROR_FORMAT;
-        if (flags < 0 || flags >= TFM__ADDED) {
-            return tfm__fail(error, TFM_ERROR_UNSUPPORTED, "tokenizer: the added token %ld has unknown flags, %ld",
-                             (long)id, (long)flags);
-        }
-        if (bpe->token_flags[id])
-            return tfm__fail(error, TFM_ERROR_FORMAT, "tokenizer: token %ld is added twice", (long)id);
-        bpe->token_flags[id] = (unsigned char)(flags | TFM__ADDED);
-        *max_nodes += bpe->offsets[id + 1] - bpe->offsets[id];
-    }
-    if (*max_nodes > TFM__PAIR_MEMBERS) {
-        return tfm__fail(error, TFM_ERROR_UNSUPPORTED, "tokenizer: the added tokens have more than %lu bytes",
-                         (unsigned long)TFM__PAIR_MEMBERS);
-    }
-    return TFM_OK;
-}
-
-static tfm_status tfm__bpe_build_added(tfm__bpe *bpe, tfm_error *error) {
-    size_t max_nodes, i;
-    uint32_t n_nodes = 2;
-    tfm_status status = tfm__bpe_build_flags(bpe, &max_nodes, error);
+static tfm_status tfm__bpe_build(tfm__tokenizer *tokenizer, tfm_error *error) {
+    tfm_status status = tfm__bpe_check_bytes(tokenizer, error);
     if (status == TFM_OK)
-        status = tfm__pairs_create(&bpe->added, max_nodes, &bpe->allocator, error);
-    if (status != TFM_OK)
-        return status;
-    bpe->added_ids = (int32_t *)tfm__tokenizer_allocate(&bpe->allocator, max_nodes * sizeof *bpe->added_ids, error);
-    if (!bpe->added_ids)
-        return TFM_ERROR_MEMORY;
-    bpe->added_ids[0] = bpe->added_ids[1] = -1;
-    for (i = 0; i < bpe->source.n_added && status == TFM_OK; i++)
-        status = tfm__bpe_build_added_token(bpe, bpe->source.added[2 * i], &n_nodes, error);
+        status = tfm__bpe_build_merges(tokenizer, error);
+    if (status == TFM_OK && tokenizer->source.ignore_merges)
+        status = tfm__build_words(tokenizer, error);
     return status;
 }
 
-/* The slot of a word (a piece of text, perhaps with a space that is not in it in front) in the table of whole tokens,
-   or the empty one where it belongs; NULL as for pairs. */
-static uint32_t *tfm__bpe_word_slot(const tfm__bpe *bpe, const unsigned char *text, size_t size, int lead) {
-    uint32_t hash = 2166136261u; /* FNV-1a */
-    size_t i, probes;
-    if (lead)
-        hash = (hash ^ ' ') * 16777619u;
-    for (i = 0; i < size; i++)
-        hash = (hash ^ text[i]) * 16777619u;
-    for (probes = 0; probes < TFM__MAX_PROBES; probes++) {
-        uint32_t *slot = &bpe->words[(hash + probes) & bpe->words_mask];
-        if (*slot != TFM__NONE) {
-            size_t token_size;
-            const unsigned char *token = tfm__bpe_token_bytes(bpe, (int32_t)*slot, &token_size);
-            if (token_size != size + (lead ? 1u : 0u) || (lead && token[0] != ' ') ||
-                memcmp(token + (lead ? 1 : 0), text, size) != 0)
-                continue;
-        }
-        return slot;
-    }
-    return NULL;
-}
-
-/* The table of whole tokens, for ignore_merges. Added tokens are not in it: they are found by their own rules. */
-static tfm_status tfm__bpe_build_words(tfm__bpe *bpe, tfm_error *error) {
-    size_t n_slots = tfm__table_slots(bpe->source.n_tokens), id;
-    if (!bpe->source.ignore_merges)
-        return TFM_OK;
-    bpe->words = (uint32_t *)tfm__tokenizer_allocate(&bpe->allocator, n_slots * sizeof *bpe->words, error);
-    if (!bpe->words)
-        return TFM_ERROR_MEMORY;
-    bpe->words_mask = n_slots - 1;
-    memset(bpe->words, 0xFF, n_slots * sizeof *bpe->words);
-    for (id = 0; id < bpe->source.n_tokens; id++) {
-        size_t size;
-        const unsigned char *bytes = tfm__bpe_token_bytes(bpe, (int32_t)id, &size);
-        if (size > 0 && !bpe->token_flags[id]) {
-            uint32_t *slot = tfm__bpe_word_slot(bpe, bytes, size, 0);
-            if (!slot)
-                return tfm__fail(error, TFM_ERROR_FORMAT, "tokenizer: token %zu collides with too many others", id);
-            if (*slot == TFM__NONE)
-                *slot = (uint32_t)id;
-        }
-    }
-    return TFM_OK;
-}
-
-/* Checks the tables of a model file and builds a tokenizer on them. On an error there is nothing to free. */
-static tfm_status tfm__bpe_build(tfm__bpe *bpe, const tfm__bpe_source *source, const tfm_allocator *allocator,
-                                 tfm_error *error) {
-    tfm_status status;
-    memset(bpe, 0, sizeof *bpe);
-    bpe->source = *source;
-    bpe->allocator = *allocator;
-    status = tfm__bpe_build_tokens(bpe, error);
-    if (status == TFM_OK)
-        status = tfm__bpe_check_bytes(bpe, error);
-    if (status == TFM_OK)
-        status = tfm__bpe_check_ids(bpe, source->prefix_ids, source->n_prefix, "prefix id", error);
-    if (status == TFM_OK)
-        status = tfm__bpe_check_ids(bpe, source->suffix_ids, source->n_suffix, "suffix id", error);
-    if (status == TFM_OK)
-        status = tfm__bpe_check_ids(bpe, &source->unk_id, source->unk_id != -1, "unknown token's id", error);
-    if (status == TFM_OK)
-        status = tfm__bpe_build_merges(bpe, error);
-    if (status == TFM_OK)
-        status = tfm__bpe_build_added(bpe, error);
-    if (status == TFM_OK)
-        status = tfm__bpe_build_words(bpe, error);
-    if (status != TFM_OK)
-        tfm__bpe_free(bpe);
-    return status;
-}
-
-/* ---- Merging the symbols of a piece ------------------------------------------------------------------------------ */
+/* ---- Byte-level BPE: merging the symbols of a piece ------------------------------------------------------------------ */
 
 /* A piece begins as one symbol for each byte. Again and again the pair of neighbours with the lowest rank, the leftmost
    of these, becomes one symbol, until no two neighbours are a pair of the vocabulary. Finding that pair must not take a
@@ -4965,12 +4994,12 @@ static size_t tfm__merge_lowest(const tfm__merge_state *state) {
 }
 
 /* Merges the n symbols in state->ids (n > 0). */
-static void tfm__merge(const tfm__bpe *bpe, tfm__merge_state *state, size_t n) {
+static void tfm__merge(const tfm__tokenizer *tokenizer, tfm__merge_state *state, size_t n) {
     size_t i;
     for (i = 0; i < n; i++)
         state->lengths[i] = 1;
     for (i = 0; i + 1 < n; i++)
-        tfm__merge_set_rank(state, i, tfm__pairs_find(&bpe->merges, state->ids[i], state->ids[i + 1]));
+        tfm__merge_set_rank(state, i, tfm__pairs_find(&tokenizer->merges, state->ids[i], state->ids[i + 1]));
     for (;;) {
         size_t left = tfm__merge_lowest(state), right, next;
         uint32_t rank = state->ranks[0][left];
@@ -4978,81 +5007,46 @@ static void tfm__merge(const tfm__bpe *bpe, tfm__merge_state *state, size_t n) {
             return;
         right = left + state->lengths[left];
         next = right + state->lengths[right];
-        state->ids[left] = (uint32_t)bpe->source.merges[3 * (size_t)rank + 2];
+        state->ids[left] = (uint32_t)tokenizer->source.merges[3 * (size_t)rank + 2];
         state->lengths[left] = state->lengths[next - 1] = (uint32_t)(next - left);
         tfm__merge_set_rank(state, right, TFM__NONE);
         tfm__merge_set_rank(state, left,
-                            next < n ? tfm__pairs_find(&bpe->merges, state->ids[left], state->ids[next]) : TFM__NONE);
+                            next < n ? tfm__pairs_find(&tokenizer->merges, state->ids[left], state->ids[next])
+                                     : TFM__NONE);
         if (left > 0) {
             size_t before = left - state->lengths[left - 1];
-            tfm__merge_set_rank(state, before, tfm__pairs_find(&bpe->merges, state->ids[before], state->ids[left]));
+            tfm__merge_set_rank(state, before,
+                                tfm__pairs_find(&tokenizer->merges, state->ids[before], state->ids[left]));
         }
     }
 }
 
-/* ---- Encoding ---------------------------------------------------------------------------------------------------- */
-
-/* One call of tfm__bpe_encode(). */
-typedef struct tfm__bpe_encoder {
-    const tfm__bpe *bpe;
-    unsigned flags;
-    int32_t *ids; /* the caller's; at most capacity of the n_ids found so far are stored */
-    size_t capacity;
-    size_t n_ids;
-    uint32_t *memory; /* where pieces are merged: the stack, the caller's scratch memory, or `own` */
-    size_t n_words;
-    void *own;
-    tfm_error *error;
-} tfm__bpe_encoder;
-
-static void tfm__bpe_emit(tfm__bpe_encoder *encoder, int32_t id) {
-    if (encoder->n_ids < encoder->capacity)
-        encoder->ids[encoder->n_ids] = id;
-    encoder->n_ids++;
-}
-
-/* Sees to it that n_words words of memory are there. */
-static tfm_status tfm__bpe_reserve(tfm__bpe_encoder *encoder, size_t n_words) {
-    const tfm_allocator *allocator = &encoder->bpe->allocator;
-    if (n_words <= encoder->n_words)
-        return TFM_OK;
-    if (encoder->own)
-        allocator->release(allocator->user, encoder->own);
-    encoder->n_words = 0;
-    encoder->memory = NULL;
-    encoder->own = tfm__tokenizer_allocate(allocator, n_words * sizeof *encoder->memory, encoder->error);
-    if (!encoder->own)
-        return TFM_ERROR_MEMORY;
-    encoder->memory = (uint32_t *)encoder->own;
-    encoder->n_words = n_words;
-    return TFM_OK;
-}
-
 /* Puts the symbols of a piece into ids, and returns how many there are. */
-static size_t tfm__bpe_symbols(const tfm__bpe *bpe, const unsigned char *text, size_t size, int lead, uint32_t *ids) {
+static size_t tfm__bpe_symbols(const tfm__tokenizer *tokenizer, const unsigned char *text, size_t size, int lead,
+                               uint32_t *ids) {
     size_t n = 0, i = 0;
     int unknown = 0;
     while (lead || i < size) {
-        int32_t id = bpe->source.byte_ids[lead ? ' ' : text[i++]];
+        int32_t id = tokenizer->source.byte_ids[lead ? ' ' : text[i++]];
         lead = 0;
         if (id >= 0)
             ids[n++] = (uint32_t)id;
-        else if (bpe->source.unk_id >= 0 && !(unknown && bpe->source.fuse_unk))
-            ids[n++] = (uint32_t)bpe->source.unk_id;
+        else if (tokenizer->source.unk_id >= 0 && !(unknown && tokenizer->source.fuse_unk))
+            ids[n++] = (uint32_t)tokenizer->source.unk_id;
         unknown = id < 0;
     }
     return n;
 }
 
 /* Encodes one piece of text; with `lead`, one that begins with a space that is not in the text. */
-static tfm_status tfm__bpe_encode_piece(tfm__bpe_encoder *encoder, const unsigned char *text, size_t size, int lead) {
-    const tfm__bpe *bpe = encoder->bpe;
+static tfm_status tfm__bpe_encode_piece(tfm__encoder *encoder, const unsigned char *text, size_t size, int lead) {
+    const tfm__tokenizer *tokenizer = encoder->tokenizer;
     tfm__merge_state state;
     size_t n = size + (lead ? 1u : 0u), i;
-    if (bpe->words) {
-        const uint32_t *word = tfm__bpe_word_slot(bpe, text, size, lead);
+    if (tokenizer->words) {
+        const uint32_t *word = tfm__word_slot(tokenizer, text, size, lead);
         if (word && *word != TFM__NONE) {
-            tfm__bpe_emit(encoder, (int32_t)*word);
+            tfm__emit(encoder, (int32_t)*word);
             return TFM_OK;
         }
     }
@@ -5060,21 +5054,21 @@ static tfm_status tfm__bpe_encode_piece(tfm__bpe_encoder *encoder, const unsigne
         return tfm__fail(encoder->error, TFM_ERROR_ARGUMENT, "tokenizer: a piece of text has %zu bytes without a break",
                          size);
     }
-    if (tfm__bpe_reserve(encoder, tfm__merge_layout(&state, n, NULL)) != TFM_OK)
+    if (tfm__encoder_reserve(encoder, tfm__merge_layout(&state, n, NULL)) != TFM_OK)
         return TFM_ERROR_MEMORY;
-    n = tfm__bpe_symbols(bpe, text, size, lead, encoder->memory);
+    n = tfm__bpe_symbols(tokenizer, text, size, lead, encoder->memory);
     if (n == 0)
         return TFM_OK;
     tfm__merge_layout(&state, n, encoder->memory);
-    tfm__merge(bpe, &state, n);
+    tfm__merge(tokenizer, &state, n);
     for (i = 0; i < n; i += state.lengths[i])
-        tfm__bpe_emit(encoder, (int32_t)state.ids[i]);
+        tfm__emit(encoder, (int32_t)state.ids[i]);
     return TFM_OK;
 }
 
 /* Encodes text without added tokens (size > 0). */
-static tfm_status tfm__bpe_encode_plain(tfm__bpe_encoder *encoder, const unsigned char *text, size_t size) {
-    int lead = encoder->bpe->source.add_prefix_space && text[0] != ' ';
+static tfm_status tfm__bpe_encode_plain(tfm__encoder *encoder, const unsigned char *text, size_t size) {
+    int lead = encoder->tokenizer->source.add_prefix_space && text[0] != ' ';
     tfm_status status;
     do {
         size_t piece = tfm__gpt2_piece(text, size, lead);
@@ -5086,18 +5080,46 @@ static tfm_status tfm__bpe_encode_plain(tfm__bpe_encoder *encoder, const unsigne
     return status;
 }
 
+/* ---- The kinds of tokenizers ------------------------------------------------------------------------------------- */
+
+/* The tables that only this kind has. */
+static tfm_status tfm__kind_build(tfm__tokenizer *tokenizer, tfm_error *error) {
+    switch (tokenizer->source.kind) {
+    case TFM__BYTE_BPE: return tfm__bpe_build(tokenizer, error);
+    }
+    return TFM_OK;
+}
+
+/* Encodes text without added tokens (size > 0). */
+static tfm_status tfm__kind_encode(tfm__encoder *encoder, const unsigned char *text, size_t size) {
+    switch (encoder->tokenizer->source.kind) {
+    case TFM__BYTE_BPE: return tfm__bpe_encode_plain(encoder, text, size);
+    }
+    return TFM_OK;
+}
+
+/* Bytes of scratch memory with which the encoding of `size` bytes of text allocates nothing. */
+static size_t tfm__kind_scratch(const tfm__tokenizer *tokenizer, size_t size) {
+    switch (tokenizer->source.kind) {
+    case TFM__BYTE_BPE: /* a text without a place to cut */ return tfm__product(size + 100, 13);
+    }
+    return 0;
+}
+
+/* ---- Added tokens, and a whole text ---------------------------------------------------------------------------------- */
+
 /* The longest added token of one of the two tries at the start of text: its id, or -1. */
-static int32_t tfm__bpe_added_at(const tfm__bpe *bpe, unsigned root, const unsigned char *text, size_t size,
-                                 size_t *token_size) {
+static int32_t tfm__added_at(const tfm__tokenizer *tokenizer, unsigned root, const unsigned char *text, size_t size,
+                             size_t *token_size) {
     int32_t found = -1;
     uint32_t node = root;
     size_t i;
     for (i = 0; i < size; i++) {
-        node = tfm__pairs_find(&bpe->added, node, text[i]);
+        node = tfm__pairs_find(&tokenizer->added, node, text[i]);
         if (node == TFM__NONE)
             break;
-        if (bpe->added_ids[node] >= 0) {
-            found = bpe->added_ids[node];
+        if (tokenizer->added_ids[node] >= 0) {
+            found = tokenizer->added_ids[node];
             *token_size = i + 1;
         }
     }
@@ -5105,12 +5127,12 @@ static int32_t tfm__bpe_added_at(const tfm__bpe *bpe, unsigned root, const unsig
 }
 
 /* The first added token from *start on, and where it starts and ends. */
-static int32_t tfm__bpe_find_added(const tfm__bpe *bpe, unsigned root, const unsigned char *text, size_t size,
-                                   size_t *start, size_t *end) {
-    const unsigned char *first = bpe->added_first[root];
+static int32_t tfm__find_added(const tfm__tokenizer *tokenizer, unsigned root, const unsigned char *text, size_t size,
+                               size_t *start, size_t *end) {
+    const unsigned char *first = tokenizer->added_first[root];
     size_t i, token_size;
     for (i = *start; i < size; i++) {
-        int32_t found = first[text[i]] ? tfm__bpe_added_at(bpe, root, text + i, size - i, &token_size) : -1;
+        int32_t found = first[text[i]] ? tfm__added_at(tokenizer, root, text + i, size - i, &token_size) : -1;
         if (found >= 0) {
             *start = i;
             *end = i + token_size;
@@ -5130,18 +5152,17 @@ static int tfm__touches_word(const unsigned char *text, size_t size, size_t star
 /* Encodes text (size > 0) in which the added tokens of the tries before `root` have been found already. As in Hugging
    Face's tokenizers, an added token that is found and not wanted (a special one in plain text, or a single_word within
    a word) still hides those that overlap it. */
-static tfm_status tfm__bpe_encode_text(tfm__bpe_encoder *encoder, unsigned root, const unsigned char *text,
-                                       size_t size) {
-    const tfm__bpe *bpe = encoder->bpe;
+static tfm_status tfm__encode_text(tfm__encoder *encoder, unsigned root, const unsigned char *text, size_t size) {
+    const tfm__tokenizer *tokenizer = encoder->tokenizer;
     size_t done = 0;     /* the ids of the text before this place are out */
     size_t stripped = 0; /* where the white space ends that the last rstrip took */
     size_t start = 0, end = 0, used;
     tfm_status status = TFM_OK;
     int32_t id;
     if (root == 2)
-        return tfm__bpe_encode_plain(encoder, text, size);
-    for (; (id = tfm__bpe_find_added(bpe, root, text, size, &start, &end)) >= 0; start = end) {
-        unsigned flags = bpe->token_flags[id];
+        return tfm__kind_encode(encoder, text, size);
+    for (; (id = tfm__find_added(tokenizer, root, text, size, &start, &end)) >= 0; start = end) {
+        unsigned flags = tokenizer->token_flags[id];
         size_t token_end = end;
         if (((flags & TFM__ADDED_SPECIAL) && !(encoder->flags & TFM_TOKENIZE_SPECIAL)) ||
             ((flags & TFM__ADDED_SINGLE_WORD) && tfm__touches_word(text, size, start, end)))
@@ -5158,30 +5179,30 @@ static tfm_status tfm__bpe_encode_text(tfm__bpe_encoder *encoder, unsigned root,
             token_end = stripped;
         }
         if (start > done) {
-            status = tfm__bpe_encode_text(encoder, root + 1, text + done, start - done);
+            status = tfm__encode_text(encoder, root + 1, text + done, start - done);
             if (status != TFM_OK)
                 return status;
         }
         if (start < token_end) /* else an rstrip before has taken all of it, as white space */
-            tfm__bpe_emit(encoder, id);
+            tfm__emit(encoder, id);
         done = token_end;
     }
-    return done < size ? tfm__bpe_encode_text(encoder, root + 1, text + done, size - done) : TFM_OK;
+    return done < size ? tfm__encode_text(encoder, root + 1, text + done, size - done) : TFM_OK;
 }
 
 /* The ids of a text. *n_ids is how many there are, even if that is more than capacity: then the first `capacity` are
    stored (ids may be NULL if that is 0). flags: TFM_TOKENIZE_SPECIAL, TFM_TOKENIZE_PLAIN.
    Pieces of up to 300 bytes are merged on the stack, longer ones in the scratch memory if that is enough (13 bytes for
    each byte of the piece, and 1 KiB; aligned as a uint32_t is; may be NULL), else in memory from the allocator. */
-static tfm_status tfm__bpe_encode(const tfm__bpe *bpe, void *scratch, size_t scratch_size, const char *text,
-                                  size_t size, unsigned flags, int32_t *ids, size_t capacity, size_t *n_ids,
-                                  tfm_error *error) {
+static tfm_status tfm__tokenizer_encode(const tfm__tokenizer *tokenizer, void *scratch, size_t scratch_size,
+                                        const char *text, size_t size, unsigned flags, int32_t *ids, size_t capacity,
+                                        size_t *n_ids, tfm_error *error) {
     uint32_t stack[TFM__MERGE_STACK];
-    tfm__bpe_encoder encoder;
+    tfm__encoder encoder;
     tfm_status status = TFM_OK;
     size_t i;
     memset(&encoder, 0, sizeof encoder);
-    encoder.bpe = bpe;
+    encoder.tokenizer = tokenizer;
     encoder.flags = flags;
     encoder.ids = ids;
     encoder.capacity = ids ? capacity : 0;
@@ -5192,15 +5213,38 @@ static tfm_status tfm__bpe_encode(const tfm__bpe *bpe, void *scratch, size_t scr
         encoder.memory = (uint32_t *)scratch;
         encoder.n_words = scratch_size / sizeof *encoder.memory;
     }
-    for (i = 0; i < bpe->source.n_prefix && !(flags & TFM_TOKENIZE_PLAIN); i++)
-        tfm__bpe_emit(&encoder, bpe->source.prefix_ids[i]);
+    for (i = 0; i < tokenizer->source.n_prefix && !(flags & TFM_TOKENIZE_PLAIN); i++)
+        tfm__emit(&encoder, tokenizer->source.prefix_ids[i]);
     if (size > 0)
-        status = tfm__bpe_encode_text(&encoder, 0, (const unsigned char *)text, size);
-    for (i = 0; i < bpe->source.n_suffix && !(flags & TFM_TOKENIZE_PLAIN); i++)
-        tfm__bpe_emit(&encoder, bpe->source.suffix_ids[i]);
+        status = tfm__encode_text(&encoder, 0, (const unsigned char *)text, size);
+    for (i = 0; i < tokenizer->source.n_suffix && !(flags & TFM_TOKENIZE_PLAIN); i++)
+        tfm__emit(&encoder, tokenizer->source.suffix_ids[i]);
     if (encoder.own)
-        bpe->allocator.release(bpe->allocator.user, encoder.own);
+        tokenizer->allocator.release(tokenizer->allocator.user, encoder.own);
     *n_ids = encoder.n_ids;
+    return status;
+}
+
+/* Checks the tables of a model file and builds a tokenizer on them. On an error there is nothing to free. */
+static tfm_status tfm__tokenizer_build(tfm__tokenizer *tokenizer, const tfm__tokenizer_source *source,
+                                       const tfm_allocator *allocator, tfm_error *error) {
+    tfm_status status;
+    memset(tokenizer, 0, sizeof *tokenizer);
+    tokenizer->source = *source;
+    tokenizer->allocator = *allocator;
+    status = tfm__build_tokens(tokenizer, error);
+    if (status == TFM_OK)
+        status = tfm__check_ids(tokenizer, source->prefix_ids, source->n_prefix, "prefix id", error);
+    if (status == TFM_OK)
+        status = tfm__check_ids(tokenizer, source->suffix_ids, source->n_suffix, "suffix id", error);
+    if (status == TFM_OK)
+        status = tfm__check_ids(tokenizer, &source->unk_id, source->unk_id != -1, "unknown token's id", error);
+    if (status == TFM_OK)
+        status = tfm__build_added(tokenizer, error);
+    if (status == TFM_OK)
+        status = tfm__kind_build(tokenizer, error);
+    if (status != TFM_OK)
+        tfm__tokenizer_free(tokenizer);
     return status;
 }
 
@@ -5220,7 +5264,7 @@ struct tfm_model {
     void *weights;   /* what could not be used where it lies in the file */
     uint64_t parameters, bytes_per_token;
     int has_tokenizer;
-    tfm__bpe tokenizer;
+    tfm__tokenizer tokenizer;
     const int32_t *end_ids;
     size_t n_end_ids;
 };
@@ -5523,14 +5567,14 @@ static const int32_t *tfm__read_ids(tfm__reader *reader, const char *key, size_t
 static void tfm__read_tokenizer(tfm__reader *reader, tfm_model *model) {
     static const char *const kinds[] = {"byte_bpe", NULL}, *const patterns[] = {"gpt2", NULL};
     const tfm_meta *tokens;
-    tfm__bpe_source source;
+    tfm__tokenizer_source source;
     tfm_error why;
     size_t n;
     model->end_ids = tfm__read_ids(reader, "generation.eos_ids", &model->n_end_ids);
     if (!tfm_file_find_meta(reader->file, "tokenizer.kind"))
         return;
     memset(&source, 0, sizeof source);
-    tfm__read_word(reader, "tokenizer.kind", kinds, 1);
+    source.kind = (tfm__tokenizer_kind)tfm__read_word(reader, "tokenizer.kind", kinds, 1);
     tfm__read_word(reader, "tokenizer.pattern", patterns, 1);
     tokens = tfm__read_meta(reader, "tokenizer.tokens", TFM_META_BYTES, 1, "bytes");
     source.tokens = tokens ? (const unsigned char *)tokens->values : NULL;
@@ -5559,7 +5603,7 @@ static void tfm__read_tokenizer(tfm__reader *reader, tfm_model *model) {
         tfm__reader_fail(reader, "tokenizer.token_sizes", "no more tokens than vocab_size");
     if (reader->status != TFM_OK)
         return;
-    reader->status = tfm__bpe_build(&model->tokenizer, &source, &model->allocator, &why);
+    reader->status = tfm__tokenizer_build(&model->tokenizer, &source, &model->allocator, &why);
     model->has_tokenizer = reader->status == TFM_OK;
     if (reader->status != TFM_OK)
         tfm__fail(reader->error, reader->status, "%s: %.250s", reader->file->name, why.message);
@@ -5573,7 +5617,7 @@ TFM_API void tfm_free(tfm_model *model) {
         return;
     allocator = model->allocator;
     if (model->has_tokenizer)
-        tfm__bpe_free(&model->tokenizer);
+        tfm__tokenizer_free(&model->tokenizer);
     tfm__release_aligned(&allocator, model->weights);
     tfm__release(&allocator, model->blocks);
     tfm_file_close(model->file);
@@ -5683,7 +5727,8 @@ static tfm_status tfm__tokenize(const tfm_model *model, void *scratch, size_t sc
     *n_ids = 0;
     if (!model->has_tokenizer)
         return tfm__fail(error, TFM_ERROR_UNSUPPORTED, "%s: the model has no tokenizer", model->file->name);
-    return tfm__bpe_encode(&model->tokenizer, scratch, scratch_size, text, size, flags, ids, capacity, n_ids, error);
+    return tfm__tokenizer_encode(&model->tokenizer, scratch, scratch_size, text, size, flags, ids, capacity, n_ids,
+                                 error);
 }
 
 TFM_API tfm_status tfm_tokenize(const tfm_model *model, const char *text, size_t size, unsigned flags, int32_t *ids,
@@ -5693,14 +5738,14 @@ TFM_API tfm_status tfm_tokenize(const tfm_model *model, const char *text, size_t
 
 TFM_API const char *tfm_token_text(const tfm_model *model, int32_t id, size_t *size) {
     *size = 0;
-    return model->has_tokenizer ? (const char *)tfm__bpe_token_bytes(&model->tokenizer, id, size) : NULL;
+    return model->has_tokenizer ? (const char *)tfm__token_bytes(&model->tokenizer, id, size) : NULL;
 }
 
 /* Bytes of the longest token. */
 static size_t tfm__longest_token(const tfm_model *model) {
     size_t longest = 0, size, i;
     for (i = 0; model->has_tokenizer && i < model->description.vocab_size; i++) {
-        tfm__bpe_token_bytes(&model->tokenizer, (int32_t)i, &size);
+        tfm__token_bytes(&model->tokenizer, (int32_t)i, &size);
         longest = TFM__MAX(longest, size);
     }
     return longest;
@@ -5708,7 +5753,7 @@ static size_t tfm__longest_token(const tfm_model *model) {
 
 /* 1 if the token is not shown to people. */
 static int tfm__is_special(const tfm_model *model, int32_t id) {
-    return model->has_tokenizer && tfm__bpe_is_special(&model->tokenizer, id);
+    return model->has_tokenizer && tfm__token_is_special(&model->tokenizer, id);
 }
 
 TFM_API int tfm_is_end_token(const tfm_model *model, int32_t id) {
@@ -5825,9 +5870,9 @@ static tfm_status tfm__session_scratch(tfm_session *session, tfm_error *error) {
     }
     if (session->model->head.weight.data)
         floats = TFM__MAX(floats, tfm__linear_scratch(&session->model->head, session->max_rows));
-    if (session->model->has_tokenizer) { /* a prompt without a place to cut: 13 bytes for each of its bytes */
+    if (session->model->has_tokenizer) {
         size_t bytes = tfm__product(session->context, TFM__MIN(tfm__longest_token(session->model), (size_t)64));
-        floats = TFM__MAX(floats, tfm__product(bytes, 13) / sizeof(float) + 256);
+        floats = TFM__MAX(floats, tfm__kind_scratch(&session->model->tokenizer, bytes) / sizeof(float) + 1);
     }
     return tfm__reserve(session->engine, floats, error);
 }
