@@ -5564,41 +5564,61 @@ static const int32_t *tfm__read_ids(tfm__reader *reader, const char *key, size_t
     return meta ? (const int32_t *)meta->values : NULL;
 }
 
+/* A flag: 0 or 1. */
+static int tfm__read_flag(tfm__reader *reader, const char *key, int usual) {
+    return (int)tfm__read_size(reader, key, 0, 1, usual);
+}
+
+/* An optional id; -1 if it is not there. */
+static int32_t tfm__read_id(tfm__reader *reader, const char *key) {
+    return tfm_file_find_meta(reader->file, key) ? (int32_t)tfm__read_size(reader, key, 0, TFM__MAX_SIZE, 0) : -1;
+}
+
+/* The tables that every kind of tokenizer has. */
+static void tfm__read_vocabulary(tfm__reader *reader, tfm__tokenizer_source *source) {
+    const tfm_meta *tokens = tfm__read_meta(reader, "tokenizer.tokens", TFM_META_BYTES, 1, "bytes");
+    size_t n;
+    source->tokens = tokens ? (const unsigned char *)tokens->values : NULL;
+    source->tokens_size = tokens ? tokens->count : 0;
+    source->token_sizes = tfm__read_ids(reader, "tokenizer.token_sizes", &source->n_tokens);
+    source->added = tfm__read_ids(reader, "tokenizer.added", &n);
+    source->n_added = n / 2;
+    if (n % 2)
+        tfm__reader_fail(reader, "tokenizer.added", "two numbers for each token");
+    source->unk_id = tfm__read_id(reader, "tokenizer.unk_id");
+    source->prefix_ids = tfm__read_ids(reader, "tokenizer.prefix_ids", &source->n_prefix);
+    source->suffix_ids = tfm__read_ids(reader, "tokenizer.suffix_ids", &source->n_suffix);
+}
+
+static void tfm__read_byte_bpe(tfm__reader *reader, tfm__tokenizer_source *source) {
+    static const char *const patterns[] = {"gpt2", NULL};
+    size_t n;
+    tfm__read_word(reader, "tokenizer.pattern", patterns, 1);
+    source->merges = tfm__read_ids(reader, "tokenizer.merges", &n);
+    source->n_merges = n / 3;
+    if (n % 3)
+        tfm__reader_fail(reader, "tokenizer.merges", "three numbers for each merge");
+    source->byte_ids = tfm__read_ids(reader, "tokenizer.byte_ids", &n);
+    if (n != 256)
+        tfm__reader_fail(reader, "tokenizer.byte_ids", "256 numbers");
+    source->fuse_unk = tfm__read_flag(reader, "tokenizer.fuse_unk", 0);
+    source->add_prefix_space = tfm__read_flag(reader, "tokenizer.add_prefix_space", 0);
+    source->ignore_merges = tfm__read_flag(reader, "tokenizer.ignore_merges", 0);
+}
+
 static void tfm__read_tokenizer(tfm__reader *reader, tfm_model *model) {
-    static const char *const kinds[] = {"byte_bpe", NULL}, *const patterns[] = {"gpt2", NULL};
-    const tfm_meta *tokens;
+    static const char *const kinds[] = {"byte_bpe", NULL}; /* as in tfm__tokenizer_kind */
     tfm__tokenizer_source source;
     tfm_error why;
-    size_t n;
     model->end_ids = tfm__read_ids(reader, "generation.eos_ids", &model->n_end_ids);
     if (!tfm_file_find_meta(reader->file, "tokenizer.kind"))
         return;
     memset(&source, 0, sizeof source);
     source.kind = (tfm__tokenizer_kind)tfm__read_word(reader, "tokenizer.kind", kinds, 1);
-    tfm__read_word(reader, "tokenizer.pattern", patterns, 1);
-    tokens = tfm__read_meta(reader, "tokenizer.tokens", TFM_META_BYTES, 1, "bytes");
-    source.tokens = tokens ? (const unsigned char *)tokens->values : NULL;
-    source.tokens_size = tokens ? tokens->count : 0;
-    source.token_sizes = tfm__read_ids(reader, "tokenizer.token_sizes", &source.n_tokens);
-    source.merges = tfm__read_ids(reader, "tokenizer.merges", &n);
-    source.n_merges = n / 3;
-    if (n % 3)
-        tfm__reader_fail(reader, "tokenizer.merges", "three numbers for each merge");
-    source.added = tfm__read_ids(reader, "tokenizer.added", &n);
-    source.n_added = n / 2;
-    if (n % 2)
-        tfm__reader_fail(reader, "tokenizer.added", "two numbers for each token");
-    source.byte_ids = tfm__read_ids(reader, "tokenizer.byte_ids", &n);
-    if (n != 256)
-        tfm__reader_fail(reader, "tokenizer.byte_ids", "256 numbers");
-    source.unk_id = (int32_t)tfm__read_size(reader, "tokenizer.unk_id", 0, TFM__MAX_SIZE, TFM__MAX_SIZE);
-    if (source.unk_id == TFM__MAX_SIZE) /* there is none */
-        source.unk_id = -1;
-    source.fuse_unk = (int)tfm__read_size(reader, "tokenizer.fuse_unk", 0, 1, 0);
-    source.prefix_ids = tfm__read_ids(reader, "tokenizer.prefix_ids", &source.n_prefix);
-    source.suffix_ids = tfm__read_ids(reader, "tokenizer.suffix_ids", &source.n_suffix);
-    source.add_prefix_space = (int)tfm__read_size(reader, "tokenizer.add_prefix_space", 0, 1, 0);
-    source.ignore_merges = (int)tfm__read_size(reader, "tokenizer.ignore_merges", 0, 1, 0);
+    tfm__read_vocabulary(reader, &source);
+    switch (source.kind) {
+    case TFM__BYTE_BPE: tfm__read_byte_bpe(reader, &source); break;
+    }
     if (reader->status == TFM_OK && source.n_tokens > model->description.vocab_size)
         tfm__reader_fail(reader, "tokenizer.token_sizes", "no more tokens than vocab_size");
     if (reader->status != TFM_OK)
