@@ -4925,7 +4925,7 @@ typedef struct tfm__spm {
     const unsigned char *replacements; /* and what it leads to: texts that end with a zero */
     int32_t *parents; /* unigram: [n_tokens] the longest other piece that the piece begins with, or -1 */
     uint32_t *starts; /* unigram: where in `sorted` pieces begin with two bytes; see tfm__unigram_range(); or NULL */
-    double unk_score, max_score;
+    double unk_score;
 } tfm__spm;
 
 typedef struct tfm__tokenizer {
@@ -6334,14 +6334,12 @@ static tfm_status tfm__unigram_build(tfm__tokenizer *tokenizer, tfm_error *error
         status = tfm__unigram_build_starts(tokenizer, error);
     if (status != TFM_OK)
         return status;
-    tokenizer->spm.max_score = FLT_MIN; /* as sentencepiece has it, which adds this up for user-defined pieces */
     for (i = 0; i < source->n_sorted; i++) {
         int32_t id = source->sorted[i];
         double score = source->double_scores ? source->double_scores[id] : source->scores[id];
         if (!source->rules.tokenizers && source->types[id] != TFM__PIECE_NORMAL)
             continue;
         lowest = TFM__MIN(lowest, score);
-        tokenizer->spm.max_score = TFM__MAX(tokenizer->spm.max_score, score);
     }
     tokenizer->spm.unk_score = lowest - TFM__UNKNOWN_PENALTY;
     return TFM_OK;
@@ -6355,8 +6353,9 @@ typedef struct tfm__unigram_node {
 } tfm__unigram_node;
 
 static void tfm__unigram_offer(tfm__unigram_node *node, double score, size_t start, int32_t id, int as_float) {
+    score = as_float ? (float)score : score;
     if (node->start == TFM__NONE || score > node->score) {
-        node->score = as_float ? (float)score : score;
+        node->score = score;
         node->start = (uint32_t)start;
         node->id = id;
     }
@@ -6365,8 +6364,8 @@ static void tfm__unigram_offer(tfm__unigram_node *node, double score, size_t sta
 static double tfm__unigram_score(const tfm__tokenizer *tokenizer, int32_t id, size_t size) {
     if (tokenizer->source.double_scores)
         return tokenizer->source.double_scores[id];
-    if (tokenizer->source.types[id] == TFM__PIECE_USER) /* always the best */
-        return (double)((float)size * (float)tokenizer->spm.max_score) - 0.1;
+    if (tokenizer->source.types[id] == TFM__PIECE_USER) /* higher than any other, in general: those are logarithms */
+        return (float)(0.1 * (double)(size - 1));
     return tokenizer->source.scores[id];
 }
 

@@ -1783,8 +1783,10 @@ def is_sentencepiece_json(root):
     if model.text("type", "BPE") == "Unigram":
         return True
     steps = json_steps(root, "pre_tokenizer", "pretokenizers") + json_steps(root, "decoder", "decoders")
-    return model.text("type", "BPE") == "BPE" and not any(step.text("type") == "ByteLevel" for step in steps) and (
-        model.flag("byte_fallback", False) or any(step.text("type") == "Metaspace" for step in steps))
+    normalizers = json_steps(root, "normalizer", "normalizers")
+    kinds = [step.text("type") for step in steps]
+    return model.text("type", "BPE") == "BPE" and "ByteLevel" not in kinds and (
+        "Metaspace" in kinds or any(SPACE_PIECE in step.values.values() for step in normalizers))
 
 
 def json_steps(root, key, steps_key):
