@@ -927,7 +927,7 @@ static void test_tokenizer_tables(void) {
     SPOILED(&tfm, test_put_i32(&tfm, "tokenizer.merges", same_merge, 9), TFM_ERROR_FORMAT, "merge 2");
     SPOILED(&tfm, test_put_i32(&tfm, "tokenizer.added", odd, 3), TFM_ERROR_FORMAT, "tokenizer.added");
     SPOILED(&tfm, test_put_i32(&tfm, "tokenizer.added", twice, 4), TFM_ERROR_FORMAT, "256");
-    SPOILED(&tfm, put_one(&tfm, "tokenizer.added", 1, 32), TFM_ERROR_UNSUPPORTED, "256");
+    SPOILED(&tfm, put_one(&tfm, "tokenizer.added", 1, 64), TFM_ERROR_UNSUPPORTED, "256");
     SPOILED(&tfm, put_one(&tfm, "tokenizer.added", 1, -1), TFM_ERROR_UNSUPPORTED, "256");
     for (k = 0; k < sizeof lists / sizeof *lists; k++) {
         SPOILED(&tfm, test_put_text(&tfm, lists[k], "text"), TFM_ERROR_FORMAT, lists[k]);
