@@ -268,16 +268,46 @@ typedef enum tfm_activation {
     TFM_ACTIVATION_COUNT
 } tfm_activation;
 
+/* Rotary positions (Su et al. 2021): the pair (a, b) of a query or key at the position p is turned by the angle
+ * p * frequency of the pair: (a cos - b sin, b cos + a sin). */
+typedef struct tfm_rotary {
+    size_t n_pairs;           /* 0: none. The first 2 n_pairs numbers of a head are turned. */
+    int interleaved;          /* 0: the pairs are i and i + n_pairs; 1: 2 i and 2 i + 1 */
+    float scale;              /* of sin and cos: mostly 1 */
+    const float *frequencies; /* [n_pairs] */
+} tfm_rotary;
+
+/* Relative positions (Raffel et al. 2020, T5): what is added to a score depends on key position - query position alone.
+ * Distances fall into buckets: the near ones have their own, the others logarithmically wider ones. */
+typedef struct tfm_relative {
+    size_t n_buckets, max_distance; /* 0 buckets: none. Without `causal` half of them are for keys after the query. */
+    const float *table;             /* [n_buckets][n_heads] */
+} tfm_relative;
+
 /* Multi-head attention (Vaswani et al. 2017): for each head softmax(q k^T scale + mask) v; the heads' results side by
  * side through `out`. With n_kv_heads < n_heads, n_heads / n_kv_heads query heads share one head of keys and values
  * (Ainslie et al. 2023). */
 typedef struct tfm_attention {
     size_t n_heads, n_kv_heads, head_dim;
-    int causal;     /* 1: a token sees itself and the tokens before it */
-    float scale;    /* mostly 1 / sqrt(head_dim) */
-    tfm_linear qkv; /* [(n_heads + 2 n_kv_heads) head_dim, d_model]: all queries, all keys, all values */
+    int causal;              /* 1: a token sees itself and the tokens before it */
+    size_t window;           /* a token sees that many, itself included; 0: all */
+    float scale;             /* mostly 1 / sqrt(head_dim) */
+    float softcap;           /* scores become softcap * tanh(score / softcap); 0: they stay */
+    tfm_linear qkv;          /* [(n_heads + 2 n_kv_heads) head_dim, d_model]: all queries, all keys, all values */
+    tfm_norm q_norm, k_norm; /* of each head, [head_dim], or absent (no weight) */
+    tfm_rotary rotary;
+    tfm_relative relative;
     tfm_linear out; /* [d_model, n_heads head_dim] */
 } tfm_attention;
+
+/* Attention of a decoder to its encoder: queries from the decoder, keys and values from the encoder's results (which
+ * tfm_memory_forward puts into a cache, once). Heads and scale are those of the block's attention. */
+typedef struct tfm_cross {
+    tfm_norm norm;
+    tfm_linear q;   /* [n_heads head_dim, d_model] */
+    tfm_linear kv;  /* [2 n_kv_heads head_dim, d_model]: all keys, all values */
+    tfm_linear out; /* [d_model, n_heads head_dim] */
+} tfm_cross;
 
 /* Position-wise feed-forward: plain  down(act(up(x)));  gated  down(act(gate(x)) * up(x))  (Shazeer 2020). */
 typedef struct tfm_ffn {
@@ -289,15 +319,21 @@ typedef struct tfm_ffn {
 
 typedef enum tfm_norm_place {
     TFM_PRE_NORM = 0, /* x += attention(norm(x));     x += ffn(norm(x))       (GPT-2, T5, LLaMA) */
-    TFM_POST_NORM     /* x = norm(x + attention(x));  x = norm(x + ffn(x))    (the paper, BERT) */
+    TFM_POST_NORM,    /* x = norm(x + attention(x));  x = norm(x + ffn(x))    (the paper, BERT) */
+    TFM_SANDWICH_NORM /* x += post(attention(norm(x)));  x += post(ffn(norm(x)))  (Gemma 2) */
 } tfm_norm_place;
 
 typedef struct tfm_block {
     tfm_norm_place norm_place;
+    int parallel; /* 1: x += attention(norm(x)) + ffn(norm(x)), each with its norm; without ffn_norm both have the same.
+                   * Only with TFM_PRE_NORM and without cross. */
     tfm_norm attention_norm;
     tfm_attention attention;
+    tfm_norm attention_post_norm; /* for TFM_SANDWICH_NORM */
+    tfm_cross cross;              /* between the two, or absent (no weights) */
     tfm_norm ffn_norm;
     tfm_ffn ffn;
+    tfm_norm ffn_post_norm; /* for TFM_SANDWICH_NORM */
 } tfm_block;
 
 /* Keys and values of one sequence for all blocks of a stack. Memory is cut into pages of TFM_KV_PAGE tokens, so that
@@ -311,6 +347,7 @@ typedef struct tfm_kv {
     size_t n_tokens;       /* tokens that are in it. The caller moves it on, after the last block of a step. */
     const uint32_t *pages; /* which page of the pool holds tokens [i * TFM_KV_PAGE, ...); NULL: page i */
     size_t n_pool_pages;
+    size_t page_tokens; /* TFM_KV_PAGE; the library's own temporary caches may have one shorter page */
     void *pool; /* [n_layers][n_pool_pages][2: keys, values][n_kv_heads][TFM_KV_PAGE * head_dim rounded up to 16] */
 } tfm_kv;
 
@@ -328,6 +365,7 @@ typedef struct tfm_span {
                         * NULL: the span is the whole sequence and nothing is kept. */
     const float *mask; /* [n_rows][tokens before + n_rows], added to every head's scores (-INFINITY: not seen), or NULL.
                         * A token that sees nothing at all gets zeros. */
+    const tfm_kv *memory; /* for a block with cross-attention: the keys and values of the encoder's tokens */
 } tfm_span;
 
 /* y[n_rows][out] = x[n_rows][in] W^T + b.  y must not overlap x. */
@@ -355,6 +393,11 @@ TFM_API tfm_status tfm_ffn_forward(tfm_engine *engine, const tfm_ffn *ffn, const
 /* x[rows][d_model] becomes block(x). */
 TFM_API tfm_status tfm_block_forward(tfm_engine *engine, const tfm_block *block, size_t layer, float *x,
                                      const tfm_span *spans, size_t n_spans, tfm_error *error);
+
+/* Puts the cross-attention's keys and values of an encoder's results [n_rows][d_model] into layer `layer` of an empty
+ * cache. After the last layer set memory->n_tokens = n_rows; then the cache may stand in a span as its memory. */
+TFM_API tfm_status tfm_memory_forward(tfm_engine *engine, const tfm_block *block, size_t layer, const float *results,
+                                      size_t n_rows, tfm_kv *memory, tfm_error *error);
 
 /* -------------------------------------------------------------------------------------------------------- .tfm files */
 
@@ -428,23 +471,48 @@ TFM_API tfm_status tfm_quantize(const char *in_path, const char *out_path, const
 
 /* ------------------------------------------------------------------------------------------------------------- models */
 
-typedef enum tfm_positions { TFM_NO_POSITIONS = 0, TFM_LEARNED_POSITIONS } tfm_positions;
+typedef enum tfm_kind { TFM_DECODER = 0, TFM_ENCODER, TFM_ENCODER_DECODER } tfm_kind;
+typedef enum tfm_positions {
+    TFM_NO_POSITIONS = 0,
+    TFM_LEARNED_POSITIONS,
+    TFM_SINUSOIDAL_POSITIONS, /* (Vaswani et al. 2017): sin and cos of position / 10000^(2 i / d_model), in turn */
+    TFM_ROTARY_POSITIONS,
+    TFM_RELATIVE_POSITIONS
+} tfm_positions;
 typedef enum tfm_head { TFM_NO_HEAD = 0, TFM_TIED_HEAD, TFM_OWN_HEAD } tfm_head;
+typedef enum tfm_pooling { TFM_NO_POOLING = 0, TFM_POOL_CLS, TFM_POOL_MEAN, TFM_POOL_MAX } tfm_pooling;
+typedef enum tfm_classifier { TFM_NO_CLASSIFIER = 0, TFM_SEQUENCE_CLASSIFIER, TFM_TOKEN_CLASSIFIER } tfm_classifier;
 
-/* What a model is: the description in its file. */
-typedef struct tfm_description {
-    size_t vocab_size, d_model;
+/* A stack of blocks that are alike. */
+typedef struct tfm_stack {
     size_t n_layers, n_heads, n_kv_heads, head_dim, d_ff;
-    size_t n_positions; /* the context: no sequence is longer */
+    size_t n_positions; /* no sequence is longer */
     size_t position_offset;
-    int causal, gated, final_norm;
+    int causal, cross, gated, parallel, embedding_norm, final_norm;
     tfm_norm_kind norm;
     tfm_norm_place norm_place;
     float norm_eps;
     tfm_positions positions;
     tfm_activation activation;
+} tfm_stack;
+
+/* What a model is: the description in its file. */
+typedef struct tfm_description {
+    tfm_kind kind;
+    size_t vocab_size; /* 0: no token embedding (PyTorch's own modules) */
+    size_t d_model, d_embedding;
+    size_t n_token_types;
     tfm_head head;
-    float embedding_scale;
+    float embedding_scale, logit_scale,
+        logit_softcap;             /* the last: 0, or logits become softcap * tanh(logit / softcap) */
+    tfm_activation head_transform; /* of the layer before the head; TFM_NO_ACTIVATION: no layer */
+    int pooler;                    /* 1: the first token's result through a layer and its activation */
+    tfm_activation pooler_activation, classifier_activation;
+    tfm_pooling pooling; /* what the model's embeddings of texts are made of */
+    int pool_normalize;  /* 1: and divided by their length */
+    tfm_classifier classifier;
+    size_t n_labels;
+    tfm_stack encoder, decoder; /* n_layers = 0 and n_positions = 0: not there */
 } tfm_description;
 
 typedef struct tfm_model tfm_model;
@@ -472,8 +540,12 @@ TFM_API const tfm_description *tfm_model_description(const tfm_model *model);
 TFM_API uint64_t tfm_model_parameters(const tfm_model *model);
 /* Bytes of weights that one generated token reads: all but the embedding tables that are only looked up. */
 TFM_API uint64_t tfm_model_bytes_per_token(const tfm_model *model);
-/* A block of the model, 0 <= index < n_layers, to be run by tfm_block_forward. */
+/* The stack that takes the model's tokens one after another: its decoder, or its encoder if it has no decoder. */
+TFM_API const tfm_stack *tfm_model_stack(const tfm_model *model);
+/* A block of that stack, 0 <= index < n_layers, to be run by tfm_block_forward. */
 TFM_API const tfm_block *tfm_model_block(const tfm_model *model, size_t index);
+/* The name of a class, 0 <= index < n_labels, not terminated; NULL and *size = 0 if it has none. */
+TFM_API const char *tfm_model_label(const tfm_model *model, size_t index, size_t *size);
 
 /* ---------------------------------------------------------------------------------------------------------- tokenizer */
 
@@ -525,6 +597,7 @@ TFM_API int tfm_is_end_token(const tfm_model *model, int32_t id);
 
 typedef struct tfm_session_options {
     size_t context;     /* tokens that a sequence may have; 0: the model's n_positions */
+    size_t source;      /* tokens that a text for the encoder may have; 0: the encoder's n_positions */
     size_t n_sequences; /* independent sequences; 0: 1 */
     size_t max_rows;    /* tokens evaluated in one pass; longer input is cut into passes. 0: 512 */
     tfm_dtype kv_dtype; /* of the KV cache, as in tfm_kv_create; 0: TFM_F16 if the weights are i8, else TFM_F32 */
@@ -551,7 +624,9 @@ typedef struct tfm_chunk {
 
 typedef enum tfm_output {
     TFM_LOGITS = 0, /* [vocab_size] for each token */
-    TFM_HIDDEN      /* [d_model]: after the final norm */
+    TFM_HIDDEN,     /* [d_model] for each token: after the final norm */
+    TFM_POOLED,     /* [d_model] for each text: see tfm_encode */
+    TFM_CLASSES     /* [n_labels] for each text, or for each token (tfm_description.classifier) */
 } tfm_output;
 
 /* Evaluates the chunks together: prompts as matrix-matrix work, single tokens of many sequences in one read of the
@@ -559,6 +634,28 @@ typedef enum tfm_output {
  * On an error that concerns the arguments (an id out of range, no room) nothing has changed. */
 TFM_API tfm_status tfm_eval(tfm_session *session, const tfm_chunk *chunks, size_t n_chunks, tfm_output what,
                             float *outputs, tfm_error *error);
+
+/* A text for an encoder. */
+typedef struct tfm_text {
+    const int32_t *tokens; /* [n_tokens] */
+    const int32_t *types;  /* [n_tokens], token types; NULL: all 0 */
+    size_t n_tokens;       /* 1 to n_positions */
+} tfm_text;
+
+/* Runs texts of any lengths through the encoder, packed one behind another without padding; each token attends within its
+ * own text, and its result does not depend on the other texts. outputs: TFM_HIDDEN and TFM_LOGITS (of a masked-LM head)
+ * have a row for each token, TFM_POOLED and TFM_CLASSES as tfm_output says.
+ * TFM_POOLED: the model's own way (tfm_description.pooling, else its pooler, else the mean of the tokens). */
+TFM_API tfm_status tfm_encode(tfm_session *session, const tfm_text *texts, size_t n_texts, tfm_output what,
+                              float *outputs, tfm_error *error);
+
+/* One vector [d_model] for each text: its tokens' results pooled, and, if `normalize`, divided by its length.
+ * TFM_NO_POOLING: the model's own way, as TFM_POOLED. */
+TFM_API tfm_status tfm_embed(tfm_session *session, const tfm_text *texts, size_t n_texts, tfm_pooling pooling,
+                             int normalize, float *vectors, tfm_error *error);
+
+/* Encodes the text that a sequence of an encoder-decoder model answers to. The sequence becomes empty. */
+TFM_API tfm_status tfm_set_source(tfm_session *session, size_t sequence, const tfm_text *text, tfm_error *error);
 
 /* The tokens of a sequence; *n_tokens is how many. Valid until the next call that changes the sequence. */
 TFM_API const int32_t *tfm_sequence_tokens(const tfm_session *session, size_t sequence, size_t *n_tokens);
@@ -1708,6 +1805,8 @@ typedef struct tfm__kernels {
     /* Turns the n scores of a block into exp(score * scale + mask - new max), adds them to the running softmax, and
      * returns the factor exp(old max - new max) for what was summed before. mask [n] or NULL. */
     float (*softmax_block)(tfm__softmax *softmax, float *scores, size_t n, float scale, const float *mask);
+    /* Turns the pairs of x by their angles: see tfm_rotary. angles: n_pairs cosines, n_pairs sines. */
+    void (*turn)(float *x, size_t n_pairs, int interleaved, const float *angles);
     /* x[n] as 16-bit floats, those beyond +-65504 as that */
     void (*to_f16)(const float *x, size_t n, uint16_t *halves);
     /* x[n] *= by */
@@ -1864,6 +1963,17 @@ static float tfm__scalar_softmax_block(tfm__softmax *softmax, float *scores, siz
     return correction;
 }
 
+static void tfm__scalar_turn(float *x, size_t n_pairs, int interleaved, const float *angles) {
+    const float *sines = angles + n_pairs;
+    const size_t step = interleaved ? 2 : 1, apart = interleaved ? 1 : n_pairs;
+    size_t i;
+    for (i = 0; i < n_pairs; i++) {
+        float *a = x + i * step, *b = a + apart, turned = *a * angles[i] - *b * sines[i];
+        *b = *b * angles[i] + *a * sines[i];
+        *a = turned;
+    }
+}
+
 static void tfm__scalar_to_f16(const float *x, size_t n, uint16_t *halves) {
     size_t i;
     for (i = 0; i < n; i++)
@@ -1889,6 +1999,7 @@ static const tfm__kernels tfm__scalar_kernels = {
     tfm__scalar_finish,
     {tfm__scalar_layer_norm, tfm__scalar_rms_norm},
     tfm__scalar_softmax_block,
+    tfm__scalar_turn,
     tfm__scalar_to_f16,
     tfm__scalar_scale,
     tfm__scalar_multiply,
@@ -2489,6 +2600,22 @@ static TFM__TARGET float TFM__FN(softmax_block)(tfm__softmax *softmax, float *sc
     return correction;
 }
 
+static TFM__TARGET void TFM__FN(turn)(float *x, size_t n_pairs, int interleaved, const float *angles) {
+    const float *sines = angles + n_pairs;
+    size_t i;
+    if (interleaved) {
+        tfm__scalar_turn(x, n_pairs, interleaved, angles);
+        return;
+    }
+    for (i = 0; i < n_pairs; i += 16) {
+        const size_t n = n_pairs - i;
+        const v16 a = TFM__FN(load_part)(x + i, n, 0), b = TFM__FN(load_part)(x + n_pairs + i, n, 0);
+        const v16 c = TFM__FN(load_part)(angles + i, n, 0), s = TFM__FN(load_part)(sines + i, n, 0);
+        TFM__FN(store_part)(x + i, TFM__FN(sub16)(TFM__FN(mul16)(a, c), TFM__FN(mul16)(b, s)), n);
+        TFM__FN(store_part)(x + n_pairs + i, TFM__FN(add16)(TFM__FN(mul16)(b, c), TFM__FN(mul16)(a, s)), n);
+    }
+}
+
 /* NaN stays NaN: max and min return their second argument then. */
 static TFM__TARGET void TFM__FN(to_f16)(const float *x, size_t n, uint16_t *halves) {
     const vf low = vf_set1(-65504.0f), high = vf_set1(65504.0f);
@@ -2759,6 +2886,7 @@ static const tfm__kernels TFM__FN(kernels) = {
     TFM__BASE(finish),
     {TFM__BASE(layer_norm), TFM__BASE(rms_norm)},
     TFM__BASE(softmax_block),
+    TFM__BASE(turn),
     TFM__BASE(to_f16),
     TFM__BASE(scale),
     TFM__BASE(multiply),
@@ -3197,20 +3325,19 @@ TFM_API tfm_status tfm_activation_forward(tfm_engine *engine, tfm_activation act
  * [head_dim / 16][tokens][16] (outputs: dimensions). So that is how the cache stores them. */
 
 /* Bytes of one head's keys, or values, in one page. */
-static size_t tfm__kv_head_bytes(tfm_dtype dtype, size_t head_dim) {
-    return tfm__product(TFM_KV_PAGE * tfm__dtype_sizes[dtype], tfm__round_up(head_dim, TFM__PANEL));
+static size_t tfm__kv_head_bytes(const tfm_kv *kv) {
+    return tfm__product(kv->page_tokens * tfm__dtype_sizes[kv->dtype], tfm__round_up(kv->head_dim, TFM__PANEL));
 }
 
-static size_t tfm__kv_bytes(tfm_dtype dtype, size_t n_layers, size_t n_pages, size_t n_kv_heads, size_t head_dim) {
-    return tfm__product(tfm__product(n_layers, n_pages),
-                        tfm__product(2 * n_kv_heads, tfm__kv_head_bytes(dtype, head_dim)));
+static size_t tfm__kv_bytes(const tfm_kv *kv, size_t n_pages) {
+    return tfm__product(tfm__product(kv->n_layers, n_pages), tfm__product(2 * kv->n_kv_heads, tfm__kv_head_bytes(kv)));
 }
 
 /* Keys (what = 0) or values (1) of a head in the page that holds the tokens [page * TFM_KV_PAGE, ...). */
 static char *tfm__kv_at(const tfm_kv *kv, size_t layer, size_t page, size_t what, size_t head) {
     size_t in_pool = kv->pages ? kv->pages[page] : page;
-    return (char *)kv->pool + (((layer * kv->n_pool_pages + in_pool) * 2 + what) * kv->n_kv_heads + head) *
-                                  tfm__kv_head_bytes(kv->dtype, kv->head_dim);
+    return (char *)kv->pool +
+           (((layer * kv->n_pool_pages + in_pool) * 2 + what) * kv->n_kv_heads + head) * tfm__kv_head_bytes(kv);
 }
 
 TFM_API tfm_status tfm_kv_create(tfm_kv *kv, tfm_dtype dtype, size_t n_layers, size_t n_kv_heads, size_t head_dim,
@@ -3225,8 +3352,9 @@ TFM_API tfm_status tfm_kv_create(tfm_kv *kv, tfm_dtype dtype, size_t n_layers, s
     kv->n_kv_heads = n_kv_heads;
     kv->head_dim = head_dim;
     kv->capacity = capacity;
+    kv->page_tokens = TFM_KV_PAGE;
     kv->n_pool_pages = tfm__divide_up(capacity, TFM_KV_PAGE);
-    size = tfm__kv_bytes(dtype, n_layers, kv->n_pool_pages, n_kv_heads, head_dim);
+    size = tfm__kv_bytes(kv, kv->n_pool_pages);
     kv->pool = tfm__allocate_aligned(&memory, size, TFM__CACHE_LINE);
     return kv->pool ? TFM_OK : tfm__fail_memory(error, size);
 }
@@ -3239,27 +3367,40 @@ TFM_API void tfm_kv_free(tfm_kv *kv, const tfm_allocator *allocator) {
 
 /* ---- attention */
 
+/* What all blocks of a stack have in common in one pass. */
+typedef struct tfm__pass {
+    const tfm_span *spans;
+    size_t n_spans, n_rows;
+    const float *angles; /* [n_rows][2][n_pairs]: cos and sin of rotary positions; or NULL */
+    const float
+        *bias; /* [n_heads][2 reach - 1]: relative positions, of the distances 1 - reach to reach - 1; or NULL */
+    size_t reach;
+} tfm__pass;
+
 typedef struct tfm__attention_job {
     const tfm_engine *engine;
     const tfm_attention *attention;
+    const tfm__pass *pass;
     size_t layer;
-    const tfm_span *spans;
-    size_t n_spans;
+    int cross;            /* 1: keys and values are in the spans' memories */
     const size_t *wanted; /* [n_spans]: how many of each span's rows, the last ones, are to attend; NULL: all of them */
     const tfm_kv *uncached; /* where spans without a cache put their keys and values: [n_spans], or NULL */
-    const float *qkv;       /* [rows][(n_heads + 2 n_kv_heads) head_dim] */
-    float *context;         /* [wanted rows][n_heads head_dim]: the heads' results */
+    const float *queries;   /* [rows][query_stride]; cross: [wanted rows][query_stride] */
+    size_t query_stride;
+    const float *keys; /* [rows][key_stride]: n_kv_heads keys, then as many values */
+    size_t key_stride;
+    float *context; /* [wanted rows][n_heads head_dim]: the heads' results */
 } tfm__attention_job;
 
 static size_t tfm__wanted_rows(const tfm__attention_job *job, size_t span) {
-    return job->wanted ? job->wanted[span] : job->spans[span].n_rows;
+    return job->wanted ? job->wanted[span] : job->pass->spans[span].n_rows;
 }
 
-/* One span of a job: its cache, its rows, and the tokens before it. */
+/* One span of a job: its keys and values, its rows, and the tokens before it. */
 typedef struct tfm__span_view {
     const tfm_span *span;
     const tfm_kv *kv;
-    size_t past;
+    size_t past, n_keys;
     size_t row;     /* of x, the first */
     size_t wanted;  /* rows that attend */
     size_t context; /* row of the context, the first */
@@ -3274,20 +3415,27 @@ static tfm__span_view tfm__find_span(const tfm__attention_job *job, size_t *inde
     view.row = view.context = 0;
     for (i = 0; *index >= (pieces = pieces_of(job, i)); i++) {
         *index -= pieces;
-        view.row += job->spans[i].n_rows;
+        view.row += job->pass->spans[i].n_rows;
         view.context += tfm__wanted_rows(job, i);
     }
-    view.span = job->spans + i;
-    view.kv = view.span->kv ? view.span->kv : job->uncached + i;
-    view.past = view.span->kv ? view.span->kv->n_tokens : 0;
+    view.span = job->pass->spans + i;
     view.wanted = tfm__wanted_rows(job, i);
+    if (job->cross) {
+        view.kv = view.span->memory;
+        view.past = 0;
+        view.n_keys = view.kv->n_tokens;
+    } else {
+        view.kv = view.span->kv ? view.span->kv : job->uncached + i;
+        view.past = view.span->kv ? view.span->kv->n_tokens : 0;
+        view.n_keys = view.past + view.span->n_rows;
+    }
     return view;
 }
 
 static size_t tfm__all_pieces(const tfm__attention_job *job,
                               size_t (*pieces_of)(const tfm__attention_job *job, size_t span)) {
     size_t pieces = 0, i;
-    for (i = 0; i < job->n_spans; i++)
+    for (i = 0; i < job->pass->n_spans; i++)
         pieces += pieces_of(job, i);
     return pieces;
 }
@@ -3303,7 +3451,7 @@ static size_t tfm__qkv_width(const tfm_attention *attention) {
 /* A span of one token is cut by KV heads, and who attends with a head stores the token's keys and values for it first:
  * the cache lines that both need come from memory once. */
 static int tfm__stores_itself(const tfm__attention_job *job, size_t span) {
-    return job->spans[span].n_rows == 1 && tfm__wanted_rows(job, span) == 1 &&
+    return !job->cross && job->pass->spans[span].n_rows == 1 && tfm__wanted_rows(job, span) == 1 &&
            job->attention->n_heads / job->attention->n_kv_heads <= TFM__QUERIES;
 }
 
@@ -3311,17 +3459,18 @@ static size_t tfm__store_pieces(const tfm__attention_job *job, size_t span) {
     return tfm__stores_itself(job, span) ? 0 : job->attention->n_kv_heads;
 }
 
-/* One head's keys and values of one token go into their panels: numbers `distance` apart, and runs of 16. */
-static void tfm__store_f32(const float *key, const float *value, size_t dim, float *keys, float *values) {
+/* One head's keys and values of one token go into their panels: single numbers, and runs of 16. */
+static void tfm__store_f32(const float *key, const float *value, size_t dim, size_t page_tokens, float *keys,
+                           float *values) {
     size_t d;
     for (d = 0; d < dim; d++)
         keys[d * TFM__PANEL] = key[d];
     for (d = 0; d < dim; d += TFM__PANEL)
-        memcpy(values + d * TFM_KV_PAGE, value + d, TFM__MIN(TFM__PANEL, dim - d) * sizeof *value);
+        memcpy(values + d * page_tokens, value + d, TFM__MIN(TFM__PANEL, dim - d) * sizeof *value);
 }
 
 static void tfm__store_f16(const tfm__kernels *kernels, const float *key, const float *value, size_t dim,
-                           uint16_t *keys, uint16_t *values) {
+                           size_t page_tokens, uint16_t *keys, uint16_t *values) {
     uint16_t halves[TFM__PANEL];
     size_t d, i, n;
     for (d = 0; d < dim; d += n) {
@@ -3329,25 +3478,27 @@ static void tfm__store_f16(const tfm__kernels *kernels, const float *key, const 
         kernels->to_f16(key + d, n, halves);
         for (i = 0; i < n; i++)
             keys[(d + i) * TFM__PANEL] = halves[i];
-        kernels->to_f16(value + d, n, values + d * TFM_KV_PAGE);
+        kernels->to_f16(value + d, n, values + d * page_tokens);
     }
 }
 
 /* One head's keys and values of one span go into its cache. */
 static void tfm__store(const tfm__attention_job *job, const tfm__span_view *view, size_t head) {
     const tfm_attention *attention = job->attention;
-    size_t dim = attention->head_dim, size = tfm__dtype_sizes[view->kv->dtype], i;
+    const tfm_kv *kv = view->kv;
+    size_t dim = attention->head_dim, size = tfm__dtype_sizes[kv->dtype], i;
     for (i = 0; i < view->span->n_rows; i++) {
-        const float *row = job->qkv + (view->row + i) * tfm__qkv_width(attention);
-        const float *key = row + (attention->n_heads + head) * dim, *value = key + attention->n_kv_heads * dim;
+        const float *key = job->keys + (view->row + i) * job->key_stride + head * dim;
+        const float *value = key + attention->n_kv_heads * dim;
         size_t page = (view->past + i) / TFM_KV_PAGE, at = (view->past + i) % TFM_KV_PAGE;
-        char *keys = tfm__kv_at(view->kv, job->layer, page, 0, head);
-        char *values = tfm__kv_at(view->kv, job->layer, page, 1, head) + at * TFM__PANEL * size;
+        char *keys = tfm__kv_at(kv, job->layer, page, 0, head);
+        char *values = tfm__kv_at(kv, job->layer, page, 1, head) + at * TFM__PANEL * size;
         keys += (at / TFM__PANEL * dim * TFM__PANEL + at % TFM__PANEL) * size;
-        if (view->kv->dtype == TFM_F16)
-            tfm__store_f16(job->engine->kernels, key, value, dim, (uint16_t *)(void *)keys, (uint16_t *)(void *)values);
+        if (kv->dtype == TFM_F16)
+            tfm__store_f16(job->engine->kernels, key, value, dim, kv->page_tokens, (uint16_t *)(void *)keys,
+                           (uint16_t *)(void *)values);
         else
-            tfm__store_f32(key, value, dim, (float *)(void *)keys, (float *)(void *)values);
+            tfm__store_f32(key, value, dim, kv->page_tokens, (float *)(void *)keys, (float *)(void *)values);
     }
 }
 
@@ -3372,25 +3523,83 @@ typedef struct tfm__queries {
     const float *query; /* [n][query_stride] */
     size_t query_stride, n;
     size_t kv_head;
-    size_t first, step; /* query i stands at the position first + i * step of the sequence */
-    float *context;     /* [n][context_stride] */
+    size_t head, head_step; /* query i is of the head head + i * head_step */
+    size_t first, step;     /* and stands at the position first + i * step of the sequence */
+    float *context;         /* [n][context_stride] */
     size_t context_stride;
 } tfm__queries;
 
-/* Keys that a query may see, as far as causality goes. */
-static size_t tfm__visible(const tfm__queries *queries, int causal, size_t n_keys, size_t i) {
-    return causal ? queries->first + i * queries->step + 1 : n_keys;
+/* The keys [low, high) that a query may see, as far as causality and window go. */
+typedef struct tfm__sight {
+    size_t low, high;
+} tfm__sight;
+
+static tfm__sight tfm__sight_of(const tfm__attention_job *job, const tfm__span_view *view, const tfm__queries *queries,
+                                size_t i) {
+    const int causal = job->attention->causal && !job->cross;
+    tfm__sight sight;
+    sight.high = causal ? queries->first + i * queries->step + 1 : view->n_keys;
+    sight.low = causal && job->attention->window && sight.high > job->attention->window
+                    ? sight.high - job->attention->window
+                    : 0;
+    return sight;
+}
+
+/* What is added to a query's scores of the keys from `start` on: relative positions, or the caller's mask, or both (then
+ * in `sum`); NULL: nothing. */
+static const float *tfm__score_bias(const tfm__attention_job *job, const tfm__span_view *view,
+                                    const tfm__queries *queries, size_t i, size_t start, size_t n, float *sum) {
+    const size_t position = queries->first + i * queries->step, head = queries->head + i * queries->head_step;
+    const float *mask = job->cross ? NULL : view->span->mask, *bias = job->cross ? NULL : job->pass->bias;
+    size_t k;
+    if (mask)
+        mask += (position - view->past) * view->n_keys + start;
+    if (bias)
+        bias += head * (2 * job->pass->reach - 1) + job->pass->reach - 1 + start - position;
+    if (!mask || !bias)
+        return mask ? mask : bias;
+    for (k = 0; k < n; k++)
+        sum[k] = mask[k] + bias[k];
+    return sum;
+}
+
+/* The scores of one query and one page, row[0 .. keys), become probabilities to be; 0 for keys that it does not see.
+ * Returns the factor for what was summed before. */
+static float tfm__weigh(const tfm__attention_job *job, const tfm__span_view *view, const tfm__queries *queries,
+                        size_t i, size_t start, size_t keys, tfm__softmax *softmax, float *row) {
+    const tfm__kernels *kernels = job->engine->kernels;
+    const tfm__sight sight = tfm__sight_of(job, view, queries, i);
+    size_t end = sight.high <= start ? 0 : TFM__MIN(sight.high - start, keys);
+    size_t first = sight.low <= start ? 0 : TFM__MIN(sight.low - start, end), n = end - first;
+    float sum[TFM_KV_PAGE], scale = job->attention->scale, softcap = job->attention->softcap, correction;
+    if (softcap > 0) {
+        tfm__finish tanh_of;
+        kernels->scale(row + first, n, scale / softcap);
+        memset(&tanh_of, 0, sizeof tanh_of);
+        tanh_of.x = tanh_of.y = row + first;
+        tanh_of.n_rows = 1;
+        tanh_of.n = n;
+        tanh_of.activation = TFM_TANH;
+        kernels->finish(&tanh_of);
+        scale = softcap;
+    }
+    correction = kernels->softmax_block(softmax, row + first, n, scale,
+                                        tfm__score_bias(job, view, queries, i, start + first, n, sum));
+    memset(row, 0, first * sizeof *row);
+    memset(row + end, 0, (keys - end) * sizeof *row);
+    return correction;
 }
 
 /* softmax(q k^T scale + mask) v, page by page with a running softmax, in the same order for every query whatever
  * queries stand beside it. */
 static void tfm__attend(const tfm__attention_job *job, const tfm__span_view *view, const tfm__queries *queries) {
-    const tfm_attention *attention = job->attention;
     const tfm__kernels *kernels = job->engine->kernels;
-    size_t n_keys = view->past + view->span->n_rows, dim = attention->head_dim, start, i;
-    size_t end = tfm__visible(queries, attention->causal, n_keys, queries->n - 1); /* of the query that sees most */
-    float scores[TFM__QUERIES * TFM_KV_PAGE];                                      /* [n][TFM_KV_PAGE] */
     const tfm_dtype dtype = view->kv->dtype;
+    size_t dim = job->attention->head_dim, i;
+    const size_t begin = tfm__sight_of(job, view, queries, 0).low / TFM_KV_PAGE * TFM_KV_PAGE;
+    const size_t end = tfm__sight_of(job, view, queries, queries->n - 1).high; /* of the query that sees most */
+    size_t start;
+    float scores[TFM__QUERIES * TFM_KV_PAGE]; /* [n][TFM_KV_PAGE] */
     tfm__softmax softmax[TFM__QUERIES];
     tfm__matmul product;
     for (i = 0; i < queries->n; i++) {
@@ -3398,7 +3607,7 @@ static void tfm__attend(const tfm__attention_job *job, const tfm__span_view *vie
         softmax[i].sum = 0;
     }
     product.n_rows = queries->n;
-    for (start = 0; start < end; start += TFM_KV_PAGE) {
+    for (start = begin; start < end; start += TFM_KV_PAGE) {
         size_t keys = TFM__MIN((size_t)TFM_KV_PAGE, end - start);
         product.x = queries->query; /* scores [n][keys] = queries [n][head_dim] keys^T */
         product.x_stride = queries->query_stride;
@@ -3411,31 +3620,28 @@ static void tfm__attend(const tfm__attention_job *job, const tfm__span_view *vie
         product.add = 0;
         kernels->matmul[dtype](&product);
         for (i = 0; i < queries->n; i++) {
-            size_t limit = tfm__visible(queries, attention->causal, n_keys, i);
-            size_t visible = limit <= start ? 0 : TFM__MIN(limit - start, keys);
-            const float *mask = view->span->mask;
-            float *row = scores + i * TFM_KV_PAGE, correction;
-            if (mask)
-                mask += (queries->first + i * queries->step - view->past) * n_keys + start;
-            correction = kernels->softmax_block(softmax + i, row, visible, attention->scale, mask);
-            memset(row + visible, 0, (keys - visible) * sizeof *row);
-            if (start && correction != 1)
+            float correction = tfm__weigh(job, view, queries, i, start, keys, softmax + i, scores + i * TFM_KV_PAGE);
+            if (start > begin && correction != 1)
                 kernels->scale(queries->context + i * queries->context_stride, dim, correction);
         }
         product.x = scores; /* context [n][head_dim] += probabilities [n][keys] values */
         product.x_stride = TFM_KV_PAGE;
         product.w = tfm__kv_at(view->kv, job->layer, start / TFM_KV_PAGE, 1, queries->kv_head);
-        product.panel_bytes = TFM__PANEL * TFM_KV_PAGE * tfm__dtype_sizes[dtype];
+        product.panel_bytes = TFM__PANEL * view->kv->page_tokens * tfm__dtype_sizes[dtype];
         product.n = dim;
         product.k = keys;
         product.y = queries->context;
         product.y_stride = queries->context_stride;
-        product.add = start > 0;
+        product.add = start > begin;
         kernels->matmul[dtype](&product);
     }
-    for (i = 0; i < queries->n; i++)
-        kernels->scale(queries->context + i * queries->context_stride, dim,
-                       softmax[i].sum == 0 ? 0 : 1 / softmax[i].sum); /* 0: it saw nothing */
+    for (i = 0; i < queries->n; i++) {
+        float *context = queries->context + i * queries->context_stride;
+        if (softmax[i].sum == 0) /* it saw nothing */
+            memset(context, 0, dim * sizeof *context);
+        else
+            kernels->scale(context, dim, 1 / softmax[i].sum);
+    }
 }
 
 static void tfm__attend_piece(void *argument, size_t index) {
@@ -3444,30 +3650,36 @@ static void tfm__attend_piece(void *argument, size_t index) {
     const tfm__span_view view = tfm__find_span(job, &index, tfm__attend_pieces);
     size_t group = attention->n_heads / attention->n_kv_heads, dim = attention->head_dim;
     size_t rows = view.wanted == 1 ? group : view.wanted, blocks = tfm__divide_up(rows, TFM__QUERIES);
-    size_t block = index % blocks * TFM__QUERIES, unwanted = view.span->n_rows - view.wanted, head, row;
+    size_t block = index % blocks * TFM__QUERIES, row;
+    size_t unwanted = job->cross ? 0 : view.span->n_rows - view.wanted;
+    size_t query_row = job->cross ? view.context : view.row + unwanted;
     tfm__queries queries;
     queries.n = TFM__MIN(TFM__QUERIES, rows - block);
     if (view.wanted == 1) { /* rows are the heads of a group */
         queries.kv_head = index / blocks;
-        head = queries.kv_head * group + block;
+        queries.head = queries.kv_head * group + block;
+        queries.head_step = 1;
         row = 0;
         queries.query_stride = queries.context_stride = dim;
         queries.step = 0;
     } else { /* rows are tokens */
-        head = index / blocks;
-        queries.kv_head = head / group;
+        queries.head = index / blocks;
+        queries.kv_head = queries.head / group;
+        queries.head_step = 0;
         row = block;
-        queries.query_stride = tfm__qkv_width(attention);
+        queries.query_stride = job->query_stride;
         queries.context_stride = attention->n_heads * dim;
         queries.step = 1;
     }
-    if (tfm__stores_itself(job, (size_t)(view.span - job->spans)))
+    if (tfm__stores_itself(job, (size_t)(view.span - job->pass->spans)))
         tfm__store(job, &view, queries.kv_head);
     queries.first = view.past + unwanted + row;
-    queries.query = job->qkv + (view.row + unwanted + row) * tfm__qkv_width(attention) + head * dim;
-    queries.context = job->context + (view.context + row) * attention->n_heads * dim + head * dim;
+    queries.query = job->queries + (query_row + row) * job->query_stride + queries.head * dim;
+    queries.context = job->context + (view.context + row) * attention->n_heads * dim + queries.head * dim;
     tfm__attend(job, &view, &queries);
 }
+
+/* ---- positions: rotary and relative ones */
 
 static size_t tfm__count_rows(const tfm_span *spans, size_t n_spans) {
     size_t rows = 0, i;
@@ -3476,14 +3688,143 @@ static size_t tfm__count_rows(const tfm_span *spans, size_t n_spans) {
     return rows;
 }
 
-/* Cache pages that a span without a cache needs while it is computed. */
+static size_t tfm__past(const tfm_span *span) {
+    return span->kv ? span->kv->n_tokens : 0;
+}
+
+typedef struct tfm__angles_job {
+    const tfm_rotary *rotary;
+    const tfm_span *spans;
+    float *angles; /* [rows][2][n_pairs] */
+} tfm__angles_job;
+
+/* A piece: the angles of one row. In fp32 throughout, as PyTorch has them. */
+static void tfm__angles_piece(void *argument, size_t row) {
+    const tfm__angles_job *job = (const tfm__angles_job *)argument;
+    const tfm_rotary *rotary = job->rotary;
+    float *cosines = job->angles + row * 2 * rotary->n_pairs, *sines = cosines + rotary->n_pairs, position;
+    const tfm_span *span = job->spans;
+    size_t i;
+    for (; row >= span->n_rows; span++)
+        row -= span->n_rows;
+    position = (float)(tfm__past(span) + row);
+    for (i = 0; i < rotary->n_pairs; i++) {
+        float angle = position * rotary->frequencies[i];
+        cosines[i] = cosf(angle) * rotary->scale;
+        sines[i] = sinf(angle) * rotary->scale;
+    }
+}
+
+/* The bucket of a distance key - query. In fp32 throughout, as PyTorch has it. */
+static size_t tfm__relative_bucket(const tfm_relative *relative, int causal, long distance) {
+    size_t buckets = relative->n_buckets, base = 0, exact, apart = (size_t)(distance < 0 ? -distance : distance), far;
+    if (!causal) {
+        buckets /= 2;
+        base = distance > 0 ? buckets : 0;
+    } else if (distance > 0)
+        apart = 0;
+    exact = buckets / 2;
+    if (apart < exact)
+        return base + apart;
+    far = exact + (size_t)(logf((float)apart / (float)exact) /
+                           (float)log((double)relative->max_distance / (double)exact) * (float)(buckets - exact));
+    return base + TFM__MIN(far, buckets - 1);
+}
+
+/* bias[head][distance + reach - 1] */
+static void tfm__fill_bias(const tfm_attention *attention, size_t reach, float *bias) {
+    size_t width = 2 * reach - 1, i, head;
+    for (i = 0; i < width; i++) {
+        size_t bucket = tfm__relative_bucket(&attention->relative, attention->causal, (long)i - (long)(reach - 1));
+        for (head = 0; head < attention->n_heads; head++)
+            bias[head * width + i] = attention->relative.table[bucket * attention->n_heads + head];
+    }
+}
+
+static size_t tfm__reach(const tfm_span *spans, size_t n_spans) {
+    size_t reach = 1, i;
+    for (i = 0; i < n_spans; i++)
+        reach = TFM__MAX(reach, tfm__past(spans + i) + spans[i].n_rows);
+    return reach;
+}
+
+/* Scratch of a pass of so many rows whose longest sequence is `reach`. */
+static size_t tfm__pass_scratch(const tfm_attention *attention, size_t rows, size_t reach) {
+    return tfm__scratch_floats(rows, 2 * attention->rotary.n_pairs) +
+           (attention->relative.n_buckets ? tfm__scratch_floats(attention->n_heads, 2 * reach - 1) : 0);
+}
+
+/* Takes scratch, which the caller gives back after the last block. `attention`: of any of the stack's blocks. */
+static tfm__pass tfm__begin_pass(tfm_engine *engine, const tfm_attention *attention, const tfm_span *spans,
+                                 size_t n_spans) {
+    tfm__pass pass;
+    memset(&pass, 0, sizeof pass);
+    pass.spans = spans;
+    pass.n_spans = n_spans;
+    pass.n_rows = tfm__count_rows(spans, n_spans);
+    if (attention->rotary.n_pairs) {
+        tfm__angles_job job;
+        job.rotary = &attention->rotary;
+        job.spans = spans;
+        pass.angles = job.angles = tfm__take(engine, pass.n_rows, 2 * attention->rotary.n_pairs);
+        tfm__run(engine, pass.n_rows, 50 * attention->rotary.n_pairs, tfm__angles_piece, &job);
+    }
+    if (attention->relative.n_buckets) {
+        float *bias;
+        pass.reach = tfm__reach(spans, n_spans);
+        pass.bias = bias = tfm__take(engine, attention->n_heads, 2 * pass.reach - 1);
+        tfm__fill_bias(attention, pass.reach, bias);
+    }
+    return pass;
+}
+
+typedef struct tfm__turn_job {
+    const tfm_engine *engine;
+    const tfm_attention *attention;
+    const float *angles;
+    float *qkv; /* [rows][(n_heads + 2 n_kv_heads) head_dim] */
+} tfm__turn_job;
+
+/* A piece: the queries and keys of one row through their norms and to their rotary positions. */
+static void tfm__turn_piece(void *argument, size_t row) {
+    const tfm__turn_job *job = (const tfm__turn_job *)argument;
+    const tfm_attention *attention = job->attention;
+    const tfm_rotary *rotary = &attention->rotary;
+    const tfm__kernels *kernels = job->engine->kernels;
+    size_t dim = attention->head_dim, head;
+    for (head = 0; head < attention->n_heads + attention->n_kv_heads; head++) {
+        const tfm_norm *norm = head < attention->n_heads ? &attention->q_norm : &attention->k_norm;
+        float *x = job->qkv + row * tfm__qkv_width(attention) + head * dim;
+        if (norm->weight.data)
+            kernels->norm[norm->kind](x, dim, (const float *)norm->weight.data, (const float *)norm->bias.data,
+                                      norm->eps, x);
+        if (rotary->n_pairs)
+            kernels->turn(x, rotary->n_pairs, rotary->interleaved, job->angles + row * 2 * rotary->n_pairs);
+    }
+}
+
+/* ---- attention in all */
+
+/* Cache pages that a span without a cache needs while it is computed; one page may be shorter than others. */
 static size_t tfm__uncached_pages(const tfm_span *span) {
     return span->kv ? 0 : tfm__divide_up(span->n_rows, TFM_KV_PAGE);
 }
 
+static tfm_kv tfm__uncached_kv(const tfm_attention *attention, const tfm_span *span) {
+    tfm_kv kv;
+    memset(&kv, 0, sizeof kv);
+    kv.dtype = TFM_F32;
+    kv.n_layers = 1;
+    kv.n_kv_heads = attention->n_kv_heads;
+    kv.head_dim = attention->head_dim;
+    kv.page_tokens = TFM__MIN((size_t)TFM_KV_PAGE, tfm__round_up(span->n_rows, TFM__PANEL));
+    kv.capacity = tfm__uncached_pages(span) * kv.page_tokens;
+    return kv;
+}
+
 static size_t tfm__uncached_floats(const tfm_attention *attention, const tfm_span *span) {
-    size_t bytes = tfm__kv_bytes(TFM_F32, 1, tfm__uncached_pages(span), attention->n_kv_heads, attention->head_dim);
-    return tfm__scratch_floats(1, bytes / sizeof(float));
+    const tfm_kv kv = tfm__uncached_kv(attention, span);
+    return span->kv ? 0 : tfm__scratch_floats(1, tfm__kv_bytes(&kv, tfm__uncached_pages(span)) / sizeof(float));
 }
 
 static size_t tfm__kv_struct_floats(size_t n_spans) {
@@ -3502,51 +3843,67 @@ static size_t tfm__attention_scratch(const tfm_attention *attention, const tfm_s
 /* Caches, on the scratch stack, for the spans that have none. They live for one call, so that every layer has the same
  * place: from layer to layer it is n_pool_pages = 0 pages. */
 static const tfm_kv *tfm__take_uncached(tfm_engine *engine, const tfm__attention_job *job) {
-    const tfm_attention *attention = job->attention;
-    tfm_kv *kvs = (tfm_kv *)(void *)tfm__take(engine, 1, tfm__kv_struct_floats(job->n_spans));
+    tfm_kv *kvs = (tfm_kv *)(void *)tfm__take(engine, 1, tfm__kv_struct_floats(job->pass->n_spans));
     size_t i;
-    for (i = 0; i < job->n_spans; i++) {
-        size_t pages = tfm__uncached_pages(job->spans + i);
-        if (!pages)
+    for (i = 0; i < job->pass->n_spans; i++) {
+        const tfm_span *span = job->pass->spans + i;
+        if (span->kv)
             continue;
-        memset(kvs + i, 0, sizeof *kvs);
-        kvs[i].dtype = TFM_F32;
-        kvs[i].n_kv_heads = attention->n_kv_heads;
-        kvs[i].head_dim = attention->head_dim;
-        kvs[i].capacity = pages * TFM_KV_PAGE;
-        kvs[i].pool = tfm__take(engine, 1, tfm__uncached_floats(attention, job->spans + i));
+        kvs[i] = tfm__uncached_kv(job->attention, span);
+        kvs[i].pool = tfm__take(engine, 1, tfm__uncached_floats(job->attention, span));
     }
     return kvs;
 }
 
+/* Runs the pieces of a job whose keys and values are in place or are stored now. */
+static void tfm__run_attention(tfm_engine *engine, tfm__attention_job *job) {
+    const size_t dim = job->attention->head_dim, n_spans = job->pass->n_spans;
+    size_t keys = 0, pieces, i;
+    if (!job->cross)
+        tfm__run(engine, tfm__all_pieces(job, tfm__store_pieces), 4 * dim * tfm__divide_up(job->pass->n_rows, n_spans),
+                 tfm__store_piece, job);
+    for (i = 0; i < n_spans; i++) {
+        const tfm_span *span = job->pass->spans + i;
+        keys += (job->cross ? span->memory->n_tokens : tfm__past(span) + span->n_rows) * tfm__wanted_rows(job, i);
+    }
+    pieces = tfm__all_pieces(job, tfm__attend_pieces);
+    if (pieces)
+        tfm__run(engine, pieces, 2 * dim * tfm__divide_up(keys * job->attention->n_heads, pieces), tfm__attend_piece,
+                 job);
+}
+
+static size_t tfm__count_wanted(const tfm__pass *pass, const size_t *wanted) {
+    size_t n = 0, i;
+    for (i = 0; wanted && i < pass->n_spans; i++)
+        n += wanted[i];
+    return wanted ? n : pass->n_rows;
+}
+
 /* result [wanted rows][d_model] (+)= attention(input [rows][d_model]). wanted [n_spans]: only the last so many rows of
  * each span; NULL: all. */
-static void tfm__attention(tfm_engine *engine, const tfm_attention *attention, size_t layer, tfm__input input,
-                           const tfm_span *spans, size_t n_spans, const size_t *wanted, tfm__result result) {
-    size_t mark = engine->scratch_used, n_wanted = 0, keys = 0, pieces, i;
-    float *qkv = tfm__take(engine, input.n_rows, tfm__qkv_width(attention));
+static void tfm__attention(tfm_engine *engine, const tfm_attention *attention, size_t layer, const tfm__pass *pass,
+                           tfm__input input, const size_t *wanted, tfm__result result) {
+    size_t mark = engine->scratch_used, n_wanted = tfm__count_wanted(pass, wanted), width = tfm__qkv_width(attention);
+    float *qkv = tfm__take(engine, input.n_rows, width);
     float *context = tfm__take(engine, input.n_rows, attention->n_heads * attention->head_dim);
     tfm__attention_job job;
-    job.engine = engine;
-    job.attention = attention;
-    job.spans = spans;
-    job.n_spans = n_spans;
-    job.wanted = wanted;
-    job.qkv = qkv;
-    job.context = context;
+    tfm__turn_job turn;
+    memset(&job, 0, sizeof job);
+    job.engine = turn.engine = engine;
+    job.attention = turn.attention = attention;
+    job.pass = pass;
     job.layer = layer;
+    job.wanted = wanted;
+    job.queries = turn.qkv = qkv;
+    job.keys = qkv + attention->n_heads * attention->head_dim;
+    job.query_stride = job.key_stride = width;
+    job.context = context;
     job.uncached = tfm__take_uncached(engine, &job);
-    for (i = 0; i < n_spans; i++) {
-        n_wanted += tfm__wanted_rows(&job, i);
-        keys += ((spans[i].kv ? spans[i].kv->n_tokens : 0) + spans[i].n_rows) * tfm__wanted_rows(&job, i);
-    }
+    turn.angles = pass->angles;
     tfm__linear(engine, &attention->qkv, input, TFM_NO_ACTIVATION, tfm__result_in(qkv, 0));
-    tfm__run(engine, tfm__all_pieces(&job, tfm__store_pieces),
-             4 * attention->head_dim * tfm__divide_up(input.n_rows, n_spans), tfm__store_piece, &job);
-    pieces = tfm__all_pieces(&job, tfm__attend_pieces);
-    if (pieces)
-        tfm__run(engine, pieces, 2 * attention->head_dim * tfm__divide_up(keys * attention->n_heads, pieces),
-                 tfm__attend_piece, &job);
+    if (attention->rotary.n_pairs || attention->q_norm.weight.data || attention->k_norm.weight.data)
+        tfm__run(engine, input.n_rows, 2 * width, tfm__turn_piece, &turn);
+    tfm__run_attention(engine, &job);
     if (n_wanted)
         tfm__linear(engine, &attention->out, tfm__input_of(context, n_wanted, NULL), TFM_NO_ACTIVATION, result);
     engine->scratch_used = mark;
@@ -3563,8 +3920,28 @@ static tfm_status tfm__check_attention(const tfm_attention *attention, const cha
         return tfm__fail(error, TFM_ERROR_ARGUMENT, "%s: too many heads", name);
     if (!(attention->scale > 0))
         return tfm__fail(error, TFM_ERROR_ARGUMENT, "%s: the scale must be greater than 0", name);
-    status = tfm__check_linear(&attention->qkv, name, tfm__qkv_width(attention), d_model, error);
+    if (attention->rotary.n_pairs && (attention->rotary.n_pairs > dim / 2 || !attention->rotary.frequencies))
+        return tfm__fail(error, TFM_ERROR_ARGUMENT, "%s: rotary positions need frequencies, at most head_dim / 2",
+                         name);
+    if (attention->relative.n_buckets &&
+        (!attention->relative.table || attention->relative.n_buckets < (attention->causal ? 2u : 4u) ||
+         attention->relative.max_distance <= attention->relative.n_buckets / 2))
+        return tfm__fail(error, TFM_ERROR_ARGUMENT,
+                         "%s: relative positions need a table and more distance than buckets", name);
+    status = attention->q_norm.weight.data ? tfm__check_norm(&attention->q_norm, name, dim, error) : TFM_OK;
+    if (status == TFM_OK && attention->k_norm.weight.data)
+        status = tfm__check_norm(&attention->k_norm, name, dim, error);
+    if (status == TFM_OK)
+        status = tfm__check_linear(&attention->qkv, name, tfm__qkv_width(attention), d_model, error);
     return status == TFM_OK ? tfm__check_linear(&attention->out, name, d_model, heads * dim, error) : status;
+}
+
+static tfm_status tfm__check_kv(const tfm_kv *kv, const tfm_attention *attention, size_t layer, size_t span,
+                                tfm_error *error) {
+    if ((kv->dtype == TFM_F32 || kv->dtype == TFM_F16) && kv->n_kv_heads == attention->n_kv_heads &&
+        kv->head_dim == attention->head_dim && layer < kv->n_layers && kv->page_tokens == TFM_KV_PAGE)
+        return TFM_OK;
+    return tfm__fail(error, TFM_ERROR_ARGUMENT, "the cache of span %lu was made for other layers", (unsigned long)span);
 }
 
 static tfm_status tfm__check_spans(const tfm_attention *attention, size_t layer, const tfm_span *spans, size_t n_spans,
@@ -3576,10 +3953,8 @@ static tfm_status tfm__check_spans(const tfm_attention *attention, size_t layer,
             return tfm__fail(error, TFM_ERROR_ARGUMENT, "span %lu has no tokens", (unsigned long)i);
         if (!kv)
             continue;
-        if ((kv->dtype != TFM_F32 && kv->dtype != TFM_F16) || kv->n_kv_heads != attention->n_kv_heads ||
-            kv->head_dim != attention->head_dim || layer >= kv->n_layers)
-            return tfm__fail(error, TFM_ERROR_ARGUMENT, "the cache of span %lu was made for other layers",
-                             (unsigned long)i);
+        if (tfm__check_kv(kv, attention, layer, i, error) != TFM_OK)
+            return TFM_ERROR_ARGUMENT;
         if (kv->n_tokens > kv->capacity || spans[i].n_rows > kv->capacity - kv->n_tokens)
             return tfm__fail(error, TFM_ERROR_CONTEXT_FULL,
                              "the cache of span %lu has room for %lu tokens, not for %lu", (unsigned long)i,
@@ -3595,11 +3970,84 @@ TFM_API tfm_status tfm_attention_forward(tfm_engine *engine, const tfm_attention
     if (status == TFM_OK)
         status = tfm__check_spans(attention, layer, spans, n_spans, error);
     if (status == TFM_OK)
-        status = tfm__reserve(engine, tfm__attention_scratch(attention, spans, n_spans), error);
-    if (status == TFM_OK && n_spans)
-        tfm__attention(engine, attention, layer, tfm__input_of(x, tfm__count_rows(spans, n_spans), NULL), spans,
-                       n_spans, NULL, tfm__result_in(y, 0));
+        status =
+            tfm__reserve(engine,
+                         tfm__attention_scratch(attention, spans, n_spans) +
+                             tfm__pass_scratch(attention, tfm__count_rows(spans, n_spans), tfm__reach(spans, n_spans)),
+                         error);
+    if (status == TFM_OK && n_spans) {
+        size_t mark = engine->scratch_used;
+        const tfm__pass pass = tfm__begin_pass(engine, attention, spans, n_spans);
+        tfm__attention(engine, attention, layer, &pass, tfm__input_of(x, pass.n_rows, NULL), NULL,
+                       tfm__result_in(y, 0));
+        engine->scratch_used = mark;
+    }
     return status;
+}
+
+/* ---- cross-attention */
+
+static size_t tfm__cross_scratch(const tfm_attention *attention, const tfm_cross *cross, size_t rows) {
+    size_t inner = attention->n_heads * attention->head_dim;
+    return cross->q.weight.data
+               ? 2 * tfm__scratch_floats(rows, inner) +
+                     TFM__MAX(tfm__linear_scratch(&cross->q, rows), tfm__linear_scratch(&cross->out, rows))
+               : 0;
+}
+
+/* result [wanted rows][d_model] (+)= attention of input [wanted rows][d_model] to the spans' memories */
+static void tfm__cross(tfm_engine *engine, const tfm_attention *attention, const tfm_cross *cross, size_t layer,
+                       const tfm__pass *pass, tfm__input input, const size_t *wanted, tfm__result result) {
+    size_t mark = engine->scratch_used, inner = attention->n_heads * attention->head_dim;
+    float *queries = tfm__take(engine, input.n_rows, inner), *context = tfm__take(engine, input.n_rows, inner);
+    tfm__attention_job job;
+    memset(&job, 0, sizeof job);
+    job.engine = engine;
+    job.attention = attention;
+    job.pass = pass;
+    job.layer = layer;
+    job.cross = 1;
+    job.wanted = wanted;
+    job.queries = queries;
+    job.query_stride = inner;
+    job.context = context;
+    tfm__linear(engine, &cross->q, input, TFM_NO_ACTIVATION, tfm__result_in(queries, 0));
+    tfm__run_attention(engine, &job);
+    tfm__linear(engine, &cross->out, tfm__input_of(context, input.n_rows, NULL), TFM_NO_ACTIVATION, result);
+    engine->scratch_used = mark;
+}
+
+static size_t tfm__memory_scratch(const tfm_cross *cross, size_t rows) {
+    return tfm__scratch_floats(rows, cross->kv.weight.shape[0]) + tfm__linear_scratch(&cross->kv, rows);
+}
+
+/* The keys and values of results [n_rows][d_model] go into an empty cache. */
+static void tfm__memory(tfm_engine *engine, const tfm_block *block, size_t layer, const float *results, size_t n_rows,
+                        tfm_kv *memory) {
+    const tfm_attention *attention = &block->attention;
+    size_t mark = engine->scratch_used, width = 2 * attention->n_kv_heads * attention->head_dim;
+    float *kv = tfm__take(engine, n_rows, width);
+    tfm__attention_job job;
+    tfm__pass pass;
+    tfm_span span;
+    memset(&span, 0, sizeof span);
+    memset(&pass, 0, sizeof pass);
+    memset(&job, 0, sizeof job);
+    span.n_rows = n_rows;
+    span.kv = memory;
+    pass.spans = &span;
+    pass.n_spans = 1;
+    pass.n_rows = n_rows;
+    job.engine = engine;
+    job.attention = attention;
+    job.pass = &pass;
+    job.layer = layer;
+    job.keys = kv;
+    job.key_stride = width;
+    tfm__linear(engine, &block->cross.kv, tfm__input_of(results, n_rows, NULL), TFM_NO_ACTIVATION,
+                tfm__result_in(kv, 0));
+    tfm__run(engine, attention->n_kv_heads, 4 * attention->head_dim * n_rows, tfm__store_piece, &job);
+    engine->scratch_used = mark;
 }
 
 /* ---- feed-forward */
@@ -3693,60 +4141,123 @@ TFM_API tfm_status tfm_ffn_forward(tfm_engine *engine, const tfm_ffn *ffn, const
 /* ---- block */
 
 static size_t tfm__block_scratch(const tfm_block *block, const tfm_span *spans, size_t n_spans) {
-    size_t attention = tfm__attention_scratch(&block->attention, spans, n_spans);
-    size_t ffn = tfm__ffn_scratch(&block->ffn, tfm__count_rows(spans, n_spans));
-    return TFM__MAX(attention, ffn);
+    size_t rows = tfm__count_rows(spans, n_spans), scratch = tfm__attention_scratch(&block->attention, spans, n_spans);
+    scratch = TFM__MAX(scratch, tfm__cross_scratch(&block->attention, &block->cross, rows));
+    scratch = TFM__MAX(scratch, tfm__ffn_scratch(&block->ffn, rows));
+    return scratch + tfm__scratch_floats(rows, block->attention_norm.weight.shape[0]);
 }
 
 /* The last of each span's rows, wanted[span] of them: from x [rows][width] to selected [wanted rows][width]. */
-static size_t tfm__keep_rows(const float *x, size_t width, const tfm_span *spans, size_t n_spans, const size_t *wanted,
-                             float *selected) {
-    size_t row = 0, n_selected = 0, i;
-    for (i = 0; i < n_spans; i++) {
-        row += spans[i].n_rows;
-        memcpy(selected + n_selected * width, x + (row - wanted[i]) * width, wanted[i] * width * sizeof *x);
-        n_selected += wanted[i];
+static void tfm__keep_rows(const float *x, size_t width, const tfm__pass *pass, const size_t *wanted, float *selected) {
+    size_t row = 0, i;
+    for (i = 0; i < pass->n_spans; i++) {
+        row += pass->spans[i].n_rows;
+        memcpy(selected, x + (row - wanted[i]) * width, wanted[i] * width * sizeof *x);
+        selected += wanted[i] * width;
     }
-    return n_selected;
 }
 
-/* Pre-norm: x += attention(norm(x)), x += ffn(norm(x)). Post-norm: x = norm(x + attention(x)), x = norm(x + ffn(x)).
+/* x[n] += y[n] */
+static void tfm__add(tfm_engine *engine, const float *y, size_t n, float *x) {
+    tfm__finish finish;
+    memset(&finish, 0, sizeof finish);
+    finish.x = y;
+    finish.y = x;
+    finish.n_rows = 1;
+    finish.n = n;
+    finish.add = 1;
+    engine->kernels->finish(&finish);
+}
+
+/* x = x + attention(...), and so on, as tfm_norm_place and tfm_block.parallel say.
  * If not all rows are wanted (NULL: they are), x is given up after the attention, and the rest of the block is done for
  * the selected rows alone. */
-static void tfm__block(tfm_engine *engine, const tfm_block *block, size_t layer, float *x, const tfm_span *spans,
-                       size_t n_spans, const size_t *wanted, float *selected) {
-    size_t rows = tfm__count_rows(spans, n_spans), n_selected = rows;
-    const int pre = block->norm_place == TFM_PRE_NORM;
-    const tfm_norm *attention_norm = &block->attention_norm, *ffn_norm = &block->ffn_norm;
+static void tfm__block(tfm_engine *engine, const tfm_block *block, size_t layer, const tfm__pass *pass, float *x,
+                       const size_t *wanted, float *selected) {
+    const size_t mark = engine->scratch_used, d_model = block->attention_norm.weight.shape[0];
+    const size_t n = tfm__count_wanted(pass, wanted);
+    const int post = block->norm_place == TFM_POST_NORM, sandwich = block->norm_place == TFM_SANDWICH_NORM;
+    const tfm_norm *attention_norm = &block->attention_norm;
+    const tfm_norm *ffn_norm = block->ffn_norm.weight.data ? &block->ffn_norm : attention_norm;
+    float *branch = sandwich || block->parallel ? tfm__take(engine, n, d_model) : NULL; /* what is added to x later */
     if (wanted)
-        n_selected = tfm__keep_rows(x, attention_norm->weight.shape[0], spans, n_spans, wanted, selected);
+        tfm__keep_rows(x, d_model, pass, wanted, selected);
     else
         selected = x;
-    tfm__attention(engine, &block->attention, layer, tfm__input_of(x, rows, pre ? attention_norm : NULL), spans,
-                   n_spans, wanted, tfm__result_in(selected, 1));
-    if (!n_selected)
+    tfm__attention(engine, &block->attention, layer, pass, tfm__input_of(x, pass->n_rows, post ? NULL : attention_norm),
+                   wanted, branch ? tfm__result_in(branch, 0) : tfm__result_in(selected, 1));
+    if (!n) {
+        engine->scratch_used = mark;
         return;
-    if (!pre)
-        tfm__norm(engine, attention_norm, selected, n_selected, selected);
-    tfm__ffn(engine, &block->ffn, tfm__input_of(selected, n_selected, pre ? ffn_norm : NULL),
-             tfm__result_in(selected, 1));
-    if (!pre)
-        tfm__norm(engine, ffn_norm, selected, n_selected, selected);
+    }
+    if (sandwich) {
+        tfm__norm(engine, &block->attention_post_norm, branch, n, branch);
+        tfm__add(engine, branch, n * d_model, selected);
+    }
+    if (post)
+        tfm__norm(engine, attention_norm, selected, n, selected);
+    if (block->cross.q.weight.data) {
+        tfm__cross(engine, &block->attention, &block->cross, layer, pass,
+                   tfm__input_of(selected, n, post ? NULL : &block->cross.norm), wanted, tfm__result_in(selected, 1));
+        if (post)
+            tfm__norm(engine, &block->cross.norm, selected, n, selected);
+    }
+    tfm__ffn(engine, &block->ffn, tfm__input_of(selected, n, post ? NULL : ffn_norm),
+             branch ? tfm__result_in(branch, !sandwich) : tfm__result_in(selected, 1));
+    if (sandwich)
+        tfm__norm(engine, &block->ffn_post_norm, branch, n, branch);
+    if (branch)
+        tfm__add(engine, branch, n * d_model, selected);
+    if (post)
+        tfm__norm(engine, ffn_norm, selected, n, selected);
+    engine->scratch_used = mark;
+}
+
+static tfm_status tfm__check_cross(const tfm_block *block, const char *name, size_t d_model, tfm_error *error) {
+    const tfm_attention *attention = &block->attention;
+    const tfm_cross *cross = &block->cross;
+    size_t inner = attention->n_heads * attention->head_dim;
+    tfm_status status = tfm__check_norm(&cross->norm, name, d_model, error);
+    if (status == TFM_OK)
+        status = tfm__check_linear(&cross->q, name, inner, d_model, error);
+    if (status == TFM_OK)
+        status = tfm__check_linear(&cross->kv, name, 2 * attention->n_kv_heads * attention->head_dim, d_model, error);
+    return status == TFM_OK ? tfm__check_linear(&cross->out, name, d_model, inner, error) : status;
 }
 
 static tfm_status tfm__check_block(const tfm_block *block, const char *name, tfm_error *error) {
     size_t d_model = block->attention_norm.weight.shape[0];
+    const int sandwich = block->norm_place == TFM_SANDWICH_NORM;
     tfm_status status = tfm__check_norm(&block->attention_norm, name, 0, error);
+    if ((unsigned)block->norm_place > TFM_SANDWICH_NORM)
+        return tfm__fail(error, TFM_ERROR_ARGUMENT, "%s: unknown place of the norms %d", name, (int)block->norm_place);
+    if (block->parallel && (block->norm_place != TFM_PRE_NORM || block->cross.q.weight.data))
+        return tfm__fail(error, TFM_ERROR_ARGUMENT, "%s: only a pre-norm block without cross-attention can be parallel",
+                         name);
     if (status == TFM_OK)
         status = tfm__check_attention(&block->attention, name, d_model, error);
-    if (status == TFM_OK)
+    if (status == TFM_OK && block->cross.q.weight.data)
+        status = tfm__check_cross(block, name, d_model, error);
+    if (status == TFM_OK && !(block->parallel && !block->ffn_norm.weight.data))
         status = tfm__check_norm(&block->ffn_norm, name, d_model, error);
-    if (status == TFM_OK)
-        status = tfm__check_ffn(&block->ffn, name, d_model, error);
-    if (status == TFM_OK && (unsigned)block->norm_place > TFM_POST_NORM)
-        status =
-            tfm__fail(error, TFM_ERROR_ARGUMENT, "%s: unknown place of the norms %d", name, (int)block->norm_place);
-    return status;
+    if (status == TFM_OK && sandwich)
+        status = tfm__check_norm(&block->attention_post_norm, name, d_model, error);
+    if (status == TFM_OK && sandwich)
+        status = tfm__check_norm(&block->ffn_post_norm, name, d_model, error);
+    return status == TFM_OK ? tfm__check_ffn(&block->ffn, name, d_model, error) : status;
+}
+
+static tfm_status tfm__check_memories(const tfm_block *block, size_t layer, const tfm_span *spans, size_t n_spans,
+                                      tfm_error *error) {
+    size_t i;
+    for (i = 0; block->cross.q.weight.data && i < n_spans; i++) {
+        if (!spans[i].memory)
+            return tfm__fail(error, TFM_ERROR_ARGUMENT, "span %lu has no memory for the cross-attention",
+                             (unsigned long)i);
+        if (tfm__check_kv(spans[i].memory, &block->attention, layer, i, error) != TFM_OK)
+            return TFM_ERROR_ARGUMENT;
+    }
+    return TFM_OK;
 }
 
 TFM_API tfm_status tfm_block_forward(tfm_engine *engine, const tfm_block *block, size_t layer, float *x,
@@ -3755,9 +4266,36 @@ TFM_API tfm_status tfm_block_forward(tfm_engine *engine, const tfm_block *block,
     if (status == TFM_OK)
         status = tfm__check_spans(&block->attention, layer, spans, n_spans, error);
     if (status == TFM_OK)
-        status = tfm__reserve(engine, tfm__block_scratch(block, spans, n_spans), error);
-    if (status == TFM_OK && n_spans)
-        tfm__block(engine, block, layer, x, spans, n_spans, NULL, NULL);
+        status = tfm__check_memories(block, layer, spans, n_spans, error);
+    if (status == TFM_OK)
+        status = tfm__reserve(
+            engine,
+            tfm__block_scratch(block, spans, n_spans) +
+                tfm__pass_scratch(&block->attention, tfm__count_rows(spans, n_spans), tfm__reach(spans, n_spans)),
+            error);
+    if (status == TFM_OK && n_spans) {
+        size_t mark = engine->scratch_used;
+        const tfm__pass pass = tfm__begin_pass(engine, &block->attention, spans, n_spans);
+        tfm__block(engine, block, layer, &pass, x, NULL, NULL);
+        engine->scratch_used = mark;
+    }
+    return status;
+}
+
+TFM_API tfm_status tfm_memory_forward(tfm_engine *engine, const tfm_block *block, size_t layer, const float *results,
+                                      size_t n_rows, tfm_kv *memory, tfm_error *error) {
+    tfm_status status = tfm__check_block(block, "tfm_memory_forward", error);
+    if (status == TFM_OK && !block->cross.q.weight.data)
+        status = tfm__fail(error, TFM_ERROR_ARGUMENT, "tfm_memory_forward: the block has no cross-attention");
+    if (status == TFM_OK)
+        status = tfm__check_kv(memory, &block->attention, layer, 0, error);
+    if (status == TFM_OK && (memory->n_tokens || n_rows > memory->capacity))
+        status = tfm__fail(error, TFM_ERROR_CONTEXT_FULL, "the memory has room for %lu tokens, and %lu in it",
+                           (unsigned long)memory->capacity, (unsigned long)memory->n_tokens);
+    if (status == TFM_OK)
+        status = tfm__reserve(engine, tfm__memory_scratch(&block->cross, n_rows), error);
+    if (status == TFM_OK && n_rows)
+        tfm__memory(engine, block, layer, results, n_rows, memory);
     return status;
 }
 
@@ -7442,20 +7980,34 @@ static tfm_status tfm__tokenizer_build(tfm__tokenizer *tokenizer, const tfm__tok
  * g. THE MODEL: description + weights -> a Transformer that runs
  * ================================================================================================================== */
 
+/* A stack with its weights. */
+typedef struct tfm__stack {
+    const tfm_stack *shape;        /* in the description */
+    tfm_tensor position_embedding; /* [n_positions + position_offset, d_embedding], for learned positions */
+    tfm_norm embedding_norm;       /* [d_embedding] */
+    tfm_block *blocks;             /* [n_layers] */
+    tfm_norm final_norm;
+} tfm__stack;
+
 struct tfm_model {
     tfm_allocator allocator;
     tfm_file *file;
     tfm_description description;
-    tfm_tensor token_embedding;    /* [vocab_size, d_model] */
-    tfm_tensor position_embedding; /* [n_positions + position_offset, d_model], for learned positions */
-    tfm_block *blocks;             /* [n_layers] */
-    tfm_norm final_norm;
-    tfm_linear head; /* [vocab_size, d_model]; tied: the token embedding */
-    void *weights;   /* what could not be used where it lies in the file */
+    tfm_tensor token_embedding;      /* [vocab_size, d_embedding] */
+    tfm_tensor token_type_embedding; /* [n_token_types, d_embedding] */
+    tfm_linear embedding_projection; /* [d_model, d_embedding], where they differ */
+    tfm__stack encoder, decoder;
+    tfm_linear head_transform; /* before the head */
+    tfm_norm head_norm;
+    tfm_linear head; /* [vocab_size, d_model or d_embedding]; tied: the token embedding */
+    tfm_linear pooler, classifier_dense, classifier;
+    const char *labels; /* [labels_size]: one a line */
+    size_t labels_size;
+    void *weights; /* what could not be used where it lies in the file */
     uint64_t parameters, bytes_per_token;
     int has_tokenizer;
     tfm__tokenizer tokenizer;
-    int32_t mask_id; /* -1: there is none */
+    int32_t mask_id, start_id; /* -1: there is none */
     const int32_t *end_ids;
     size_t n_end_ids;
 };
@@ -7531,42 +8083,114 @@ static int tfm__read_word(tfm__reader *reader, const char *key, const char *cons
     return 0;
 }
 
-static const char *const tfm__kind_words[] = {"decoder", NULL};
+static const char *const tfm__kind_words[] = {"decoder", "encoder", "encoder-decoder", NULL};
 static const char *const tfm__norm_words[] = {"layer", "rms", NULL};
-static const char *const tfm__place_words[] = {"pre", "post", NULL};
-static const char *const tfm__position_words[] = {"none", "learned", NULL};
+static const char *const tfm__place_words[] = {"pre", "post", "sandwich", NULL};
+static const char *const tfm__position_words[] = {"none", "learned", "sinusoidal", "rotary", "relative", NULL};
 static const char *const tfm__head_words[] = {"none", "tied", "own", NULL};
 static const char *const tfm__ffn_words[] = {"plain", "gated", NULL};
 static const char *const tfm__activation_words[] = {"none",       "relu", "gelu", "gelu_tanh",
                                                     "quick_gelu", "silu", "tanh", NULL};
+static const char *const tfm__pooling_words[] = {"none", "cls", "mean", "max", NULL};
+static const char *const tfm__classifier_words[] = {"none", "sequence", "token", NULL};
 
-static void tfm__read_description(tfm__reader *reader, tfm_description *d) {
-    tfm__read_word(reader, "model.kind", tfm__kind_words, 1);
-    d->vocab_size = tfm__read_size(reader, "vocab_size", 1, TFM__MAX_SIZE, -1);
+/* Reads keys "encoder.*" or "decoder.*". */
+static void tfm__read_stack(tfm__reader *reader, const char *prefix, tfm_stack *stack) {
+    const int is_decoder = !strcmp(prefix, "decoder");
+    char key[64];
+#define TFM__KEY(name) (snprintf(key, sizeof key, "%s.%s", prefix, name), key)
+#define TFM__SIZE(name, low, usual) tfm__read_size(reader, TFM__KEY(name), low, TFM__MAX_SIZE, usual)
+#define TFM__FLAG(name, usual) (int)tfm__read_size(reader, TFM__KEY(name), 0, 1, usual)
+    stack->n_layers = TFM__SIZE("n_layers", 0, -1);
+    stack->n_heads = TFM__SIZE("n_heads", 1, -1);
+    stack->n_kv_heads = TFM__SIZE("n_kv_heads", 1, (int64_t)stack->n_heads);
+    stack->head_dim = TFM__SIZE("head_dim", 1, -1);
+    stack->d_ff = TFM__SIZE("d_ff", 1, -1);
+    stack->n_positions = TFM__SIZE("n_positions", 1, -1);
+    stack->position_offset = TFM__SIZE("position_offset", 0, 0);
+    stack->causal = TFM__FLAG("causal", is_decoder);
+    stack->cross = TFM__FLAG("cross", 0);
+    stack->parallel = TFM__FLAG("parallel", 0);
+    stack->embedding_norm = TFM__FLAG("embedding_norm", 0);
+    stack->final_norm = TFM__FLAG("final_norm", 0);
+    stack->norm = (tfm_norm_kind)tfm__read_word(reader, TFM__KEY("norm"), tfm__norm_words, 1);
+    stack->norm_place = (tfm_norm_place)tfm__read_word(reader, TFM__KEY("norm_place"), tfm__place_words, 1);
+    stack->norm_eps = tfm__read_float(reader, TFM__KEY("norm_eps"), 0, 1, NAN);
+    if (!(stack->norm_eps >= 0))
+        tfm__reader_fail(reader, key, "a number that is not negative");
+    stack->positions = (tfm_positions)tfm__read_word(reader, TFM__KEY("positions"), tfm__position_words, 1);
+    stack->gated = tfm__read_word(reader, TFM__KEY("ffn"), tfm__ffn_words, 1);
+    stack->activation = (tfm_activation)tfm__read_word(reader, TFM__KEY("activation"), tfm__activation_words, 1);
+    if (stack->n_heads % stack->n_kv_heads)
+        tfm__reader_fail(reader, TFM__KEY("n_kv_heads"), "a number that divides n_heads");
+    if (stack->n_layers > reader->file->n_entries)
+        tfm__reader_fail(reader, TFM__KEY("n_layers"), "no more layers than there are tensors");
+    if (stack->parallel && (stack->norm_place != TFM_PRE_NORM || stack->cross))
+        tfm__reader_fail(reader, TFM__KEY("parallel"),
+                         "0: only pre-norm blocks without cross-attention can be parallel");
+    if (stack->cross && !is_decoder)
+        tfm__reader_fail(reader, TFM__KEY("cross"), "0 in an encoder");
+#undef TFM__KEY
+#undef TFM__SIZE
+#undef TFM__FLAG
+}
+
+/* The number of lines. */
+static size_t tfm__count_labels(const char *labels, size_t size) {
+    size_t n = size ? 1 : 0, i;
+    for (i = 0; i < size; i++)
+        n += labels[i] == '\n';
+    return n;
+}
+
+static void tfm__read_classes(tfm__reader *reader, tfm_model *model) {
+    tfm_description *d = &model->description;
+    const tfm_meta *labels = tfm__read_meta(reader, "classifier_labels", TFM_META_TEXT, 0, "text");
+    const tfm_entry *weight = tfm_file_find(reader->file, "classifier.weight");
+    d->pooling = (tfm_pooling)tfm__read_word(reader, "pooling", tfm__pooling_words, 0);
+    d->pool_normalize = (int)tfm__read_size(reader, "pool_normalize", 0, 1, 0);
+    d->pooler = tfm_file_find_meta(reader->file, "pooler_activation") != NULL;
+    d->pooler_activation = (tfm_activation)tfm__read_word(reader, "pooler_activation", tfm__activation_words, 0);
+    d->classifier = (tfm_classifier)tfm__read_word(reader, "classifier", tfm__classifier_words, 0);
+    d->classifier_activation =
+        (tfm_activation)tfm__read_word(reader, "classifier_activation", tfm__activation_words, 0);
+    d->n_labels = d->classifier && weight ? weight->tensor.shape[0] : 0;
+    if (d->classifier && labels && tfm__count_labels((const char *)labels->values, labels->count) == d->n_labels) {
+        model->labels = (const char *)labels->values;
+        model->labels_size = labels->count;
+    } else if (labels)
+        tfm__reader_fail(reader, "classifier_labels", "one line for each class");
+}
+
+static void tfm__read_description(tfm__reader *reader, tfm_model *model) {
+    tfm_description *d = &model->description;
+    d->kind = (tfm_kind)tfm__read_word(reader, "model.kind", tfm__kind_words, 1);
+    d->vocab_size = tfm__read_size(reader, "vocab_size", 0, TFM__MAX_SIZE, -1);
     d->d_model = tfm__read_size(reader, "d_model", 1, TFM__MAX_SIZE, -1);
+    d->d_embedding = tfm__read_size(reader, "d_embedding", 1, TFM__MAX_SIZE, (int64_t)d->d_model);
+    d->n_token_types = tfm__read_size(reader, "n_token_types", 0, TFM__MAX_SIZE, 0);
     d->embedding_scale = tfm__read_float(reader, "embedding_scale", 0, 1, 1);
+    d->logit_scale = tfm__read_float(reader, "logit_scale", 0, 1, 1);
+    d->logit_softcap = tfm__read_float(reader, "logit_softcap", 0, 1, 0);
     d->head = (tfm_head)tfm__read_word(reader, "head", tfm__head_words, 1);
-    d->n_layers = tfm__read_size(reader, "decoder.n_layers", 0, TFM__MAX_SIZE, -1);
-    d->n_heads = tfm__read_size(reader, "decoder.n_heads", 1, TFM__MAX_SIZE, -1);
-    d->n_kv_heads = tfm__read_size(reader, "decoder.n_kv_heads", 1, TFM__MAX_SIZE, (int64_t)d->n_heads);
-    d->head_dim = tfm__read_size(reader, "decoder.head_dim", 1, TFM__MAX_SIZE, -1);
-    d->d_ff = tfm__read_size(reader, "decoder.d_ff", 1, TFM__MAX_SIZE, -1);
-    d->n_positions = tfm__read_size(reader, "decoder.n_positions", 1, TFM__MAX_SIZE, -1);
-    d->position_offset = tfm__read_size(reader, "decoder.position_offset", 0, TFM__MAX_SIZE, 0);
-    d->causal = (int)tfm__read_size(reader, "decoder.causal", 0, 1, 1);
-    if (tfm__read_size(reader, "decoder.cross", 0, 1, 0))
-        tfm__reader_fail(reader, "decoder.cross", "0: this version has no cross-attention");
-    d->norm = (tfm_norm_kind)tfm__read_word(reader, "decoder.norm", tfm__norm_words, 1);
-    d->norm_place = (tfm_norm_place)tfm__read_word(reader, "decoder.norm_place", tfm__place_words, 1);
-    d->norm_eps = tfm__read_float(reader, "decoder.norm_eps", 0, 1, NAN);
-    if (!(d->norm_eps >= 0))
-        tfm__reader_fail(reader, "decoder.norm_eps", "a number that is not negative");
-    d->final_norm = (int)tfm__read_size(reader, "decoder.final_norm", 0, 1, 0);
-    d->positions = (tfm_positions)tfm__read_word(reader, "decoder.positions", tfm__position_words, 1);
-    d->gated = tfm__read_word(reader, "decoder.ffn", tfm__ffn_words, 1);
-    d->activation = (tfm_activation)tfm__read_word(reader, "decoder.activation", tfm__activation_words, 1);
-    if (d->n_heads % d->n_kv_heads)
-        tfm__reader_fail(reader, "decoder.n_kv_heads", "a number that divides n_heads");
+    d->head_transform = (tfm_activation)tfm__read_word(reader, "head_transform", tfm__activation_words, 0);
+    if (d->kind != TFM_DECODER)
+        tfm__read_stack(reader, "encoder", &d->encoder);
+    if (d->kind != TFM_ENCODER)
+        tfm__read_stack(reader, "decoder", &d->decoder);
+    tfm__read_classes(reader, model);
+    if (!d->vocab_size && d->head != TFM_NO_HEAD)
+        tfm__reader_fail(reader, "vocab_size", "an integer greater than 0, for there is a head");
+    if (d->logit_softcap < 0)
+        tfm__reader_fail(reader, "logit_softcap", "a number that is not negative");
+    if (d->kind == TFM_ENCODER_DECODER && !d->decoder.cross)
+        tfm__reader_fail(reader, "decoder.cross", "1 in an encoder-decoder");
+    model->encoder.shape = &d->encoder;
+    model->decoder.shape = &d->decoder;
+    model->start_id =
+        tfm_file_find_meta(reader->file, "generation.start_id")
+            ? (int32_t)tfm__read_size(reader, "generation.start_id", 0, (int64_t)TFM__MAX(d->vocab_size, 1) - 1, 0)
+            : -1;
 }
 
 /* ---- the weights
@@ -7674,75 +8298,242 @@ static void tfm__load_linear(tfm__loader *loader, const char *name, size_t out, 
     tfm__load_vector(loader, full, out, 1, &linear->bias);
 }
 
-static void tfm__load_norm(tfm__loader *loader, const char *name, const tfm_description *d, tfm_norm *norm) {
+/* name.weight and name.bias. `offset` is added to the weights; a norm is optional if it may be missing. */
+static void tfm__load_norm(tfm__loader *loader, const char *name, const tfm_stack *stack, size_t n, float offset,
+                           int optional, tfm_norm *norm) {
     char full[128];
-    norm->kind = d->norm;
-    norm->eps = d->norm_eps;
+    norm->kind = stack->norm;
+    norm->eps = stack->norm_eps;
     snprintf(full, sizeof full, "%s.weight", name);
-    tfm__load_vector(loader, full, d->d_model, 0, &norm->weight);
+    tfm__load_vector(loader, full, n, optional, &norm->weight);
+    if (offset != 0 && norm->weight.data) {
+        float *memory = (float *)(void *)tfm__loader_take(loader, n * sizeof *memory);
+        size_t i;
+        for (i = 0; loader->fill && i < n; i++)
+            memory[i] = ((const float *)norm->weight.data)[i] + offset;
+        norm->weight.data = loader->fill ? memory : norm->weight.data;
+    }
     snprintf(full, sizeof full, "%s.bias", name);
-    tfm__load_vector(loader, full, d->d_model, 1, &norm->bias);
+    tfm__load_vector(loader, full, n, 1, &norm->bias);
 }
 
-static void tfm__load_block(tfm__loader *loader, const tfm_description *d, size_t index, tfm_block *block) {
-    const size_t queries = d->n_heads * d->head_dim, keys = d->n_kv_heads * d->head_dim;
-    tfm_attention *attention = &block->attention;
+/* A stack's part of the file while it is loaded. */
+typedef struct tfm__stack_loader {
+    tfm__loader *loader;
+    const char *prefix;
+    const tfm_description *d;
+    const tfm_stack *shape;
+    float norm_offset;
+    tfm_rotary rotary;
+    tfm_relative relative;
+} tfm__stack_loader;
+
+static float tfm__stack_float(const tfm__stack_loader *from, const char *name, size_t index, size_t n, float usual) {
+    char key[64];
+    snprintf(key, sizeof key, "%s.%s", from->prefix, name);
+    return tfm__read_float(&from->loader->reader, key, index, n, usual);
+}
+
+static void tfm__load_rotary(tfm__stack_loader *from) {
+    tfm__reader *reader = &from->loader->reader;
+    const tfm_meta *frequencies;
+    char key[64];
+    snprintf(key, sizeof key, "%s.rotary_interleaved", from->prefix);
+    from->rotary.interleaved = (int)tfm__read_size(reader, key, 0, 1, 0);
+    from->rotary.scale = tfm__stack_float(from, "rotary_scale", 0, 1, 1);
+    snprintf(key, sizeof key, "%s.rotary_frequencies", from->prefix);
+    frequencies = tfm__read_meta(reader, key, TFM_META_F32, 1, "a list of numbers");
+    if (frequencies && (!frequencies->count || frequencies->count > from->shape->head_dim / 2))
+        tfm__reader_fail(reader, key, "at most head_dim / 2 numbers");
+    if (reader->status != TFM_OK)
+        return;
+    from->rotary.n_pairs = frequencies->count;
+    from->rotary.frequencies = (const float *)frequencies->values;
+}
+
+static void tfm__load_relative(tfm__stack_loader *from) {
+    const tfm_stack *shape = from->shape;
+    tfm__loader *loader = from->loader;
+    const tfm_entry *entry;
+    char key[64];
+    snprintf(key, sizeof key, "%s.relative_buckets", from->prefix);
+    from->relative.n_buckets = tfm__read_size(&loader->reader, key, shape->causal ? 2 : 4, TFM__MAX_SIZE, -1);
+    snprintf(key, sizeof key, "%s.relative_max_distance", from->prefix);
+    from->relative.max_distance = tfm__read_size(&loader->reader, key, 1, TFM__MAX_SIZE, -1);
+    if (from->relative.max_distance <= from->relative.n_buckets / 2)
+        tfm__reader_fail(&loader->reader, key, "more than half the number of buckets");
+    snprintf(key, sizeof key, "%s.relative_bias.weight", from->prefix);
+    entry = tfm__load_entry(loader, key, from->relative.n_buckets, shape->n_heads, 0);
+    if (entry) { /* in fp32, by rows */
+        float *table = (float *)(void *)tfm__loader_take(
+            loader, tfm__product(entry->tensor.shape[0], shape->n_heads * sizeof *table));
+        size_t i;
+        for (i = 0; loader->fill && i < entry->tensor.shape[0]; i++)
+            tfm__matrix_row(&entry->tensor, i, 0, shape->n_heads, table + i * shape->n_heads);
+        from->relative.table = table;
+    }
+}
+
+static void tfm__load_attention(const tfm__stack_loader *from, const char *name, size_t index,
+                                tfm_attention *attention) {
+    const tfm_stack *shape = from->shape;
+    const size_t queries = shape->n_heads * shape->head_dim, keys = shape->n_kv_heads * shape->head_dim;
+    tfm__loader *loader = from->loader;
+    const tfm_meta *windows;
+    char full[112], key[64];
+    attention->n_heads = shape->n_heads;
+    attention->n_kv_heads = shape->n_kv_heads;
+    attention->head_dim = shape->head_dim;
+    attention->causal = shape->causal;
+    attention->rotary = from->rotary;
+    attention->relative = from->relative;
+    attention->scale = tfm__stack_float(from, "attention_scale", index, shape->n_layers, NAN);
+    attention->softcap = tfm__stack_float(from, "attention_softcap", 0, 1, 0);
+    snprintf(key, sizeof key, "%s.attention_scale", from->prefix);
+    if (!(attention->scale > 0) || attention->softcap < 0)
+        tfm__reader_fail(&loader->reader, key, "numbers greater than 0, and no negative attention_softcap");
+    snprintf(key, sizeof key, "%s.sliding_window", from->prefix);
+    windows = tfm__read_meta(&loader->reader, key, TFM_META_I64, 0, "integers");
+    if (windows) {
+        int64_t window = windows->count == shape->n_layers ? ((const int64_t *)windows->values)[index] : -1;
+        if (window < 0 || window > TFM__MAX_SIZE)
+            tfm__reader_fail(&loader->reader, key, "an integer that is not negative for each layer");
+        else
+            attention->window = (size_t)window;
+    }
+    snprintf(full, sizeof full, "%s.qkv", name);
+    tfm__load_linear(loader, full, queries + 2 * keys, from->d->d_model, &attention->qkv);
+    snprintf(full, sizeof full, "%s.q_norm", name);
+    tfm__load_norm(loader, full, shape, shape->head_dim, from->norm_offset, 1, &attention->q_norm);
+    snprintf(full, sizeof full, "%s.k_norm", name);
+    tfm__load_norm(loader, full, shape, shape->head_dim, from->norm_offset, 1, &attention->k_norm);
+    snprintf(full, sizeof full, "%s.out", name);
+    tfm__load_linear(loader, full, from->d->d_model, queries, &attention->out);
+}
+
+static void tfm__load_block(const tfm__stack_loader *from, size_t index, tfm_block *block) {
+    const tfm_stack *shape = from->shape;
+    const size_t d_model = from->d->d_model, queries = shape->n_heads * shape->head_dim;
+    tfm__loader *loader = from->loader;
     tfm_ffn *ffn = &block->ffn;
     char name[96];
-#define TFM__NAME(part) (snprintf(name, sizeof name, "decoder.blocks.%lu.%s", (unsigned long)index, part), name)
-    block->norm_place = d->norm_place;
-    tfm__load_norm(loader, TFM__NAME("attention_norm"), d, &block->attention_norm);
-    attention->n_heads = d->n_heads;
-    attention->n_kv_heads = d->n_kv_heads;
-    attention->head_dim = d->head_dim;
-    attention->causal = d->causal;
-    attention->scale = tfm__read_float(&loader->reader, "decoder.attention_scale", index, d->n_layers, NAN);
-    if (!(attention->scale > 0))
-        tfm__reader_fail(&loader->reader, "decoder.attention_scale", "numbers greater than 0");
-    tfm__load_linear(loader, TFM__NAME("attention.qkv"), queries + 2 * keys, d->d_model, &attention->qkv);
-    tfm__load_linear(loader, TFM__NAME("attention.out"), d->d_model, queries, &attention->out);
-    tfm__load_norm(loader, TFM__NAME("ffn_norm"), d, &block->ffn_norm);
-    ffn->activation = d->activation;
-    ffn->gated = d->gated;
-    tfm__load_linear(loader, TFM__NAME("ffn.up"), d->gated ? 2 * d->d_ff : d->d_ff, d->d_model, &ffn->up);
-    tfm__load_linear(loader, TFM__NAME("ffn.down"), d->d_model, d->d_ff, &ffn->down);
+#define TFM__NAME(part)                                                                                                \
+    (snprintf(name, sizeof name, "%s.blocks.%lu.%s", from->prefix, (unsigned long)index, part), name)
+#define TFM__NORM(part, optional, norm)                                                                                \
+    tfm__load_norm(loader, TFM__NAME(part), shape, d_model, from->norm_offset, optional, norm)
+    block->norm_place = shape->norm_place;
+    block->parallel = shape->parallel;
+    TFM__NORM("attention_norm", 0, &block->attention_norm);
+    tfm__load_attention(from, TFM__NAME("attention"), index, &block->attention);
+    if (shape->norm_place == TFM_SANDWICH_NORM)
+        TFM__NORM("attention_post_norm", 0, &block->attention_post_norm);
+    if (shape->cross) {
+        const size_t keys = 2 * shape->n_kv_heads * shape->head_dim;
+        TFM__NORM("cross_norm", 0, &block->cross.norm);
+        tfm__load_linear(loader, TFM__NAME("cross.q"), queries, d_model, &block->cross.q);
+        tfm__load_linear(loader, TFM__NAME("cross.kv"), keys, d_model, &block->cross.kv);
+        tfm__load_linear(loader, TFM__NAME("cross.out"), d_model, queries, &block->cross.out);
+    }
+    TFM__NORM("ffn_norm", shape->parallel, &block->ffn_norm);
+    ffn->activation = shape->activation;
+    ffn->gated = shape->gated;
+    tfm__load_linear(loader, TFM__NAME("ffn.up"), (shape->gated ? 2 : 1) * shape->d_ff, d_model, &ffn->up);
+    tfm__load_linear(loader, TFM__NAME("ffn.down"), d_model, shape->d_ff, &ffn->down);
+    if (shape->norm_place == TFM_SANDWICH_NORM)
+        TFM__NORM("ffn_post_norm", 0, &block->ffn_post_norm);
 #undef TFM__NAME
+#undef TFM__NORM
+}
+
+static void tfm__load_stack(tfm__loader *loader, const tfm_description *d, const char *prefix, tfm__stack *stack) {
+    tfm__stack_loader from;
+    char name[64];
+    size_t i;
+    memset(&from, 0, sizeof from);
+    from.loader = loader;
+    from.prefix = prefix;
+    from.d = d;
+    from.shape = stack->shape;
+    from.norm_offset = tfm__stack_float(&from, "norm_weight_offset", 0, 1, 0);
+    if (stack->shape->positions == TFM_ROTARY_POSITIONS)
+        tfm__load_rotary(&from);
+    if (stack->shape->positions == TFM_RELATIVE_POSITIONS)
+        tfm__load_relative(&from);
+    snprintf(name, sizeof name, "%s.position_embedding.weight", prefix);
+    if (stack->shape->positions == TFM_LEARNED_POSITIONS)
+        tfm__load_table(loader, name, stack->shape->n_positions + stack->shape->position_offset, d->d_embedding,
+                        &stack->position_embedding);
+    snprintf(name, sizeof name, "%s.embedding_norm", prefix);
+    if (stack->shape->embedding_norm)
+        tfm__load_norm(loader, name, stack->shape, d->d_embedding, 0, 0, &stack->embedding_norm);
+    for (i = 0; i < stack->shape->n_layers && loader->reader.status == TFM_OK; i++)
+        tfm__load_block(&from, i, stack->blocks + i);
+    snprintf(name, sizeof name, "%s.final_norm", prefix);
+    if (stack->shape->final_norm)
+        tfm__load_norm(loader, name, stack->shape, d->d_model, from.norm_offset, 0, &stack->final_norm);
+}
+
+static void tfm__load_heads(tfm__loader *loader, tfm_model *model) {
+    const tfm_description *d = &model->description;
+    const tfm_stack *stack = d->kind == TFM_ENCODER ? &d->encoder : &d->decoder;
+    const size_t head_in = d->head_transform || d->head == TFM_TIED_HEAD ? d->d_embedding : d->d_model;
+    if (d->head_transform) {
+        tfm__load_linear(loader, "head.transform", head_in, d->d_model, &model->head_transform);
+        tfm__load_norm(loader, "head.norm", stack, head_in, 0, 0, &model->head_norm);
+    }
+    if (d->head == TFM_OWN_HEAD)
+        tfm__load_matrix(loader, "head.weight", d->vocab_size, head_in, &model->head.weight);
+    if (d->head != TFM_NO_HEAD)
+        tfm__load_vector(loader, "head.bias", d->vocab_size, 1, &model->head.bias);
+    if (d->head == TFM_TIED_HEAD && !d->head_transform && d->d_embedding != d->d_model)
+        tfm__reader_fail(&loader->reader, "head", "a head_transform where embeddings have a width of their own");
+    if (d->pooler)
+        tfm__load_linear(loader, "pooler", d->d_model, d->d_model, &model->pooler);
+    if (d->classifier && d->classifier_activation)
+        tfm__load_linear(loader, "classifier.dense", d->d_model, d->d_model, &model->classifier_dense);
+    if (d->classifier)
+        tfm__load_linear(loader, "classifier", d->n_labels, d->d_model, &model->classifier);
 }
 
 static void tfm__load_weights(tfm__loader *loader, tfm_model *model) {
     const tfm_description *d = &model->description;
-    size_t i;
     loader->used = 0;
     loader->parameters = 0;
     if (d->head == TFM_TIED_HEAD) {
-        tfm__load_matrix(loader, "token_embedding.weight", d->vocab_size, d->d_model, &model->token_embedding);
+        tfm__load_matrix(loader, "token_embedding.weight", d->vocab_size, d->d_embedding, &model->token_embedding);
         model->head.weight = model->token_embedding;
-    } else
-        tfm__load_table(loader, "token_embedding.weight", d->vocab_size, d->d_model, &model->token_embedding);
-    if (d->positions == TFM_LEARNED_POSITIONS)
-        tfm__load_table(loader, "decoder.position_embedding.weight", d->n_positions + d->position_offset, d->d_model,
-                        &model->position_embedding);
-    for (i = 0; i < d->n_layers && loader->reader.status == TFM_OK; i++)
-        tfm__load_block(loader, d, i, model->blocks + i);
-    if (d->final_norm)
-        tfm__load_norm(loader, "decoder.final_norm", d, &model->final_norm);
-    if (d->head == TFM_OWN_HEAD)
-        tfm__load_matrix(loader, "head.weight", d->vocab_size, d->d_model, &model->head.weight);
-    if (d->head != TFM_NO_HEAD)
-        tfm__load_vector(loader, "head.bias", d->vocab_size, 1, &model->head.bias);
+    } else if (d->vocab_size)
+        tfm__load_table(loader, "token_embedding.weight", d->vocab_size, d->d_embedding, &model->token_embedding);
+    if (d->n_token_types)
+        tfm__load_table(loader, "token_type_embedding.weight", d->n_token_types, d->d_embedding,
+                        &model->token_type_embedding);
+    if (d->d_embedding != d->d_model)
+        tfm__load_linear(loader, "embedding_projection", d->d_model, d->d_embedding, &model->embedding_projection);
+    if (d->kind != TFM_DECODER)
+        tfm__load_stack(loader, d, "encoder", &model->encoder);
+    if (d->kind != TFM_ENCODER)
+        tfm__load_stack(loader, d, "decoder", &model->decoder);
+    tfm__load_heads(loader, model);
+}
+
+static const tfm__stack *tfm__main_stack(const tfm_model *model) {
+    return model->description.kind == TFM_ENCODER ? &model->encoder : &model->decoder;
 }
 
 /* Bytes of weights that a generated token reads. */
 static uint64_t tfm__linear_bytes(const tfm_linear *linear) {
-    return tfm_tensor_bytes(&linear->weight) + (linear->bias.data ? tfm_tensor_bytes(&linear->bias) : 0);
+    return (linear->weight.data ? tfm_tensor_bytes(&linear->weight) : 0) +
+           (linear->bias.data ? tfm_tensor_bytes(&linear->bias) : 0);
 }
 
 static uint64_t tfm__bytes_per_token(const tfm_model *model) {
-    uint64_t bytes = model->description.head == TFM_NO_HEAD ? 0 : tfm__linear_bytes(&model->head);
+    const tfm__stack *stack = tfm__main_stack(model);
+    uint64_t bytes = tfm__linear_bytes(&model->head) + tfm__linear_bytes(&model->head_transform);
     size_t i;
-    for (i = 0; i < model->description.n_layers; i++) {
-        const tfm_block *block = model->blocks + i;
+    for (i = 0; i < stack->shape->n_layers; i++) {
+        const tfm_block *block = stack->blocks + i;
         bytes += tfm__linear_bytes(&block->attention.qkv) + tfm__linear_bytes(&block->attention.out) +
+                 tfm__linear_bytes(&block->cross.q) + tfm__linear_bytes(&block->cross.out) +
                  tfm__linear_bytes(&block->ffn.up) + tfm__linear_bytes(&block->ffn.down);
     }
     return bytes;
@@ -7899,7 +8690,8 @@ TFM_API void tfm_free(tfm_model *model) {
     if (model->has_tokenizer)
         tfm__tokenizer_free(&model->tokenizer);
     tfm__release_aligned(&allocator, model->weights);
-    tfm__release(&allocator, model->blocks);
+    tfm__release(&allocator, model->encoder.blocks);
+    tfm__release(&allocator, model->decoder.blocks);
     tfm_file_close(model->file);
     tfm__release(&allocator, model);
 }
@@ -7916,16 +8708,17 @@ static tfm_status tfm__load_with(tfm__loader *loader, tfm_model *model, const tf
         return tfm__fail(error, TFM_ERROR_UNSUPPORTED, "unknown type %d", (int)options->dtype);
     if (options->verify && tfm_file_verify(model->file, error) != TFM_OK)
         return TFM_ERROR_FORMAT;
-    tfm__read_description(&loader->reader, &model->description);
-    if (loader->reader.status == TFM_OK && d->n_layers > model->file->n_entries)
-        tfm__reader_fail(&loader->reader, "decoder.n_layers", "no more layers than there are tensors");
+    tfm__read_description(&loader->reader, model);
     if (loader->reader.status != TFM_OK)
         return loader->reader.status;
     if (options->dtype == TFM_I8 && tfm__fold(model->file, &loader->folding, &model->allocator, error) != TFM_OK)
         return TFM_ERROR_MEMORY;
-    model->blocks = (tfm_block *)tfm__allocate_zeroed(&model->allocator, d->n_layers * sizeof *model->blocks);
-    if (!model->blocks)
-        return tfm__fail_memory(error, d->n_layers * sizeof *model->blocks);
+    model->encoder.blocks =
+        (tfm_block *)tfm__allocate_zeroed(&model->allocator, d->encoder.n_layers * sizeof *model->encoder.blocks);
+    model->decoder.blocks =
+        (tfm_block *)tfm__allocate_zeroed(&model->allocator, d->decoder.n_layers * sizeof *model->decoder.blocks);
+    if (!model->encoder.blocks || !model->decoder.blocks)
+        return tfm__fail_memory(error, (d->encoder.n_layers + d->decoder.n_layers) * sizeof *model->decoder.blocks);
     tfm__load_weights(loader, model);
     if (loader->reader.status != TFM_OK)
         return loader->reader.status;
@@ -8002,8 +8795,25 @@ TFM_API uint64_t tfm_model_bytes_per_token(const tfm_model *model) {
     return model->bytes_per_token;
 }
 
+TFM_API const tfm_stack *tfm_model_stack(const tfm_model *model) {
+    return tfm__main_stack(model)->shape;
+}
+
 TFM_API const tfm_block *tfm_model_block(const tfm_model *model, size_t index) {
-    return index < model->description.n_layers ? model->blocks + index : NULL;
+    const tfm__stack *stack = tfm__main_stack(model);
+    return index < stack->shape->n_layers ? stack->blocks + index : NULL;
+}
+
+TFM_API const char *tfm_model_label(const tfm_model *model, size_t index, size_t *size) {
+    const char *label = model->labels, *end = label + model->labels_size;
+    *size = 0;
+    if (!label || index >= model->description.n_labels)
+        return NULL;
+    for (; index; label++)
+        index -= *label == '\n';
+    while (label + *size < end && label[*size] != '\n')
+        ++*size;
+    return label;
 }
 
 TFM_API int tfm_has_tokenizer(const tfm_model *model) {
@@ -8143,16 +8953,21 @@ struct tfm_session {
     void *pool;             /* the sequences' keys and values */
     uint32_t *pages;        /* [n_sequences][n_pages] */
     tfm_kv *kv;             /* [n_sequences] */
+    size_t source;          /* tokens of the longest text for the encoder, 0 without one */
+    void *memory_pool;      /* the keys and values that cross-attention reads */
+    uint32_t *memory_pages; /* [n_sequences][source pages] */
+    tfm_kv *memories;       /* [n_sequences] */
     int32_t *tokens;        /* [n_sequences][context]: what is in the caches */
-    tfm_span *spans;        /* [n_sequences] */
+    tfm_span *spans;        /* [n_sequences, and at least TFM__TEXTS] */
     size_t *wanted;         /* [n_sequences]: how many of each span's rows, the last ones, have outputs */
     unsigned char *in_call; /* [n_sequences]: it has a chunk in this call */
     float *x;               /* [max_rows][d_model]: the activations */
     float *selected;        /* [max_rows][d_model]: those whose results are wanted */
     int32_t *ids;           /* [max_rows]: the tokens of a pass, with their positions: */
     int32_t *positions;     /* [max_rows] */
+    int32_t *types;         /* [max_rows]: token types, for encoders */
     /* for generation */
-    int32_t *prompt; /* [context] */
+    int32_t *prompt; /* [context, and at least source] */
     float *logits;   /* [vocab_size] */
     int32_t *work;   /* [vocab_size] */
     char *text;      /* [text_size]: text that is held back */
@@ -8178,29 +8993,67 @@ static void *tfm__carve(tfm__carver *carver, size_t n, size_t size) {
 /* The longest stop string, and the longest character, that may have to be held back. */
 #define TFM__MAX_STOP_STRING ((size_t)1024)
 
+/* Texts that one pass of an encoder takes at most. */
+#define TFM__TEXTS ((size_t)64)
+
+static size_t tfm__kv_pages(size_t tokens) {
+    return tfm__divide_up(tokens, TFM_KV_PAGE);
+}
+
 static void tfm__carve_session(tfm_session *session, tfm__carver *carver) {
     const tfm_description *d = &session->model->description;
     size_t rows = session->max_rows, sequences = session->n_sequences;
     session->pages = (uint32_t *)tfm__carve(carver, sequences * session->n_pages, sizeof *session->pages);
     session->kv = (tfm_kv *)tfm__carve(carver, sequences, sizeof *session->kv);
+    session->memory_pages =
+        (uint32_t *)tfm__carve(carver, sequences * tfm__kv_pages(session->source), sizeof *session->memory_pages);
+    session->memories = (tfm_kv *)tfm__carve(carver, sequences, sizeof *session->memories);
     session->tokens = (int32_t *)tfm__carve(carver, tfm__product(sequences, session->context), sizeof *session->tokens);
-    session->spans = (tfm_span *)tfm__carve(carver, sequences, sizeof *session->spans);
+    session->spans = (tfm_span *)tfm__carve(carver, TFM__MAX(sequences, TFM__TEXTS), sizeof *session->spans);
     session->wanted = (size_t *)tfm__carve(carver, sequences, sizeof *session->wanted);
     session->in_call = (unsigned char *)tfm__carve(carver, sequences, 1);
     session->x = (float *)tfm__carve(carver, tfm__product(rows, d->d_model), sizeof *session->x);
     session->selected = (float *)tfm__carve(carver, tfm__product(rows, d->d_model), sizeof *session->selected);
     session->ids = (int32_t *)tfm__carve(carver, rows, sizeof *session->ids);
     session->positions = (int32_t *)tfm__carve(carver, rows, sizeof *session->positions);
-    session->prompt = (int32_t *)tfm__carve(carver, session->context, sizeof *session->prompt);
+    session->types = (int32_t *)tfm__carve(carver, rows, sizeof *session->types);
+    session->prompt =
+        (int32_t *)tfm__carve(carver, TFM__MAX(session->context, session->source), sizeof *session->prompt);
     session->logits = (float *)tfm__carve(carver, d->vocab_size, sizeof *session->logits);
     session->work = (int32_t *)tfm__carve(carver, d->vocab_size, sizeof *session->work);
     session->text = (char *)tfm__carve(carver, session->text_size, 1);
 }
 
+/* Caches for all sequences, of `tokens` tokens each, in one pool. */
+static tfm_status tfm__session_caches(tfm_session *session, size_t tokens, tfm_kv *caches, uint32_t *pages, void **pool,
+                                      tfm_error *error) {
+    const tfm_stack *stack = session->model->decoder.shape;
+    size_t n_pages = tfm__kv_pages(tokens), size, i;
+    tfm_kv kv;
+    memset(&kv, 0, sizeof kv);
+    kv.dtype = session->kv_dtype;
+    kv.n_layers = stack->n_layers;
+    kv.n_kv_heads = stack->n_kv_heads;
+    kv.head_dim = stack->head_dim;
+    kv.capacity = tokens;
+    kv.page_tokens = TFM_KV_PAGE;
+    kv.n_pool_pages = tfm__product(session->n_sequences, n_pages);
+    size = tfm__kv_bytes(&kv, kv.n_pool_pages);
+    kv.pool = *pool = tfm__allocate_aligned(&session->allocator, size, TFM__HUGE_PAGE);
+    if (!kv.pool)
+        return tfm__fail_memory(error, size);
+    for (i = 0; i < kv.n_pool_pages; i++)
+        pages[i] = (uint32_t)i;
+    for (i = 0; i < session->n_sequences; i++) {
+        kv.pages = pages + i * n_pages;
+        caches[i] = kv;
+    }
+    return TFM_OK;
+}
+
 static tfm_status tfm__session_memory(tfm_session *session, tfm_error *error) {
-    const tfm_description *d = &session->model->description;
-    size_t pages = tfm__product(session->n_sequences, session->n_pages), size, i;
     tfm__carver carver = {NULL, 0};
+    tfm_status status = TFM_OK;
     tfm__carve_session(session, &carver);
     carver.memory = (char *)tfm__allocate_aligned(&session->allocator, carver.used, TFM__CACHE_LINE);
     if (!carver.memory)
@@ -8208,67 +9061,105 @@ static tfm_status tfm__session_memory(tfm_session *session, tfm_error *error) {
     memset(carver.memory, 0, carver.used);
     carver.used = 0;
     tfm__carve_session(session, &carver);
-    size = tfm__kv_bytes(session->kv_dtype, d->n_layers, pages, d->n_kv_heads, d->head_dim);
-    session->pool = tfm__allocate_aligned(&session->allocator, size, TFM__HUGE_PAGE);
-    if (!session->pool)
-        return tfm__fail_memory(error, size);
-    for (i = 0; i < pages; i++)
-        session->pages[i] = (uint32_t)i;
-    for (i = 0; i < session->n_sequences; i++) {
-        tfm_kv *kv = session->kv + i;
-        kv->dtype = session->kv_dtype;
-        kv->n_layers = d->n_layers;
-        kv->n_kv_heads = d->n_kv_heads;
-        kv->head_dim = d->head_dim;
-        kv->capacity = session->context;
-        kv->pages = session->pages + i * session->n_pages;
-        kv->n_pool_pages = pages;
-        kv->pool = session->pool;
-        session->spans[i].kv = kv;
-    }
-    return TFM_OK;
+    if (session->model->description.kind != TFM_ENCODER)
+        status = tfm__session_caches(session, session->context, session->kv, session->pages, &session->pool, error);
+    if (status == TFM_OK && session->model->description.kind == TFM_ENCODER_DECODER)
+        status = tfm__session_caches(session, session->source, session->memories, session->memory_pages,
+                                     &session->memory_pool, error);
+    return status;
 }
 
-/* Scratch for the largest pass that there can be, so that tfm_eval never allocates. */
+/* Scratch of embedding rows. */
+static size_t tfm__embed_scratch(const tfm_model *model, size_t rows) {
+    if (!model->embedding_projection.weight.data)
+        return 0;
+    return tfm__scratch_floats(rows, model->description.d_embedding) +
+           tfm__linear_scratch(&model->embedding_projection, rows);
+}
+
+/* Scratch of the logits of n rows: see tfm__logits. */
+static size_t tfm__logits_scratch(const tfm_model *model, size_t n) {
+    const tfm_description *d = &model->description;
+    size_t scratch = d->head == TFM_NO_HEAD ? 0 : tfm__linear_scratch(&model->head, n);
+    if (d->head_transform)
+        scratch = TFM__MAX(scratch, tfm__linear_scratch(&model->head_transform, n));
+    return scratch + tfm__scratch_floats(n, TFM__MAX(d->d_model, d->d_embedding));
+}
+
+static size_t tfm__stack_scratch(const tfm_model *model, const tfm__stack *stack, const tfm_span *spans, size_t n_spans,
+                                 size_t reach) {
+    size_t rows = tfm__count_rows(spans, n_spans), scratch = tfm__embed_scratch(model, rows);
+    if (stack->shape->n_layers) /* blocks are alike */
+        scratch = TFM__MAX(scratch, tfm__pass_scratch(&stack->blocks->attention, rows, reach) +
+                                        tfm__block_scratch(stack->blocks, spans, n_spans));
+    return TFM__MAX(scratch, tfm__logits_scratch(model, rows));
+}
+
+/* Scratch for the largest pass that there can be, so that tfm_eval never allocates. (tfm_encode may: what it needs depends
+ * on the texts.) */
 static tfm_status tfm__session_scratch(tfm_session *session, tfm_error *error) {
+    const tfm_model *model = session->model;
     size_t floats = 0;
-    if (session->model->description.n_layers) { /* blocks are alike */
+    if (model->description.kind != TFM_ENCODER) {
+        size_t i;
+        for (i = 0; i < session->n_sequences; i++)
+            session->spans[i].kv = session->kv + i;
         session->spans[0].n_rows = session->max_rows;
-        floats = tfm__block_scratch(session->model->blocks, session->spans, session->n_sequences);
+        floats = tfm__stack_scratch(model, &model->decoder, session->spans, session->n_sequences, session->context);
         session->spans[0].n_rows = 0;
     }
-    if (session->model->head.weight.data)
-        floats = TFM__MAX(floats, tfm__linear_scratch(&session->model->head, session->max_rows));
-    if (session->model->has_tokenizer) {
-        size_t bytes = tfm__product(session->context, TFM__MIN(tfm__longest_token(session->model), (size_t)64));
-        floats = TFM__MAX(floats, tfm__kind_scratch(&session->model->tokenizer, bytes) / sizeof(float) + 1);
+    if (model->has_tokenizer) {
+        size_t longest = TFM__MAX(session->context, session->source);
+        size_t bytes = tfm__product(longest, TFM__MIN(tfm__longest_token(model), (size_t)64));
+        floats = TFM__MAX(floats, tfm__kind_scratch(&model->tokenizer, bytes) / sizeof(float) + 1);
     }
     return tfm__reserve(session->engine, floats, error);
 }
 
-static tfm_status tfm__session_setup(tfm_session *session, const tfm_session_options *options, tfm_error *error) {
+/* So many tokens as asked for, if the stack has positions for them: relative positions know no end. */
+static tfm_status tfm__session_size(const tfm_stack *stack, size_t asked, size_t *size, tfm_error *error) {
+    *size = asked ? asked : stack->n_positions;
+    if (*size <= stack->n_positions || stack->positions == TFM_RELATIVE_POSITIONS)
+        return TFM_OK;
+    return tfm__fail(error, TFM_ERROR_ARGUMENT,
+                     "a context of %lu tokens was asked for, but the model has %lu positions", (unsigned long)asked,
+                     (unsigned long)stack->n_positions);
+}
+
+static tfm_status tfm__session_sizes(tfm_session *session, const tfm_session_options *options, tfm_error *error) {
     const tfm_description *d = &session->model->description;
-    tfm_status status;
-    session->context = options->context ? options->context : d->n_positions;
+    const tfm__stack *stack = tfm__main_stack(session->model);
+    tfm_status status = tfm__session_size(stack->shape, options->context, &session->context, error);
     session->n_sequences = options->n_sequences ? options->n_sequences : 1;
-    if (session->context > d->n_positions)
-        return tfm__fail(error, TFM_ERROR_ARGUMENT,
-                         "a context of %lu tokens was asked for, but the model has %lu positions",
-                         (unsigned long)session->context, (unsigned long)d->n_positions);
+    if (status == TFM_OK && d->kind != TFM_DECODER)
+        status = tfm__session_size(&d->encoder, options->source, &session->source, error);
+    if (status != TFM_OK)
+        return status;
+    if (d->kind == TFM_ENCODER)
+        session->source = session->context;
     session->kv_dtype = options->kv_dtype;
     if (!session->kv_dtype)
         session->kv_dtype =
-            d->n_layers && session->model->blocks->attention.qkv.weight.dtype == TFM_I8 ? TFM_F16 : TFM_F32;
+            stack->shape->n_layers && stack->blocks->attention.qkv.weight.dtype == TFM_I8 ? TFM_F16 : TFM_F32;
     if (session->kv_dtype != TFM_F32 && session->kv_dtype != TFM_F16)
         return tfm__fail(error, TFM_ERROR_ARGUMENT, "the KV cache can be f32 or f16");
-    session->n_pages = tfm__divide_up(session->context, TFM_KV_PAGE);
+    session->n_pages = tfm__kv_pages(TFM__MAX(session->context, session->source));
     if (session->n_sequences > (size_t)TFM__MAX_SIZE / session->n_pages)
         return tfm__fail(error, TFM_ERROR_ARGUMENT, "%lu sequences are too many", (unsigned long)session->n_sequences);
+    session->n_pages = tfm__kv_pages(session->context);
     session->max_rows = options->max_rows ? options->max_rows : 512;
     session->max_rows = TFM__MAX(session->max_rows, session->n_sequences);
-    session->max_rows = TFM__MIN(session->max_rows, tfm__product(session->context, session->n_sequences));
+    if (d->kind != TFM_ENCODER)
+        session->max_rows = TFM__MIN(session->max_rows, tfm__product(session->context, session->n_sequences));
+    session->max_rows = TFM__MAX(session->max_rows, session->source); /* an encoder sees all of a text at once */
     session->text_size = TFM__MAX_STOP_STRING + tfm__longest_token(session->model) + 8;
-    status = tfm__session_memory(session, error);
+    return TFM_OK;
+}
+
+static tfm_status tfm__session_setup(tfm_session *session, const tfm_session_options *options, tfm_error *error) {
+    tfm_status status = tfm__session_sizes(session, options, error);
+    if (status == TFM_OK)
+        status = tfm__session_memory(session, error);
     if (status != TFM_OK)
         return status;
     session->engine = tfm_engine_create(&options->engine, error);
@@ -8307,6 +9198,7 @@ TFM_API void tfm_session_free(tfm_session *session) {
     allocator = session->allocator;
     tfm_engine_free(session->engine);
     tfm__release_aligned(&allocator, session->pool);
+    tfm__release_aligned(&allocator, session->memory_pool);
     tfm__release_aligned(&allocator, session->pages); /* the first of the carved pieces */
     tfm__release(&allocator, session);
 }
@@ -8326,66 +9218,147 @@ TFM_API size_t tfm_session_context(const tfm_session *session) {
 /* ---- the forward pass */
 
 typedef struct tfm__embed_job {
+    const tfm_engine *engine;
     const tfm_model *model;
-    const int32_t *ids, *positions; /* [rows] */
-    float *x;                       /* [rows][d_model] */
+    const tfm__stack *stack;
+    const int32_t *ids, *positions, *types; /* [rows] */
+    float *x;                               /* [rows][d_embedding] */
 } tfm__embed_job;
 
-/* x = token_embedding[id] * scale + position_embedding[position] */
+/* x[n] += a row of a table */
+static void tfm__add_row(const tfm_tensor *table, size_t row, size_t n, float *x) {
+    float part[64];
+    size_t k, i, size;
+    for (k = 0; k < n; k += size) {
+        size = TFM__MIN(sizeof part / sizeof *part, n - k);
+        tfm__matrix_row(table, row, k, size, part);
+        for (i = 0; i < size; i++)
+            x[k + i] += part[i];
+    }
+}
+
+static void tfm__add_sinusoids(size_t position, size_t n, float *x) {
+    size_t i;
+    for (i = 0; i < n; i++) {
+        double angle = (double)position * exp(-log(10000.0) * (double)(i / 2 * 2) / (double)n);
+        x[i] += (float)(i % 2 ? cos(angle) : sin(angle));
+    }
+}
+
+/* x = norm(token_embedding[id] * scale + token_type_embedding[type] + position_embedding[position]) */
 static void tfm__embed_row(void *argument, size_t row) {
     const tfm__embed_job *job = (const tfm__embed_job *)argument;
     const tfm_description *d = &job->model->description;
-    float *x = job->x + row * d->d_model, part[64];
-    size_t position = (size_t)job->positions[row] + d->position_offset, i, k, n;
-    tfm__matrix_row(&job->model->token_embedding, (size_t)job->ids[row], 0, d->d_model, x);
+    const tfm_stack *shape = job->stack->shape;
+    const tfm_norm *norm = &job->stack->embedding_norm;
+    const size_t n = d->d_embedding, position = (size_t)job->positions[row] + shape->position_offset;
+    float *x = job->x + row * n;
+    size_t i;
+    tfm__matrix_row(&job->model->token_embedding, (size_t)job->ids[row], 0, n, x);
     if (d->embedding_scale != 1)
-        for (i = 0; i < d->d_model; i++)
+        for (i = 0; i < n; i++)
             x[i] *= d->embedding_scale;
-    if (d->positions == TFM_LEARNED_POSITIONS)
-        for (k = 0; k < d->d_model; k += n) {
-            n = TFM__MIN(sizeof part / sizeof *part, d->d_model - k);
-            tfm__matrix_row(&job->model->position_embedding, position, k, n, part);
-            for (i = 0; i < n; i++)
-                x[k + i] += part[i];
-        }
+    if (d->n_token_types)
+        tfm__add_row(&job->model->token_type_embedding, (size_t)job->types[row], n, x);
+    if (shape->positions == TFM_LEARNED_POSITIONS)
+        tfm__add_row(&job->stack->position_embedding, position, n, x);
+    else if (shape->positions == TFM_SINUSOIDAL_POSITIONS)
+        tfm__add_sinusoids(position, n, x);
+    if (shape->embedding_norm)
+        job->engine->kernels->norm[norm->kind](x, n, (const float *)norm->weight.data, (const float *)norm->bias.data,
+                                               norm->eps, x);
 }
 
-/* One pass: the session's first `rows` ids through all blocks. The results of the last wanted[i] rows of span i are in
- * session->selected; returns their number. */
-static size_t tfm__forward(tfm_session *session, size_t rows, size_t n_spans) {
+/* The session's first `rows` ids to session->x. */
+static void tfm__embed(tfm_session *session, const tfm__stack *stack, size_t rows) {
     const tfm_model *model = session->model;
-    const size_t n_layers = model->description.n_layers, *wanted = session->wanted;
+    tfm_engine *engine = session->engine;
+    const size_t mark = engine->scratch_used;
+    const tfm_linear *projection = &model->embedding_projection;
+    tfm__embed_job job;
+    job.engine = engine;
+    job.model = model;
+    job.stack = stack;
+    job.ids = session->ids;
+    job.positions = session->positions;
+    job.types = session->types;
+    job.x = projection->weight.data ? tfm__take(engine, rows, model->description.d_embedding) : session->x;
+    tfm__run(engine, rows, 16 * model->description.d_embedding, tfm__embed_row, &job);
+    if (projection->weight.data)
+        tfm__linear(engine, projection, tfm__input_of(job.x, rows, NULL), TFM_NO_ACTIVATION,
+                    tfm__result_in(session->x, 0));
+    engine->scratch_used = mark;
+}
+
+/* One pass: the session's first ids, as many as the spans have rows, through all blocks. Returns the results of the last
+ * wanted[i] rows of span i, or, for wanted = NULL, of all rows. */
+static float *tfm__forward(tfm_session *session, const tfm__stack *stack, size_t n_spans, const size_t *wanted) {
+    const size_t n_layers = stack->shape->n_layers, mark = session->engine->scratch_used;
     const tfm_span *spans = session->spans;
-    tfm__embed_job embed;
-    size_t layer, n_selected = 0, i;
-    embed.model = model;
-    embed.ids = session->ids;
-    embed.positions = session->positions;
-    embed.x = session->x;
-    tfm__run(session->engine, rows, 16 * model->description.d_model, tfm__embed_row, &embed);
-    for (layer = 0; layer < n_layers; layer++)
-        tfm__block(session->engine, model->blocks + layer, layer, session->x, spans, n_spans,
-                   layer + 1 < n_layers ? NULL : wanted, session->selected);
-    if (!n_layers)
-        tfm__keep_rows(session->x, model->description.d_model, spans, n_spans, wanted, session->selected);
-    for (i = 0; i < n_spans; i++)
-        n_selected += wanted[i];
-    return n_selected;
+    tfm__pass pass;
+    size_t layer;
+    tfm__embed(session, stack, tfm__count_rows(spans, n_spans));
+    if (n_layers) {
+        pass = tfm__begin_pass(session->engine, &stack->blocks->attention, spans, n_spans);
+        for (layer = 0; layer < n_layers; layer++)
+            tfm__block(session->engine, stack->blocks + layer, layer, &pass, session->x,
+                       layer + 1 < n_layers ? NULL : wanted, session->selected);
+        session->engine->scratch_used = mark;
+    } else if (wanted) {
+        memset(&pass, 0, sizeof pass);
+        pass.spans = spans;
+        pass.n_spans = n_spans;
+        tfm__keep_rows(session->x, session->model->description.d_model, &pass, wanted, session->selected);
+    }
+    return wanted ? session->selected : session->x;
 }
 
-/* Final norm, and head if logits are wanted, of the n selected rows. */
-static void tfm__output(tfm_session *session, size_t n, tfm_output what, float *outputs) {
-    const tfm_model *model = session->model;
-    const tfm_norm *norm = model->description.final_norm ? &model->final_norm : NULL;
+/* logits[n][vocab_size] of results x[n][d_model], which go through the stack's norm (or NULL) first. */
+static void tfm__logits(tfm_engine *engine, const tfm_model *model, const tfm_norm *norm, const float *x, size_t n,
+                        float *logits) {
+    const tfm_description *d = &model->description;
+    const size_t mark = engine->scratch_used, width = d->head_transform ? d->d_embedding : d->d_model;
+    tfm__input input = tfm__input_of(x, n, norm);
+    if (d->head_transform || d->logit_scale != 1) {
+        float *t = tfm__take(engine, n, TFM__MAX(d->d_model, d->d_embedding));
+        if (d->head_transform) {
+            tfm__linear(engine, &model->head_transform, input, d->head_transform, tfm__result_in(t, 0));
+            tfm__norm(engine, &model->head_norm, t, n, t);
+        } else if (norm)
+            tfm__norm(engine, norm, x, n, t);
+        else
+            memcpy(t, x, n * width * sizeof *t);
+        if (d->logit_scale != 1)
+            engine->kernels->scale(t, n * width, d->logit_scale);
+        input = tfm__input_of(t, n, NULL);
+    }
+    tfm__linear(engine, &model->head, input, TFM_NO_ACTIVATION, tfm__result_in(logits, 0));
+    if (d->logit_softcap > 0) {
+        tfm__finish tanh_of;
+        memset(&tanh_of, 0, sizeof tanh_of);
+        tanh_of.x = tanh_of.y = logits;
+        tanh_of.n_rows = 1;
+        tanh_of.n = n * d->vocab_size;
+        tanh_of.activation = TFM_TANH;
+        engine->kernels->scale(logits, tanh_of.n, 1 / d->logit_softcap);
+        engine->kernels->finish(&tanh_of);
+        engine->kernels->scale(logits, tanh_of.n, d->logit_softcap);
+    }
+    engine->scratch_used = mark;
+}
+
+/* Final norm, and head if logits are wanted, of the n results x. */
+static void tfm__output(tfm_session *session, const tfm__stack *stack, const float *x, size_t n, tfm_output what,
+                        float *outputs) {
+    const tfm_norm *norm = stack->shape->final_norm ? &stack->final_norm : NULL;
     if (!n)
         return;
     if (what == TFM_LOGITS)
-        tfm__linear(session->engine, &model->head, tfm__input_of(session->selected, n, norm), TFM_NO_ACTIVATION,
-                    tfm__result_in(outputs, 0));
+        tfm__logits(session->engine, session->model, norm, x, n, outputs);
     else if (norm)
-        tfm__norm(session->engine, norm, session->selected, n, outputs);
-    else
-        memcpy(outputs, session->selected, n * model->description.d_model * sizeof *outputs);
+        tfm__norm(session->engine, norm, x, n, outputs);
+    else if (outputs != x)
+        memcpy(outputs, x, n * session->model->description.d_model * sizeof *outputs);
 }
 
 static tfm_status tfm__check_chunk(tfm_session *session, const tfm_chunk *chunk, size_t index, tfm_error *error) {
@@ -8408,6 +9381,9 @@ static tfm_status tfm__check_chunk(tfm_session *session, const tfm_chunk *chunk,
         if (chunk->tokens[i] < 0 || (size_t)chunk->tokens[i] >= vocab_size)
             return tfm__fail(error, TFM_ERROR_ARGUMENT, "token id %ld is out of range: the vocabulary has %lu",
                              (long)chunk->tokens[i], (unsigned long)vocab_size);
+    if (session->model->description.kind == TFM_ENCODER_DECODER && !session->memories[chunk->sequence].n_tokens)
+        return tfm__fail(error, TFM_ERROR_ARGUMENT, "sequence %lu has no text that it answers to: see tfm_set_source",
+                         (unsigned long)chunk->sequence);
     session->in_call[chunk->sequence] = 1;
     return TFM_OK;
 }
@@ -8416,8 +9392,10 @@ static tfm_status tfm__check_chunks(tfm_session *session, const tfm_chunk *chunk
                                     const float *outputs, tfm_error *error) {
     size_t wanted = 0, i;
     tfm_status status = TFM_OK;
+    if (session->model->description.kind == TFM_ENCODER || !session->model->description.vocab_size)
+        return tfm__fail(error, TFM_ERROR_UNSUPPORTED, "the model is no decoder of tokens: see tfm_encode");
     if (what != TFM_LOGITS && what != TFM_HIDDEN)
-        return tfm__fail(error, TFM_ERROR_ARGUMENT, "unknown kind of output %d", (int)what);
+        return tfm__fail(error, TFM_ERROR_ARGUMENT, "a decoder has no output of the kind %d", (int)what);
     memset(session->in_call, 0, session->n_sequences);
     for (i = 0; i < n_chunks && status == TFM_OK; i++) {
         status = tfm__check_chunk(session, chunks + i, i, error);
@@ -8440,8 +9418,8 @@ typedef struct tfm__evaluation {
     size_t chunk, done; /* where the next pass begins: this chunk, after so many of its tokens */
 } tfm__evaluation;
 
-/* Gathers a pass: as many tokens as there are rows, from as many chunks as that takes. Returns the number of rows. */
-static size_t tfm__gather(tfm__evaluation *e, size_t *n_spans) {
+/* Gathers a pass: as many tokens as there are rows, from as many chunks as that takes. */
+static void tfm__gather(tfm__evaluation *e, size_t *n_spans) {
     tfm_session *session = e->session;
     size_t rows = 0, i;
     for (*n_spans = 0; e->chunk < e->n_chunks && rows < session->max_rows; ++*n_spans) {
@@ -8454,7 +9432,9 @@ static size_t tfm__gather(tfm__evaluation *e, size_t *n_spans) {
         memcpy(session->ids + rows, tokens, n * sizeof *tokens);
         for (i = 0; i < n; i++)
             session->positions[rows + i] = (int32_t)(kv->n_tokens + i);
+        memset(session->spans + *n_spans, 0, sizeof *session->spans);
         session->spans[*n_spans].kv = kv;
+        session->spans[*n_spans].memory = session->memories + from->sequence;
         session->spans[*n_spans].n_rows = n;
         session->wanted[*n_spans] = end > unwanted ? TFM__MIN(end - unwanted, n) : 0;
         rows += n;
@@ -8462,18 +9442,24 @@ static size_t tfm__gather(tfm__evaluation *e, size_t *n_spans) {
         if (e->done == from->n_tokens)
             e->chunk++, e->done = 0;
     }
-    return rows;
 }
 
 static void tfm__evaluate(void *argument) {
     tfm__evaluation *e = (tfm__evaluation *)argument;
-    const tfm_description *d = &e->session->model->description;
+    tfm_session *session = e->session;
+    const tfm_description *d = &session->model->description;
+    const tfm__stack *stack = &session->model->decoder;
     size_t output_size = e->what == TFM_LOGITS ? d->vocab_size : d->d_model;
     while (e->chunk < e->n_chunks) {
-        size_t n_spans, rows = tfm__gather(e, &n_spans), n_selected = tfm__forward(e->session, rows, n_spans), i;
-        for (i = 0; i < n_spans; i++)
-            e->session->spans[i].kv->n_tokens += e->session->spans[i].n_rows;
-        tfm__output(e->session, n_selected, e->what, e->outputs);
+        size_t n_spans, n_selected = 0, i;
+        const float *x;
+        tfm__gather(e, &n_spans);
+        x = tfm__forward(session, stack, n_spans, session->wanted);
+        for (i = 0; i < n_spans; i++) {
+            session->spans[i].kv->n_tokens += session->spans[i].n_rows;
+            n_selected += session->wanted[i];
+        }
+        tfm__output(session, stack, x, n_selected, e->what, e->outputs);
         if (n_selected) /* without any, outputs may be NULL */
             e->outputs += n_selected * output_size;
     }
@@ -8492,6 +9478,262 @@ TFM_API tfm_status tfm_eval(tfm_session *session, const tfm_chunk *chunks, size_
     evaluation.outputs = outputs;
     evaluation.chunk = evaluation.done = 0;
     tfm__with_threads(&session->engine->threads, tfm__evaluate, &evaluation);
+    return TFM_OK;
+}
+
+/* ---- encoding */
+
+static tfm_status tfm__check_text(const tfm_session *session, const tfm_text *text, size_t index, tfm_error *error) {
+    const tfm_description *d = &session->model->description;
+    size_t i;
+    if (!text->n_tokens || text->n_tokens > session->source)
+        return tfm__fail(error, text->n_tokens ? TFM_ERROR_CONTEXT_FULL : TFM_ERROR_ARGUMENT,
+                         "text %lu has %lu tokens, and can have 1 to %lu", (unsigned long)index,
+                         (unsigned long)text->n_tokens, (unsigned long)session->source);
+    for (i = 0; i < text->n_tokens; i++) {
+        if (text->tokens[i] < 0 || (size_t)text->tokens[i] >= d->vocab_size)
+            return tfm__fail(error, TFM_ERROR_ARGUMENT, "token id %ld is out of range: the vocabulary has %lu",
+                             (long)text->tokens[i], (unsigned long)d->vocab_size);
+        if (text->types && (text->types[i] < 0 || (size_t)text->types[i] >= TFM__MAX(d->n_token_types, 1)))
+            return tfm__fail(error, TFM_ERROR_ARGUMENT, "token type %ld is out of range: the model has %lu",
+                             (long)text->types[i], (unsigned long)d->n_token_types);
+    }
+    return TFM_OK;
+}
+
+/* A pass takes texts from the first on, until rows or spans run out. Returns how many. */
+static size_t tfm__gather_texts(tfm_session *session, const tfm_text *texts, size_t n_texts) {
+    size_t rows = 0, n, i;
+    for (n = 0; n < n_texts && n < TFM__TEXTS && texts[n].n_tokens <= session->max_rows - rows; n++) {
+        for (i = 0; i < texts[n].n_tokens; i++) {
+            session->ids[rows + i] = texts[n].tokens[i];
+            session->types[rows + i] = texts[n].types ? texts[n].types[i] : 0;
+            session->positions[rows + i] = (int32_t)i;
+        }
+        memset(session->spans + n, 0, sizeof *session->spans);
+        session->spans[n].n_rows = texts[n].n_tokens;
+        rows += texts[n].n_tokens;
+    }
+    return n;
+}
+
+/* y[d_model] = the pooled rows x[n][d_model] of one text */
+static void tfm__pool(tfm_pooling pooling, const float *x, size_t n, size_t d_model, float *y) {
+    size_t row, i;
+    memcpy(y, x, d_model * sizeof *y);
+    for (row = 1; row < n && pooling != TFM_POOL_CLS; row++)
+        for (i = 0; i < d_model; i++) {
+            float value = x[row * d_model + i];
+            y[i] = pooling == TFM_POOL_MEAN ? y[i] + value : value > y[i] ? value : y[i];
+        }
+    for (i = 0; i < d_model && pooling == TFM_POOL_MEAN; i++)
+        y[i] /= (float)n;
+}
+
+/* y / |y| */
+static void tfm__to_length_1(float *y, size_t n) {
+    double sum = 0;
+    float length;
+    size_t i;
+    for (i = 0; i < n; i++)
+        sum += (double)y[i] * (double)y[i];
+    length = TFM__MAX((float)sqrt(sum), 1e-12f);
+    for (i = 0; i < n; i++)
+        y[i] /= length;
+}
+
+/* Texts on their way through one pass. */
+typedef struct tfm__encoding {
+    tfm_session *session;
+    size_t n_texts; /* of this pass */
+    tfm_output what;
+    tfm_pooling pooling;
+    int normalize;
+    float *outputs;
+    size_t n_outputs; /* numbers written */
+} tfm__encoding;
+
+/* Each text's first row, side by side: [n_texts][d_model] */
+static float *tfm__first_rows(tfm__encoding *e, const float *x) {
+    const size_t d_model = e->session->model->description.d_model;
+    float *first = tfm__take(e->session->engine, e->n_texts, d_model);
+    size_t row = 0, i;
+    for (i = 0; i < e->n_texts; i++) {
+        memcpy(first + i * d_model, x + row * d_model, d_model * sizeof *first);
+        row += e->session->spans[i].n_rows;
+    }
+    return first;
+}
+
+static void tfm__encode_pooled(tfm__encoding *e, const float *x) {
+    const tfm_model *model = e->session->model;
+    const size_t d_model = model->description.d_model;
+    float *y = e->outputs;
+    size_t i;
+    if (e->pooling == TFM_NO_POOLING) /* the pooler */
+        tfm__linear(e->session->engine, &model->pooler, tfm__input_of(tfm__first_rows(e, x), e->n_texts, NULL),
+                    model->description.pooler_activation, tfm__result_in(y, 0));
+    for (i = 0; i < e->n_texts; i++, y += d_model) {
+        const size_t rows = e->session->spans[i].n_rows;
+        if (e->pooling != TFM_NO_POOLING)
+            tfm__pool(e->pooling, x, rows, d_model, y);
+        if (e->normalize)
+            tfm__to_length_1(y, d_model);
+        x += rows * d_model;
+    }
+    e->n_outputs = e->n_texts * d_model;
+}
+
+static void tfm__encode_classes(tfm__encoding *e, const float *x, size_t rows) {
+    const tfm_model *model = e->session->model;
+    const tfm_description *d = &model->description;
+    tfm_engine *engine = e->session->engine;
+    size_t n = d->classifier == TFM_TOKEN_CLASSIFIER ? rows : e->n_texts;
+    tfm__input input = tfm__input_of(d->classifier == TFM_TOKEN_CLASSIFIER ? x : tfm__first_rows(e, x), n, NULL);
+    if (d->classifier_activation) {
+        float *dense = tfm__take(engine, n, d->d_model);
+        tfm__linear(engine, &model->classifier_dense, input, d->classifier_activation, tfm__result_in(dense, 0));
+        input = tfm__input_of(dense, n, NULL);
+    }
+    tfm__linear(engine, &model->classifier, input, TFM_NO_ACTIVATION, tfm__result_in(e->outputs, 0));
+    e->n_outputs = n * d->n_labels;
+}
+
+/* One pass. */
+static void tfm__encode_texts(void *argument) {
+    tfm__encoding *e = (tfm__encoding *)argument;
+    tfm_session *session = e->session;
+    const tfm_description *d = &session->model->description;
+    const tfm__stack *stack = &session->model->encoder;
+    const size_t mark = session->engine->scratch_used, rows = tfm__count_rows(session->spans, e->n_texts);
+    float *x = tfm__forward(session, stack, e->n_texts, NULL);
+    if (e->what == TFM_LOGITS || e->what == TFM_HIDDEN) {
+        tfm__output(session, stack, x, rows, e->what, e->outputs);
+        e->n_outputs = rows * (e->what == TFM_LOGITS ? d->vocab_size : d->d_model);
+        return;
+    }
+    tfm__output(session, stack, x, rows, TFM_HIDDEN, x);
+    if (e->what == TFM_POOLED)
+        tfm__encode_pooled(e, x);
+    else
+        tfm__encode_classes(e, x, rows);
+    session->engine->scratch_used = mark;
+}
+
+/* Scratch of what comes after the blocks, when it is not logits. */
+static size_t tfm__classes_scratch(const tfm_model *model, size_t rows) {
+    const tfm_linear *layers[3];
+    size_t scratch = 0, i;
+    layers[0] = &model->pooler;
+    layers[1] = &model->classifier_dense;
+    layers[2] = &model->classifier;
+    for (i = 0; i < 3; i++)
+        if (layers[i]->weight.data)
+            scratch = TFM__MAX(scratch, tfm__linear_scratch(layers[i], rows));
+    return scratch + 2 * tfm__scratch_floats(rows, model->description.d_model);
+}
+
+static tfm_status tfm__encode_all(tfm__encoding *e, const tfm_text *texts, size_t n_texts, tfm_error *error) {
+    tfm_session *session = e->session;
+    const tfm_model *model = session->model;
+    tfm_status status = TFM_OK;
+    size_t i;
+    if (model->description.kind == TFM_DECODER || !model->description.vocab_size)
+        return tfm__fail(error, TFM_ERROR_UNSUPPORTED, "the model has no encoder of tokens");
+    for (i = 0; i < n_texts && status == TFM_OK; i++)
+        status = tfm__check_text(session, texts + i, i, error);
+    for (i = 0; i < n_texts && status == TFM_OK; i += e->n_texts) {
+        size_t rows;
+        e->n_texts = tfm__gather_texts(session, texts + i, n_texts - i);
+        rows = tfm__count_rows(session->spans, e->n_texts);
+        status = tfm__reserve(session->engine,
+                              TFM__MAX(tfm__stack_scratch(model, &model->encoder, session->spans, e->n_texts,
+                                                          tfm__reach(session->spans, e->n_texts)),
+                                       tfm__classes_scratch(model, rows)),
+                              error);
+        if (status == TFM_OK)
+            tfm__with_threads(&session->engine->threads, tfm__encode_texts, e);
+        e->outputs += e->n_outputs;
+    }
+    return status;
+}
+
+TFM_API tfm_status tfm_encode(tfm_session *session, const tfm_text *texts, size_t n_texts, tfm_output what,
+                              float *outputs, tfm_error *error) {
+    const tfm_description *d = &session->model->description;
+    tfm__encoding encoding;
+    memset(&encoding, 0, sizeof encoding);
+    encoding.session = session;
+    encoding.what = what;
+    encoding.outputs = outputs;
+    encoding.pooling = d->pooling || d->pooler ? d->pooling : TFM_POOL_MEAN;
+    encoding.normalize = d->pool_normalize;
+    if ((unsigned)what > TFM_CLASSES)
+        return tfm__fail(error, TFM_ERROR_ARGUMENT, "unknown kind of output %d", (int)what);
+    if (what == TFM_LOGITS && (d->head == TFM_NO_HEAD || d->kind != TFM_ENCODER))
+        return tfm__fail(error, TFM_ERROR_UNSUPPORTED, "the model's encoder has no head, and so no logits");
+    if (what == TFM_CLASSES && !d->classifier)
+        return tfm__fail(error, TFM_ERROR_UNSUPPORTED, "the model has no classifier");
+    return tfm__encode_all(&encoding, texts, n_texts, error);
+}
+
+TFM_API tfm_status tfm_embed(tfm_session *session, const tfm_text *texts, size_t n_texts, tfm_pooling pooling,
+                             int normalize, float *vectors, tfm_error *error) {
+    const tfm_description *d = &session->model->description;
+    tfm__encoding encoding;
+    memset(&encoding, 0, sizeof encoding);
+    encoding.session = session;
+    encoding.what = TFM_POOLED;
+    encoding.outputs = vectors;
+    encoding.pooling = pooling ? pooling : d->pooling || d->pooler ? d->pooling : TFM_POOL_MEAN;
+    encoding.normalize = normalize || (!pooling && d->pool_normalize);
+    if ((unsigned)pooling > TFM_POOL_MAX)
+        return tfm__fail(error, TFM_ERROR_ARGUMENT, "unknown kind of pooling %d", (int)pooling);
+    return tfm__encode_all(&encoding, texts, n_texts, error);
+}
+
+/* The keys and values of all layers, from the encoder's results in session->selected. */
+typedef struct tfm__remembering {
+    tfm_session *session;
+    tfm_kv *memory;
+    size_t n_rows;
+} tfm__remembering;
+
+static void tfm__remember(void *argument) {
+    tfm__remembering *r = (tfm__remembering *)argument;
+    const tfm__stack *stack = &r->session->model->decoder;
+    size_t layer;
+    for (layer = 0; layer < stack->shape->n_layers; layer++)
+        tfm__memory(r->session->engine, stack->blocks + layer, layer, r->session->selected, r->n_rows, r->memory);
+    r->memory->n_tokens = r->n_rows;
+}
+
+TFM_API tfm_status tfm_set_source(tfm_session *session, size_t sequence, const tfm_text *text, tfm_error *error) {
+    const tfm_model *model = session->model;
+    tfm__remembering remembering;
+    tfm__encoding encoding;
+    tfm_status status;
+    if (model->description.kind != TFM_ENCODER_DECODER)
+        return tfm__fail(error, TFM_ERROR_UNSUPPORTED, "the model is no encoder-decoder");
+    if (sequence >= session->n_sequences)
+        return tfm__fail(error, TFM_ERROR_ARGUMENT, "sequence %lu, but the session has %lu", (unsigned long)sequence,
+                         (unsigned long)session->n_sequences);
+    memset(&encoding, 0, sizeof encoding);
+    encoding.session = session;
+    encoding.what = TFM_HIDDEN;
+    encoding.outputs = session->selected;
+    status = tfm__encode_all(&encoding, text, 1, error);
+    if (status == TFM_OK && model->decoder.shape->n_layers)
+        status =
+            tfm__reserve(session->engine, tfm__memory_scratch(&model->decoder.blocks->cross, text->n_tokens), error);
+    if (status != TFM_OK)
+        return status;
+    remembering.session = session;
+    remembering.memory = session->memories + sequence;
+    remembering.memory->n_tokens = 0;
+    remembering.n_rows = text->n_tokens;
+    session->kv[sequence].n_tokens = 0;
+    tfm__with_threads(&session->engine->threads, tfm__remember, &remembering);
     return TFM_OK;
 }
 

@@ -618,7 +618,6 @@ static const key_range integer_keys[] = {
     {"decoder.n_positions", 1, 0x7FFFFFFF, 0},
     {"decoder.position_offset", 0, 0x7FFFFFFF, 1},
     {"decoder.causal", 0, 1, 1},
-    {"decoder.cross", 0, 0, 1},
     {"decoder.final_norm", 0, 1, 1},
     {"tokenizer.add_prefix_space", 0, 1, 1},
     {"tokenizer.ignore_merges", 0, 1, 1},

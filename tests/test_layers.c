@@ -61,6 +61,7 @@ static tfm_norm load_norm(const char *name, const char *part, int rms) {
 static tfm_attention load_attention(const char *name) {
     const int32_t *info = golden_ints(golden, NULL, "%s", name);
     tfm_attention attention;
+    memset(&attention, 0, sizeof attention);
     attention.n_heads = (size_t)info[0];
     attention.n_kv_heads = (size_t)info[1];
     attention.head_dim = (size_t)info[2];
@@ -73,6 +74,7 @@ static tfm_attention load_attention(const char *name) {
 
 static tfm_ffn load_ffn(const char *name, int gated, int32_t activation) {
     tfm_ffn ffn;
+    memset(&ffn, 0, sizeof ffn);
     ffn.gated = gated;
     ffn.activation = (tfm_activation)activation;
     ffn.up = load_linear(name, ".up", TFM_F32);
@@ -83,6 +85,7 @@ static tfm_ffn load_ffn(const char *name, int gated, int32_t activation) {
 static tfm_block load_block(const char *name) {
     const int32_t *info = golden_ints(golden, NULL, "%s.block", name);
     tfm_block block;
+    memset(&block, 0, sizeof block);
     block.norm_place = info[0] ? TFM_POST_NORM : TFM_PRE_NORM;
     block.attention_norm = load_norm(name, ".attention_norm", info[1]);
     block.ffn_norm = load_norm(name, ".ffn_norm", info[1]);
@@ -267,6 +270,7 @@ static void run_spans(const layer *l, int cached, float *y) {
     tfm_kv kvs[MAX_SEQUENCES];
     size_t i;
     for (i = 0; i < l->n_sequences; i++) {
+        memset(spans + i, 0, sizeof *spans);
         spans[i].n_rows = (size_t)l->lengths[i];
         spans[i].mask = l->mask;
         spans[i].kv = NULL;
@@ -297,7 +301,7 @@ static void run_steps(const layer *l, size_t first, size_t length, size_t step, 
     kv.pages = pages;
     for (; kv.n_tokens < length; kv.n_tokens += n) {
         size_t row = first + kv.n_tokens;
-        tfm_span span;
+        tfm_span span = {0, NULL, NULL, NULL};
         float *mask = NULL;
         n = step < length - kv.n_tokens ? step : length - kv.n_tokens;
         if (l->mask)
@@ -330,7 +334,7 @@ static void check_steps(const layer *l, const float *expected) {
 static void check_masked_apart(const layer *l, const float *expected) {
     float *mask = new_floats(l->n_rows * l->n_rows), *y = new_floats(l->n_rows * l->width);
     size_t i, j, first = 0, sequence = 0;
-    tfm_span span;
+    tfm_span span = {0, NULL, NULL, NULL};
     for (i = 0; i < l->n_rows; i++) {
         if (i == first + (size_t)l->lengths[sequence])
             first += (size_t)l->lengths[sequence++];
@@ -399,7 +403,7 @@ static void test_blind_token(void) {
     tfm_attention attention = load_attention("attention.2");
     const float *x = golden_floats(golden, WIDTH * LENGTH, "attention.2.x");
     float mask[LENGTH * LENGTH] = {0}, found[WIDTH * LENGTH];
-    tfm_span span;
+    tfm_span span = {0, NULL, NULL, NULL};
     tfm_error error;
     size_t i;
     for (i = 0; i < LENGTH; i++)

@@ -395,7 +395,7 @@ static void test_model(const char *name) {
     s.d = tfm_model_description(model);
     s.ids = golden_ints(golden, &s.n, "%s.ids", name);
     s.expected = golden_floats(golden, s.n * s.d->vocab_size, "%s.logits", name);
-    CHECK_MSG(s.n == s.d->n_positions, "%s: %lu ids", name, (unsigned long)s.n);
+    CHECK_MSG(s.n == tfm_model_stack(s.model)->n_positions, "%s: %lu ids", name, (unsigned long)s.n);
     for (i = 0; i < n_isas; i++)
         test_on(&s, path, isas[i]);
     tfm_free(model);

@@ -572,14 +572,15 @@ static tfm_status score(tfm_session *session, const int32_t *ids, size_t n, size
 static int perplexity_of(const tfm_model *model, const arguments *args, const int32_t *ids, size_t n) {
     tfm_error error = {TFM_OK, ""};
     const tfm_description *d = tfm_model_description(model);
-    size_t context = args->context ? (size_t)args->context : d->n_positions, scored = 0;
+    const size_t n_positions = tfm_model_stack(model)->n_positions;
+    size_t context = args->context ? (size_t)args->context : n_positions, scored = 0;
     size_t stride = args->stride ? (size_t)args->stride : context;
     tfm_session *session;
     double total = 0;
     float *logits;
-    if (context < 2 || context > d->n_positions || stride > context) {
+    if (context < 2 || context > n_positions || stride > context) {
         fprintf(stderr, "tfm: --context must be from 2 to %lu, the model's positions, and --stride no more than that\n",
-                (unsigned long)d->n_positions);
+                (unsigned long)n_positions);
         return 1;
     }
     if (n < 2)
@@ -965,11 +966,11 @@ static tfm_status run_gen(benchmark *b, tfm_session *session, size_t n, double *
 }
 
 static int has_prompt(const tfm_description *d) {
-    return d->causal;
+    return d->kind == TFM_DECODER;
 }
 
 static int has_gen(const tfm_description *d) {
-    return d->causal && d->head != TFM_NO_HEAD;
+    return d->kind == TFM_DECODER && d->head != TFM_NO_HEAD;
 }
 
 static const struct {
@@ -1003,7 +1004,7 @@ static void count_linear(const tfm_linear *linear, double *weights, double *byte
 static void count_blocks(const tfm_model *model, double *weights, double *bytes) {
     size_t i;
     *weights = *bytes = 0;
-    for (i = 0; i < tfm_model_description(model)->n_layers; i++) {
+    for (i = 0; i < tfm_model_stack(model)->n_layers; i++) {
         const tfm_block *block = tfm_model_block(model, i);
         count_linear(&block->attention.qkv, weights, bytes);
         count_linear(&block->attention.out, weights, bytes);
@@ -1076,12 +1077,14 @@ static void reduce(const char *name, size_t *n, size_t most) {
 }
 
 /* What depends on the model: lengths that fit its context, and room for tokens and results. */
-static tfm_status prepare(benchmark *b, const tfm_description *d, tfm_error *error) {
+static tfm_status prepare(benchmark *b, const tfm_model *model, tfm_error *error) {
+    const tfm_description *d = tfm_model_description(model);
+    const size_t n_positions = tfm_model_stack(model)->n_positions;
     tfm_random random;
     size_t i;
-    b->context = d->n_positions > 2 * GEN_CONTEXT ? GEN_CONTEXT : d->n_positions / 2;
-    reduce("--prompt", &b->prompt, d->n_positions);
-    reduce("--gen", &b->gen, d->n_positions - b->context);
+    b->context = n_positions > 2 * GEN_CONTEXT ? GEN_CONTEXT : n_positions / 2;
+    reduce("--prompt", &b->prompt, n_positions);
+    reduce("--gen", &b->gen, n_positions - b->context);
     b->what = d->head == TFM_NO_HEAD ? TFM_HIDDEN : TFM_LOGITS;
     b->width = d->head == TFM_NO_HEAD ? d->d_model : d->vocab_size;
     b->tokens = (int32_t *)malloc((b->prompt + GEN_CONTEXT + b->batch) * sizeof *b->tokens);
@@ -1112,7 +1115,7 @@ static tfm_status open_variant(benchmark *b, variant *v, tfm_error *error) {
     v->model = tfm_load(b->args->paths[0], &load, error);
     if (!v->model)
         return error->status;
-    if (!b->tokens && prepare(b, tfm_model_description(v->model), error) != TFM_OK)
+    if (!b->tokens && prepare(b, v->model, error) != TFM_OK)
         return error->status;
     options.context = b->prompt > b->context + b->gen ? b->prompt : b->context + b->gen;
     options.n_sequences = b->batch;
@@ -1145,7 +1148,7 @@ static double available_memory(void) {
 
 /* Whether the other types have room beside the first: then all can take turns. */
 static int fit_together(const benchmark *b) {
-    const tfm_description *d = tfm_model_description(b->variants[0].model);
+    const tfm_stack *d = tfm_model_stack(b->variants[0].model);
     double kv = 2.0 * (double)d->n_layers * (double)d->n_kv_heads * (double)d->head_dim * sizeof(float);
     double tokens = (double)b->batch * (double)(b->prompt + b->context + b->gen), bytes = 0;
     size_t i;
