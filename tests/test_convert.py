@@ -1300,8 +1300,15 @@ def test_sentence_transformers(converter, _):
         return {"type": "sentence_transformers.models." + kind, "path": path}
 
     usual = [module("Transformer"), module("Pooling", "1_Pooling")]
-    file = converter.convert("modules", folder(usual))
-    check(file is not None and file["pooling"] == "mean" and file["pool_normalize"] == 0, "modules: pooling")
+    file = converter.convert("modules", folder(usual, tokenizer_config={"model_max_length": 9}))
+    check(file is not None and (file["pooling"], file["pool_normalize"], file["pool_max_tokens"]) == ("mean", 0, 9),
+          "modules: pooling")
+    newer = [{"type": "sentence_transformers.base.modules.transformer.Transformer", "path": ""},
+             {"type": "sentence_transformers.sentence_transformer.modules.pooling.Pooling", "path": "1_Pooling"}]
+    file = converter.convert("newer modules", folder(newer, {"pooling_mode": "max"},
+                                                     tokenizer_config={"model_max_length": 10 ** 30}))
+    check(file is not None and file["pooling"] == "max" and "pool_max_tokens" not in file.metadata,
+          "modules: pooling of version 6")
     converter.convert("lower case", folder(usual, sentence_bert_config={"do_lower_case": True}), says=("lower case",))
     for what, modules, pooling, says in (
             ("dense", usual + [module("Dense", "2_Dense")], None, ("Dense",)), ("nothing", [], None, ("modules.json",)),
@@ -1367,6 +1374,29 @@ def test_llama_configurations(converter, _):
                           (dict(attn_logit_softcapping=-1), ("attn_logit_softcapping",)),
                           (dict(use_bidirectional_attention=True), ("use_bidirectional_attention",))):
         converter.refuse("Gemma 2 with %s" % changes, directory_of(converter, gemma, **changes), says=says)
+
+
+def test_strange_configurations(converter, _):
+    """Whatever the values are: converted, or refused with a sentence; and soon."""
+    models = [small_bert(), small_bert(transformers.BertForMaskedLM),
+              small_llama(rope_parameters=dict(rope_type="yarn", factor=2.0, rope_theta=50.0)),
+              small_llama(transformers.Gemma2ForCausalLM, transformers.Gemma2Config),
+              small_llama(transformers.Qwen2ForCausalLM, transformers.Qwen2Config, use_sliding_window=True)]
+    values = [None, 0, -1, 1, 2, 3, 1 << 20, (1 << 31) - 1, 1 << 70, 0.5, -2.5, 1e300, 1e-300, math.inf, math.nan, "x", "",
+              True, False, [], {}, [1], ["a"], {"a": 1}, ["full_attention"], ["sliding_attention", "sliding_attention"]]
+    more = ["attention_bias", "head_dim", "rope_scaling", "tie_word_embeddings", "id2label", "problem_type"]
+    folders = [directory_of(converter, model) for model in models]
+    for i in range(300):
+        model, folder = random.choice(list(zip(models, folders)))
+        changes = {}
+        for _ in range(random.randrange(1, 3)):
+            changes[random.choice([*model.config.to_dict(), *more])] = random.choice(values)
+        save_config(model, folder, **changes)
+        start = time.monotonic()
+        status, stderr, left = converter.run_inside(folder)
+        check(status in (0, 1, 2) and stderr.startswith("convert.py: ") and time.monotonic() - start < 5,
+              "strange configuration %s: %s: %s" % (changes, status, stderr[-300:]))
+        check(status == 0 or left == [], "strange configuration %s: nothing left" % changes)
 
 
 def test_torch_modules(converter, _):

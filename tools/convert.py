@@ -2357,16 +2357,22 @@ def read_modules(source):
         if module.text("path") and not is_plain_name(module.text("path")):
             raise ConvertError("%s: 'path' should be the name of a directory beside modules.json, not %s"
                                % (module.where, quote(module.text("path"))))
-    pooling = None
+    kind = None
     if "Pooling" in kinds:
         name = os.path.join(modules[kinds.index("Pooling")].text("path"), "config.json")
-        settings = source.optional_json("sentence_bert_config.json")
-        if settings.flag("do_lower_case", False):
-            source.notes.append("warning: sentence_bert_config.json asks for lower case, which is left to the caller")
-        pooling = Pooling(pooling_kind(source.json(source.beside(name))), "Normalize" in kinds,
-                          settings.size("max_seq_length", None))
+        kind = pooling_kind(source.json(source.beside(name)))
+    settings = source.optional_json("sentence_bert_config.json")
+    if settings.flag("do_lower_case", False):
+        source.notes.append("warning: sentence_bert_config.json asks for lower case, which is left to the caller")
     source.directory = source.beside(modules[0].text("path"))
-    return pooling
+    max_tokens = settings.size("max_seq_length", None) or tokenizer_limit(source)
+    return Pooling(kind, "Normalize" in kinds, max_tokens) if kind else None
+
+
+def tokenizer_limit(source):
+    """The most tokens that the tokenizer makes of a text, or None. (No limit is written as 10 to the 30th.)"""
+    limit = source.optional_json("tokenizer_config.json").number("model_max_length", 0)
+    return int(limit) if 1 <= limit < 1 << 31 else None
 
 
 def pooling_kind(config):
