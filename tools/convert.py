@@ -3351,22 +3351,20 @@ def parse_id(text, where):
 
 # What llama.cpp calls the pre-tokenizers that split by the pattern of GPT-2.
 GGUF_PATTERNS = {"gpt-2": "gpt2", "phi-2": "gpt2", "mpt": "gpt2", "olmo": "gpt2", "jais": "gpt2"}
-GGUF_CONTROL, GGUF_USER_DEFINED, GGUF_UNUSED = 3, 4, 5
 
 
 def read_gguf_tokenizer(config, notes, vocab_size):
     """The tokenizer in a .gguf file's metadata, or None."""
     kind = config.text("tokenizer.ggml.model", "no_vocab")
-    if kind != "gpt2":
-        notes.append("warning: converted without a tokenizer: %s" % (
-            "there is none in the file" if kind == "no_vocab" else "its kind, %s, is not supported yet" % quote(kind)))
-        return None
     pattern = config.text("tokenizer.ggml.pre", "gpt-2")
-    if pattern not in GGUF_PATTERNS:
-        notes.append("warning: converted without a tokenizer: its pre-tokenizer, %s, is not supported yet"
-                     % quote(pattern))
+    lacking = ("there is none in the file" if kind == "no_vocab" else
+               "its kind, %s, is not supported" % quote(kind) if kind not in ("gpt2", "llama") else
+               "its pre-tokenizer, %s, is not supported" % quote(pattern)
+               if kind == "gpt2" and pattern not in GGUF_PATTERNS else None)
+    if lacking is not None:
+        notes.append("warning: converted without a tokenizer: " + lacking)
         return None
-    bpe = gguf_bpe(config)
+    bpe = gguf_bpe(config) if kind == "gpt2" else gguf_pieces(config)
     bpe.check_ids(vocab_size)
     return bpe
 
@@ -3375,10 +3373,37 @@ def gguf_bpe(config):
     tokens, types = gguf_tokens(config)
     merges = [parse_merge(merge, "%s: merge %d" % (config.where, i))
               for i, merge in enumerate(config.texts("tokenizer.ggml.merges"))]
-    own = (GGUF_CONTROL, GGUF_USER_DEFINED, GGUF_UNUSED)
+    own = (CONTROL, USER_DEFINED, UNUSED)
     bpe = Bpe(config.where, {text: i for i, text in enumerate(tokens) if types[i] not in own}, merges)
-    add_gguf_tokens(config, bpe, tokens, types)
+    for number, (text, kind) in enumerate(zip(tokens, types)):
+        if kind in (CONTROL, USER_DEFINED):
+            bpe.add(text, ADDED_FLAGS["special"] if kind == CONTROL else 0, number)
+    add_gguf_roles(config, bpe, len(tokens), adds_bos=False)
     return bpe
+
+
+def gguf_pieces(config):
+    """A SentencePiece model of the kind BPE, as llama.cpp keeps it: types of tokens are those of pieces."""
+    tokens, types = gguf_tokens(config)
+    scores = config.list("tokenizer.ggml.scores")
+    if len(scores) != len(tokens) or not all(type(score) is float and math.isfinite(score) for score in scores):
+        raise ConvertError("%s: 'tokenizer.ggml.scores' should have a number for each of %d tokens"
+                           % (config.where, len(tokens)))
+    if not all(NORMAL <= kind <= BYTE for kind in types) or not all(tokens):
+        raise ConvertError("%s: the tokens are not those of a SentencePiece model" % config.where)
+    check_pieces(list(zip(tokens, scores, types)), BYTE in types, config.where)
+    pieces = SentencePiece(config.where, {text: i for i, text in enumerate(tokens)}, [], kind="spm_bpe")
+    pieces.scores, pieces.types, pieces.unk_id = scores, types, types.index(UNKNOWN)
+    dummy = config.flag("tokenizer.ggml.add_space_prefix", True)
+    extra = config.flag("tokenizer.ggml.remove_extra_whitespaces", False)
+    pieces.rules = {"byte_fallback": BYTE in types, "add_dummy_prefix": int(dummy), "remove_extra_whitespaces": extra,
+                    "escape_whitespaces": True,
+                    "decode_lead": LEADS_DROPPED if extra else LEAD_DROPPED if dummy else LEAD_KEPT}
+    for number, (text, kind) in enumerate(zip(tokens, types)):
+        if kind in (UNKNOWN, CONTROL):
+            pieces.add(text, ADDED_FLAGS["special"], number)
+    add_gguf_roles(config, pieces, len(tokens), adds_bos=True)
+    return pieces
 
 
 def gguf_tokens(config):
@@ -3390,16 +3415,13 @@ def gguf_tokens(config):
     return tokens, types
 
 
-def add_gguf_tokens(config, bpe, tokens, types):
-    """The tokens that are found in a text before the algorithm sees it, roles, and what stands around a text."""
-    for number, (text, kind) in enumerate(zip(tokens, types)):
-        if kind in (GGUF_CONTROL, GGUF_USER_DEFINED):
-            bpe.add(text, ADDED_FLAGS["special"] if kind == GGUF_CONTROL else 0, number)
+def add_gguf_roles(config, bpe, n_tokens, adds_bos):
+    """Which tokens have a role, and what stands around a text."""
     for role, key in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding"), ("mask", "mask")):
         number = config.integer("tokenizer.ggml.%s_token_id" % key, -1)
-        if 0 <= number < len(tokens):
+        if 0 <= number < n_tokens:
             bpe.named[role + "_token"] = number
-    for role, default, affix in (("bos", False, bpe.prefix_ids), ("eos", False, bpe.suffix_ids)):
+    for role, default, affix in (("bos", adds_bos, bpe.prefix_ids), ("eos", False, bpe.suffix_ids)):
         if config.flag("tokenizer.ggml.add_%s_token" % role, default) and role + "_token" in bpe.named:
             affix.append(bpe.named[role + "_token"])
 
