@@ -966,6 +966,7 @@ class GgufMaker:
         writer = self.writer
         writer.add_block_count(config.num_hidden_layers)
         writer.add_embedding_length(config.hidden_size)
+        writer.add_vocab_size(config.vocab_size)
         writer.add_head_count(config.num_attention_heads)
         writer.add_context_length(config.max_position_embeddings)
         for name, value in values.items():
