@@ -14,16 +14,17 @@ CHECKPOINT is one of
     BF16 stay what they are; blocks of Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q4_K, Q5_K and Q6_K are copied as they are.
 For a file, a tokenizer is looked for beside it (or, in a .gguf file, within it).
 
-Families: GPT-2; BERT, RoBERTa, XLM-RoBERTa, DistilBERT, ELECTRA (with their heads for masked words, for classifying
-texts and tokens); T5, T5 v1.1, Flan-T5, mT5; LLaMA, Mistral, Qwen2, Qwen3, Gemma, Gemma 2, Phi, GPT-NeoX; PyTorch's
-own nn.Transformer, nn.TransformerEncoder and nn.TransformerDecoder.
+Families: GPT-2; BERT, RoBERTa, XLM-RoBERTa, CamemBERT, DistilBERT, ELECTRA (with their heads for masked words, for
+classifying texts and tokens); T5, T5 v1.1, Flan-T5, mT5; LLaMA, Mistral, Qwen2, Qwen3, Gemma, Gemma 2, Phi, Phi-3,
+GPT-NeoX; PyTorch's own nn.Transformer, nn.TransformerEncoder and nn.TransformerDecoder.
 
---arch NAME    a family, by default what the configuration says: gpt2, nanogpt, mingpt, bert, roberta (XLM-RoBERTa,
-               too), distilbert, electra, t5, mt5, llama, mistral, qwen2, qwen3, gemma, gemma2, phi, gpt_neox,
-               nn.Transformer, nn.TransformerEncoder, nn.TransformerDecoder, nn.TransformerEncoderLayer or
-               nn.TransformerDecoderLayer. The first three share a shape and differ in what a configuration leaves
-               unsaid: the activation function (nanoGPT: exact GELU; the others: its tanh approximation), whether the
-               head is the token embedding (minGPT: no), and whether biases may be absent (nanoGPT: yes).
+--arch NAME    a family, by default what the configuration says: gpt2, nanogpt, mingpt, bert, roberta (XLM-RoBERTa
+               and CamemBERT, too), distilbert, electra, t5, mt5, llama, mistral, qwen2, qwen3, gemma, gemma2, phi,
+               phi3, gpt_neox, nn.Transformer, nn.TransformerEncoder, nn.TransformerDecoder,
+               nn.TransformerEncoderLayer or nn.TransformerDecoderLayer. The first three share a shape and differ in
+               what a configuration leaves unsaid: the activation function (nanoGPT: exact GELU; the others: its tanh
+               approximation), whether the head is the token embedding (minGPT: no), and whether biases may be absent
+               (nanoGPT: yes).
 --config FILE  a JSON object such as config.json, or {"n_layer": 12, "n_head": 12, "n_embd": 768, "block_size": 1024,
                "vocab_size": 50304}. It overrides what the checkpoint itself says, key by key: nanoGPT checkpoints
                from before May 2023 need {"activation_function": "gelu_new"}.
@@ -1141,6 +1142,10 @@ class Stack:
         return self.attention_dim + 2 * self.kv_dim
 
     @property
+    def gate_up_dim(self):
+        return 2 * self.d_ff
+
+    @property
     def table_size(self):
         """Rows of a table of learned positions."""
         return self.n_positions + (self.position_offset or 0)
@@ -1648,8 +1653,8 @@ ROBERTA = BERT._replace(
     title="RoBERTa",
     rules=ROBERTA_RULES,
     defaults=dict(BERT.defaults, position_offset=True, positions=514, transform="gelu", dense="classifier.dense"),
-    model_types=("roberta", "xlm-roberta"),
-    architectures=bert_architectures("Roberta", **bert_architectures("XLMRoberta")),
+    model_types=("roberta", "xlm-roberta", "camembert"),
+    architectures=bert_architectures("Roberta", **bert_architectures("XLMRoberta", **bert_architectures("Camembert"))),
     prefix="roberta.",
     aliases=(("lm_head.decoder.bias", "lm_head.bias"),),
     left_out="",
@@ -1798,6 +1803,12 @@ def llama_rules(more=(), ffn_norm="post_attention_layernorm"):
     )
 
 
+# Phi-3 keeps in one matrix what others have in several, in the same order.
+PHI3_RULES = tuple(
+    linear(rule.target, "layers.{}.self_attn.qkv_proj", "qkv_dim", "d_model", bias="")
+    if rule.target.endswith(".qkv") else
+    linear(rule.target, "layers.{}.mlp.gate_up_proj", "gate_up_dim", "d_model", bias="")
+    if rule.target.endswith(".up") else rule for rule in llama_rules())
 QWEN3_RULES = llama_rules((("attention.q_norm", "self_attn.q_norm", "head_dim"),
                            ("attention.k_norm", "self_attn.k_norm", "head_dim")))
 GEMMA2_RULES = llama_rules((("attention_post_norm", "post_attention_layernorm", "d_model"),
@@ -1811,7 +1822,7 @@ def describe_llama(config, family, tensors):
     n_layers = config.size("num_hidden_layers", limit=MAX_LAYERS)
     n_positions = config.size("max_position_embeddings", defaults.get("n_positions", 2048))
     head_dim = config.size("head_dim", defaults.get("head_dim")) or head_size(config, d_model, n_heads)
-    rope = read_rope(config, head_dim, n_positions, None)
+    rope = read_rope(config, head_dim, n_positions, defaults.get("partial"))
     attention_bias = config.flag("attention_bias", False) if "qkv_bias" not in defaults else defaults["qkv_bias"]
     stack = Stack(
         n_layers=n_layers, n_heads=n_heads, n_kv_heads=kv_heads(config, n_heads, defaults.get("n_kv_heads")),
@@ -1845,7 +1856,7 @@ def windows(config, family, n_layers):
     if rule is None:
         return None
     # Where the key is not there at all, the default counts; null means none.
-    window = config.size("sliding_window", None if "sliding_window" in config.values else 4096)
+    window = config.size("sliding_window", None if "sliding_window" in config.values else family.defaults["window"])
     if rule == "qwen" and not config.flag("use_sliding_window", False):
         window = None
     types = config.texts("layer_types") if rule != "all" else []
@@ -1911,22 +1922,29 @@ LLAMA = Family(
 )
 MISTRAL = LLAMA._replace(
     title="Mistral",
-    defaults={"qkv_bias": False, "windows": "all", "n_kv_heads": 8, "n_positions": 131072},
+    defaults={"qkv_bias": False, "windows": "all", "window": 4096, "n_kv_heads": 8, "n_positions": 131072},
     model_types=("mistral",),
     architectures={"MistralForCausalLM": "lm", "MistralModel": "none"},
 )
 QWEN2 = LLAMA._replace(
     title="Qwen2",
-    defaults={"qkv_bias": True, "windows": "qwen", "n_positions": 32768},
+    defaults={"qkv_bias": True, "windows": "qwen", "window": 4096, "n_positions": 32768},
     model_types=("qwen2",),
     architectures={"Qwen2ForCausalLM": "lm", "Qwen2Model": "none"},
 )
 QWEN3 = QWEN2._replace(
     title="Qwen3",
     rules=QWEN3_RULES,
-    defaults={"windows": "qwen", "n_positions": 32768, "head_dim": 128},
+    defaults={"windows": "qwen", "window": 4096, "n_positions": 32768, "head_dim": 128},
     model_types=("qwen3",),
     architectures={"Qwen3ForCausalLM": "lm", "Qwen3Model": "none"},
+)
+PHI3 = LLAMA._replace(
+    title="Phi-3",
+    rules=PHI3_RULES,
+    defaults={"qkv_bias": False, "partial": 1.0, "windows": "all", "window": None, "n_positions": 4096},
+    model_types=("phi3",),
+    architectures={"Phi3ForCausalLM": "lm", "Phi3Model": "none"},
 )
 GEMMA = LLAMA._replace(
     title="Gemma",
@@ -1940,7 +1958,7 @@ GEMMA2 = GEMMA._replace(
     title="Gemma 2",
     rules=GEMMA2_RULES,
     defaults=dict(
-        GEMMA.defaults, activation_key="hidden_activation", norm_place="sandwich", windows="alternate",
+        GEMMA.defaults, activation_key="hidden_activation", norm_place="sandwich", windows="alternate", window=4096,
         softcaps=(("attn_logit_softcapping", 50.0, "stack", "attention_softcap"),
                   ("final_logit_softcapping", 30.0, "model", "logit_softcap"))),
     model_types=("gemma2",),
@@ -2289,6 +2307,7 @@ FAMILIES = {
     "gemma": GEMMA,
     "gemma2": GEMMA2,
     "phi": PHI,
+    "phi3": PHI3,
     "gpt_neox": GPT_NEOX,
 }
 FAMILIES.update((family.title, family) for family in TORCH_MODULES)
