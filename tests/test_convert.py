@@ -1001,7 +1001,8 @@ def test_tokenizer_json(converter, _):
                        "pattern"),
         "decoder": ({"decoder": {"type": "WordPiece"}}, "WordPiece"),
         "post-processor": ({"post_processor": {"type": "BertProcessing"}}, "BertProcessing"),
-        "model": ({"model": {"type": "Unigram"}}, "Unigram"),
+        "model": ({"model": {"type": "WordLevel"}}, "WordLevel"),
+        "unigram without a vocabulary": ({"model": {"type": "Unigram"}}, "unk_id"),
         "added tokens": ({"added_tokens": [3]}, "added_tokens"),
         "added token's id": ({"added_tokens": [{"id": "x", "content": "y"}]}, "'id'"),
         "added token beyond the model": ({"added_tokens": [{"id": 512, "content": "y"}]}, "512"),
@@ -1116,8 +1117,8 @@ def test_vocab_and_merges(converter, _):
     os.remove(os.path.join(folder, "merges.txt"))
     converter.refuse("vocab.json alone", folder, says=("merges.txt",))
     folder = tokenizer_folder(converter, model)
-    write(os.path.join(folder, "spiece.model"), b"x")
-    converter.convert("another tokenizer", folder, says=("spiece.model", "not supported"))
+    write(os.path.join(folder, "tekken.json"), b"x")
+    converter.convert("another tokenizer", folder, says=("tekken.json", "not supported"))
 
 
 def merges_of(converter, tokenizer):
