@@ -500,6 +500,7 @@ def register_bert(kind, config_kind, **more):
 register_bert("Bert", transformers.BertConfig)
 register_bert("Roberta", transformers.RobertaConfig, layer_norm_eps=1e-5, pad_token_id=1)
 register_bert("XLMRoberta", transformers.XLMRobertaConfig, type_vocab_size=1, pad_token_id=3)
+register_bert("Camembert", transformers.CamembertConfig, layer_norm_eps=1e-5, pad_token_id=1, type_vocab_size=1)
 register_bert("Electra", transformers.ElectraConfig, embedding_size=13)
 
 
@@ -737,6 +738,10 @@ def _(generator, folder):
     return model
 
 
+_phi3 = (transformers.Phi3ForCausalLM, transformers.Phi3Config)
+register_llama("Phi3ForCausalLM", *_phi3, pad_token_id=0, sliding_window=8)
+register_llama("Phi-3, partly rotated", *_phi3, pad_token_id=0, head_dim=12, rope_parameters={
+    "rope_type": "default", "rope_theta": 90.0, "partial_rotary_factor": 0.67})
 _qwen3 = (transformers.Qwen3ForCausalLM, transformers.Qwen3Config)
 register_llama("Qwen3ForCausalLM", *_qwen3, head_dim=10)
 register_llama("Qwen3 with biases and a wide head", *_qwen3, head_dim=24, hidden_size=21, attention_bias=True,
@@ -966,6 +971,7 @@ class GgufMaker:
         writer = self.writer
         writer.add_block_count(config.num_hidden_layers)
         writer.add_embedding_length(config.hidden_size)
+        writer.add_vocab_size(config.vocab_size)
         writer.add_head_count(config.num_attention_heads)
         writer.add_context_length(config.max_position_embeddings)
         for name, value in values.items():

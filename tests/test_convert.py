@@ -33,6 +33,7 @@ import zlib
 
 import numpy
 import safetensors.torch
+import sentencepiece
 import tokenizers
 import torch
 import transformers
@@ -1000,7 +1001,8 @@ def test_tokenizer_json(converter, _):
                        "pattern"),
         "decoder": ({"decoder": {"type": "WordPiece"}}, "WordPiece"),
         "post-processor": ({"post_processor": {"type": "BertProcessing"}}, "BertProcessing"),
-        "model": ({"model": {"type": "Unigram"}}, "Unigram"),
+        "model": ({"model": {"type": "WordLevel"}}, "WordLevel"),
+        "unigram without a vocabulary": ({"model": {"type": "Unigram"}}, "unk_id"),
         "added tokens": ({"added_tokens": [3]}, "added_tokens"),
         "added token's id": ({"added_tokens": [{"id": "x", "content": "y"}]}, "'id'"),
         "added token beyond the model": ({"added_tokens": [{"id": 512, "content": "y"}]}, "512"),
@@ -1115,8 +1117,8 @@ def test_vocab_and_merges(converter, _):
     os.remove(os.path.join(folder, "merges.txt"))
     converter.refuse("vocab.json alone", folder, says=("merges.txt",))
     folder = tokenizer_folder(converter, model)
-    write(os.path.join(folder, "spiece.model"), b"x")
-    converter.convert("another tokenizer", folder, says=("spiece.model", "not supported"))
+    write(os.path.join(folder, "tekken.json"), b"x")
+    converter.convert("another tokenizer", folder, says=("tekken.json", "not supported"))
 
 
 def merges_of(converter, tokenizer):
@@ -1300,8 +1302,15 @@ def test_sentence_transformers(converter, _):
         return {"type": "sentence_transformers.models." + kind, "path": path}
 
     usual = [module("Transformer"), module("Pooling", "1_Pooling")]
-    file = converter.convert("modules", folder(usual))
-    check(file is not None and file["pooling"] == "mean" and file["pool_normalize"] == 0, "modules: pooling")
+    file = converter.convert("modules", folder(usual, tokenizer_config={"model_max_length": 9}))
+    check(file is not None and (file["pooling"], file["pool_normalize"], file["pool_max_tokens"]) == ("mean", 0, 9),
+          "modules: pooling")
+    newer = [{"type": "sentence_transformers.base.modules.transformer.Transformer", "path": ""},
+             {"type": "sentence_transformers.sentence_transformer.modules.pooling.Pooling", "path": "1_Pooling"}]
+    file = converter.convert("newer modules", folder(newer, {"pooling_mode": "max"},
+                                                     tokenizer_config={"model_max_length": 10 ** 30}))
+    check(file is not None and file["pooling"] == "max" and "pool_max_tokens" not in file.metadata,
+          "modules: pooling of version 6")
     converter.convert("lower case", folder(usual, sentence_bert_config={"do_lower_case": True}), says=("lower case",))
     for what, modules, pooling, says in (
             ("dense", usual + [module("Dense", "2_Dense")], None, ("Dense",)), ("nothing", [], None, ("modules.json",)),
@@ -1369,6 +1378,29 @@ def test_llama_configurations(converter, _):
         converter.refuse("Gemma 2 with %s" % changes, directory_of(converter, gemma, **changes), says=says)
 
 
+def test_strange_configurations(converter, _):
+    """Whatever the values are: converted, or refused with a sentence; and soon."""
+    models = [small_bert(), small_bert(transformers.BertForMaskedLM),
+              small_llama(rope_parameters=dict(rope_type="yarn", factor=2.0, rope_theta=50.0)),
+              small_llama(transformers.Gemma2ForCausalLM, transformers.Gemma2Config),
+              small_llama(transformers.Qwen2ForCausalLM, transformers.Qwen2Config, use_sliding_window=True)]
+    values = [None, 0, -1, 1, 2, 3, 1 << 20, (1 << 31) - 1, 1 << 70, 0.5, -2.5, 1e300, 1e-300, math.inf, math.nan, "x", "",
+              True, False, [], {}, [1], ["a"], {"a": 1}, ["full_attention"], ["sliding_attention", "sliding_attention"]]
+    more = ["attention_bias", "head_dim", "rope_scaling", "tie_word_embeddings", "id2label", "problem_type"]
+    folders = [directory_of(converter, model) for model in models]
+    for i in range(300):
+        model, folder = random.choice(list(zip(models, folders)))
+        changes = {}
+        for _ in range(random.randrange(1, 3)):
+            changes[random.choice([*model.config.to_dict(), *more])] = random.choice(values)
+        save_config(model, folder, **changes)
+        start = time.monotonic()
+        status, stderr, left = converter.run_inside(folder)
+        check(status in (0, 1, 2) and stderr.startswith("convert.py: ") and time.monotonic() - start < 5,
+              "strange configuration %s: %s: %s" % (changes, status, stderr[-300:]))
+        check(status == 0 or left == [], "strange configuration %s: nothing left" % changes)
+
+
 def test_torch_modules(converter, _):
     module = nn.TransformerEncoder(nn.TransformerEncoderLayer(12, 3, 17), 2, enable_nested_tensor=False)
     state = module.state_dict()
@@ -1429,6 +1461,98 @@ def small_gguf(changes=(), more=(), tensors=(), **arguments):
     entries = {name: (name, shape, 0, bytes(4 * math.prod(shape))) for name, shape in shapes.items()}
     entries.update((entry[0], entry) for entry in tensors)
     return gguf_file(values, [entry for entry in entries.values() if entry[1] is not None], **arguments)
+
+
+def gguf_list(kind, values):
+    """An array for gguf_file's metadata, of texts or packed by a letter of struct."""
+    if kind == 8:
+        packed = b"".join(struct.pack("<Q", len(text.encode())) + text.encode() for text in values)
+    else:
+        packed = struct.pack("<%d%s" % (len(values), {5: "i", 6: "f"}[kind]), *values)
+    return 9, struct.pack("<IQ", kind, len(values)) + packed
+
+
+def gguf_vocabulary(kind, tokens, types, more=()):
+    table = ("token_embd.weight", (32, len(tokens)), 0, bytes(128 * len(tokens)))
+    return dict(tensors=[table], more=[("tokenizer.ggml.model", 8, kind),
+                                       ("tokenizer.ggml.tokens", *gguf_list(8, tokens)),
+                                       ("tokenizer.ggml.token_type", *gguf_list(5, types)), *more])
+
+
+def tokenizer_of(file):
+    return {} if file is None else {key: value for key, value in file.metadata.items() if key.startswith("tokenizer.")}
+
+
+def test_gguf_bpe(converter, _):
+    """Against the same vocabulary in vocab.json and merges.txt."""
+    tokens = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet()) + ["he", "ll", "hell", "Ġhe", "<|endoftext|>", "<tool>"]
+    merges = ["h e", "l l", "he ll", "Ġ he"]
+    end = len(tokens) - 2
+    arguments = gguf_vocabulary("gpt2", tokens, [1] * end + [3, 4], [
+        ("tokenizer.ggml.pre", 8, "gpt-2"), ("tokenizer.ggml.merges", *gguf_list(8, merges)),
+        ("tokenizer.ggml.add_bos_token", 7, b"\1")] + [("tokenizer.ggml.%s_token_id" % role, 4, struct.pack("<I", end))
+                                                       for role in ("bos", "eos")])
+    file = converter.convert("GGUF with BPE", write(converter.path("model.gguf"), small_gguf(**arguments)))
+    folder = hf_directory(converter, hf_model(vocab_size=len(tokens)))
+    write_json(os.path.join(folder, "vocab.json"), {text: i for i, text in enumerate(tokens[:end + 1])})
+    write(os.path.join(folder, "merges.txt"), "\n".join(["#version: 0.2", *merges, ""]).encode())
+    write_json(os.path.join(folder, "tokenizer_config.json"), {
+        "add_bos_token": True, "bos_token": "<|endoftext|>", "eos_token": "<|endoftext|>", "unk_token": None,
+        "added_tokens_decoder": {str(end + 1): {"content": "<tool>", "normalized": False}}})
+    expected = converter.convert("the same in files", folder)
+    found, expected = tokenizer_of(file), tokenizer_of(expected)
+    check_equal({key: found.get(key) for key in expected}, expected, "GGUF's BPE")
+    if file is not None:
+        check_equal(file["generation.eos_ids"], end, "GGUF's end of text")
+    for what, more, says in (
+            ("merges of nothing", [("tokenizer.ggml.merges", *gguf_list(8, ["q q"]))], ("merge",)),
+            ("merges of numbers", [("tokenizer.ggml.merges", *gguf_list(5, [1]))], ("merges",))):
+        bad = gguf_vocabulary("gpt2", tokens, [1] * len(tokens), more)
+        converter.refuse("GGUF: " + what, write(converter.path("model.gguf"), small_gguf(**bad)), says=says)
+    other = gguf_vocabulary("gpt2", tokens, [1] * len(tokens), [("tokenizer.ggml.pre", 8, "strange")])
+    converter.convert("GGUF with a strange pattern", write(converter.path("model.gguf"), small_gguf(**other)),
+                      says=("without a tokenizer", "strange"))
+    other = gguf_vocabulary("gpt2", tokens, [1] * (len(tokens) - 1))
+    converter.refuse("GGUF with a type too few", write(converter.path("model.gguf"), small_gguf(**other)),
+                     says=("token_type",))
+
+
+def test_gguf_sentencepiece(converter, _):
+    """Against the same vocabulary in a tokenizer.model."""
+    folder = directory_of(converter, small_llama())
+    with open(os.path.join(ROOT, "README.md"), encoding="utf-8") as file:
+        lines = file.read().split("\n")
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(lines), model_writer=model, model_type="bpe", vocab_size=400, byte_fallback=True,
+        remove_extra_whitespaces=False, normalization_rule_name="identity", user_defined_symbols=["<tool>"],
+        minloglevel=2)
+    pieces = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
+    write(os.path.join(folder, "tokenizer.model"), model.getvalue())
+    config = json.load(open(os.path.join(folder, "config.json"), encoding="utf-8"))
+    write_json(os.path.join(folder, "config.json"), dict(config, vocab_size=400))
+    state = dict(small_llama().state_dict())
+    state.update({name: torch.zeros(400, 24) for name in ("model.embed_tokens.weight", "lm_head.weight")})
+    safetensors.torch.save_file(state, os.path.join(folder, "model.safetensors"))
+    expected = tokenizer_of(converter.convert("tokenizer.model", folder))
+    types = [2 if pieces.is_unknown(i) else 3 if pieces.is_control(i) else 6 if pieces.is_byte(i)
+             else 4 if pieces.id_to_piece(i) == "<tool>" else 1 for i in range(400)]
+    tokens, scores = [pieces.id_to_piece(i) for i in range(400)], [pieces.get_score(i) for i in range(400)]
+    more = [("tokenizer.ggml.scores", *gguf_list(6, scores))] + [
+        ("tokenizer.ggml.%s_token_id" % role, 4, struct.pack("<I", number))
+        for role, number in (("bos", 1), ("eos", 2), ("unknown", 0))]
+    path = write(converter.path("model.gguf"), small_gguf(**gguf_vocabulary("llama", tokens, types, more)))
+    found = tokenizer_of(converter.convert("GGUF with SentencePiece", path))
+    check("tokenizer.scores" in expected, "tokenizer.model: scores")
+    check_equal(found, expected, "GGUF's SentencePiece")
+    for what, arguments, says in (
+            ("no scores", gguf_vocabulary("llama", tokens, types), ("scores",)),
+            ("a score too few", gguf_vocabulary("llama", tokens, types, [(more[0][0], *gguf_list(6, scores[1:]))]),
+             ("scores",)),
+            ("no unknown piece", gguf_vocabulary("llama", tokens, [1] * 3 + types[3:], more), ("unknown",)),
+            ("a type of 7", gguf_vocabulary("llama", tokens, [7] + types[1:], more), ("SentencePiece",)),
+            ("a piece twice", gguf_vocabulary("llama", tokens[:-1] + tokens[-2:-1], types, more), ("twice",))):
+        converter.refuse("GGUF: " + what, write(converter.path("model.gguf"), small_gguf(**arguments)), says=says)
 
 
 def test_gguf(converter, _):

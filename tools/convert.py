@@ -14,16 +14,17 @@ CHECKPOINT is one of
     BF16 stay what they are; blocks of Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q4_K, Q5_K and Q6_K are copied as they are.
 For a file, a tokenizer is looked for beside it (or, in a .gguf file, within it).
 
-Families: GPT-2; BERT, RoBERTa, XLM-RoBERTa, DistilBERT, ELECTRA (with their heads for masked words, for classifying
-texts and tokens); T5, T5 v1.1, Flan-T5, mT5; LLaMA, Mistral, Qwen2, Qwen3, Gemma, Gemma 2, Phi, GPT-NeoX; PyTorch's
-own nn.Transformer, nn.TransformerEncoder and nn.TransformerDecoder.
+Families: GPT-2; BERT, RoBERTa, XLM-RoBERTa, CamemBERT, DistilBERT, ELECTRA (with their heads for masked words, for
+classifying texts and tokens); T5, T5 v1.1, Flan-T5, mT5; LLaMA, Mistral, Qwen2, Qwen3, Gemma, Gemma 2, Phi, Phi-3,
+GPT-NeoX; PyTorch's own nn.Transformer, nn.TransformerEncoder and nn.TransformerDecoder.
 
---arch NAME    a family, by default what the configuration says: gpt2, nanogpt, mingpt, bert, roberta (XLM-RoBERTa,
-               too), distilbert, electra, t5, mt5, llama, mistral, qwen2, qwen3, gemma, gemma2, phi, gpt_neox,
-               nn.Transformer, nn.TransformerEncoder, nn.TransformerDecoder, nn.TransformerEncoderLayer or
-               nn.TransformerDecoderLayer. The first three share a shape and differ in what a configuration leaves
-               unsaid: the activation function (nanoGPT: exact GELU; the others: its tanh approximation), whether the
-               head is the token embedding (minGPT: no), and whether biases may be absent (nanoGPT: yes).
+--arch NAME    a family, by default what the configuration says: gpt2, nanogpt, mingpt, bert, roberta (XLM-RoBERTa
+               and CamemBERT, too), distilbert, electra, t5, mt5, llama, mistral, qwen2, qwen3, gemma, gemma2, phi,
+               phi3, gpt_neox, nn.Transformer, nn.TransformerEncoder, nn.TransformerDecoder,
+               nn.TransformerEncoderLayer or nn.TransformerDecoderLayer. The first three share a shape and differ in
+               what a configuration leaves unsaid: the activation function (nanoGPT: exact GELU; the others: its tanh
+               approximation), whether the head is the token embedding (minGPT: no), and whether biases may be absent
+               (nanoGPT: yes).
 --config FILE  a JSON object such as config.json, or {"n_layer": 12, "n_head": 12, "n_embd": 768, "block_size": 1024,
                "vocab_size": 50304}. It overrides what the checkpoint itself says, key by key: nanoGPT checkpoints
                from before May 2023 need {"activation_function": "gelu_new"}.
@@ -1141,6 +1142,10 @@ class Stack:
         return self.attention_dim + 2 * self.kv_dim
 
     @property
+    def gate_up_dim(self):
+        return 2 * self.d_ff
+
+    @property
     def table_size(self):
         """Rows of a table of learned positions."""
         return self.n_positions + (self.position_offset or 0)
@@ -1648,8 +1653,8 @@ ROBERTA = BERT._replace(
     title="RoBERTa",
     rules=ROBERTA_RULES,
     defaults=dict(BERT.defaults, position_offset=True, positions=514, transform="gelu", dense="classifier.dense"),
-    model_types=("roberta", "xlm-roberta"),
-    architectures=bert_architectures("Roberta", **bert_architectures("XLMRoberta")),
+    model_types=("roberta", "xlm-roberta", "camembert"),
+    architectures=bert_architectures("Roberta", **bert_architectures("XLMRoberta", **bert_architectures("Camembert"))),
     prefix="roberta.",
     aliases=(("lm_head.decoder.bias", "lm_head.bias"),),
     left_out="",
@@ -1798,6 +1803,12 @@ def llama_rules(more=(), ffn_norm="post_attention_layernorm"):
     )
 
 
+# Phi-3 keeps in one matrix what others have in several, in the same order.
+PHI3_RULES = tuple(
+    linear(rule.target, "layers.{}.self_attn.qkv_proj", "qkv_dim", "d_model", bias="")
+    if rule.target.endswith(".qkv") else
+    linear(rule.target, "layers.{}.mlp.gate_up_proj", "gate_up_dim", "d_model", bias="")
+    if rule.target.endswith(".up") else rule for rule in llama_rules())
 QWEN3_RULES = llama_rules((("attention.q_norm", "self_attn.q_norm", "head_dim"),
                            ("attention.k_norm", "self_attn.k_norm", "head_dim")))
 GEMMA2_RULES = llama_rules((("attention_post_norm", "post_attention_layernorm", "d_model"),
@@ -1811,7 +1822,7 @@ def describe_llama(config, family, tensors):
     n_layers = config.size("num_hidden_layers", limit=MAX_LAYERS)
     n_positions = config.size("max_position_embeddings", defaults.get("n_positions", 2048))
     head_dim = config.size("head_dim", defaults.get("head_dim")) or head_size(config, d_model, n_heads)
-    rope = read_rope(config, head_dim, n_positions, None)
+    rope = read_rope(config, head_dim, n_positions, defaults.get("partial"))
     attention_bias = config.flag("attention_bias", False) if "qkv_bias" not in defaults else defaults["qkv_bias"]
     stack = Stack(
         n_layers=n_layers, n_heads=n_heads, n_kv_heads=kv_heads(config, n_heads, defaults.get("n_kv_heads")),
@@ -1845,7 +1856,7 @@ def windows(config, family, n_layers):
     if rule is None:
         return None
     # Where the key is not there at all, the default counts; null means none.
-    window = config.size("sliding_window", None if "sliding_window" in config.values else 4096)
+    window = config.size("sliding_window", None if "sliding_window" in config.values else family.defaults["window"])
     if rule == "qwen" and not config.flag("use_sliding_window", False):
         window = None
     types = config.texts("layer_types") if rule != "all" else []
@@ -1911,22 +1922,29 @@ LLAMA = Family(
 )
 MISTRAL = LLAMA._replace(
     title="Mistral",
-    defaults={"qkv_bias": False, "windows": "all", "n_kv_heads": 8, "n_positions": 131072},
+    defaults={"qkv_bias": False, "windows": "all", "window": 4096, "n_kv_heads": 8, "n_positions": 131072},
     model_types=("mistral",),
     architectures={"MistralForCausalLM": "lm", "MistralModel": "none"},
 )
 QWEN2 = LLAMA._replace(
     title="Qwen2",
-    defaults={"qkv_bias": True, "windows": "qwen", "n_positions": 32768},
+    defaults={"qkv_bias": True, "windows": "qwen", "window": 4096, "n_positions": 32768},
     model_types=("qwen2",),
     architectures={"Qwen2ForCausalLM": "lm", "Qwen2Model": "none"},
 )
 QWEN3 = QWEN2._replace(
     title="Qwen3",
     rules=QWEN3_RULES,
-    defaults={"windows": "qwen", "n_positions": 32768, "head_dim": 128},
+    defaults={"windows": "qwen", "window": 4096, "n_positions": 32768, "head_dim": 128},
     model_types=("qwen3",),
     architectures={"Qwen3ForCausalLM": "lm", "Qwen3Model": "none"},
+)
+PHI3 = LLAMA._replace(
+    title="Phi-3",
+    rules=PHI3_RULES,
+    defaults={"qkv_bias": False, "partial": 1.0, "windows": "all", "window": None, "n_positions": 4096},
+    model_types=("phi3",),
+    architectures={"Phi3ForCausalLM": "lm", "Phi3Model": "none"},
 )
 GEMMA = LLAMA._replace(
     title="Gemma",
@@ -1940,7 +1958,7 @@ GEMMA2 = GEMMA._replace(
     title="Gemma 2",
     rules=GEMMA2_RULES,
     defaults=dict(
-        GEMMA.defaults, activation_key="hidden_activation", norm_place="sandwich", windows="alternate",
+        GEMMA.defaults, activation_key="hidden_activation", norm_place="sandwich", windows="alternate", window=4096,
         softcaps=(("attn_logit_softcapping", 50.0, "stack", "attention_softcap"),
                   ("final_logit_softcapping", 30.0, "model", "logit_softcap"))),
     model_types=("gemma2",),
@@ -2289,6 +2307,7 @@ FAMILIES = {
     "gemma": GEMMA,
     "gemma2": GEMMA2,
     "phi": PHI,
+    "phi3": PHI3,
     "gpt_neox": GPT_NEOX,
 }
 FAMILIES.update((family.title, family) for family in TORCH_MODULES)
@@ -2357,16 +2376,22 @@ def read_modules(source):
         if module.text("path") and not is_plain_name(module.text("path")):
             raise ConvertError("%s: 'path' should be the name of a directory beside modules.json, not %s"
                                % (module.where, quote(module.text("path"))))
-    pooling = None
+    kind = None
     if "Pooling" in kinds:
         name = os.path.join(modules[kinds.index("Pooling")].text("path"), "config.json")
-        settings = source.optional_json("sentence_bert_config.json")
-        if settings.flag("do_lower_case", False):
-            source.notes.append("warning: sentence_bert_config.json asks for lower case, which is left to the caller")
-        pooling = Pooling(pooling_kind(source.json(source.beside(name))), "Normalize" in kinds,
-                          settings.size("max_seq_length", None))
+        kind = pooling_kind(source.json(source.beside(name)))
+    settings = source.optional_json("sentence_bert_config.json")
+    if settings.flag("do_lower_case", False):
+        source.notes.append("warning: sentence_bert_config.json asks for lower case, which is left to the caller")
     source.directory = source.beside(modules[0].text("path"))
-    return pooling
+    max_tokens = settings.size("max_seq_length", None) or tokenizer_limit(source)
+    return Pooling(kind, "Normalize" in kinds, max_tokens) if kind else None
+
+
+def tokenizer_limit(source):
+    """The most tokens that the tokenizer makes of a text, or None. (No limit is written as 10 to the 30th.)"""
+    limit = source.optional_json("tokenizer_config.json").number("model_max_length", 0)
+    return int(limit) if 1 <= limit < 1 << 31 else None
 
 
 def pooling_kind(config):
@@ -3345,22 +3370,20 @@ def parse_id(text, where):
 
 # What llama.cpp calls the pre-tokenizers that split by the pattern of GPT-2.
 GGUF_PATTERNS = {"gpt-2": "gpt2", "phi-2": "gpt2", "mpt": "gpt2", "olmo": "gpt2", "jais": "gpt2"}
-GGUF_CONTROL, GGUF_USER_DEFINED, GGUF_UNUSED = 3, 4, 5
 
 
 def read_gguf_tokenizer(config, notes, vocab_size):
     """The tokenizer in a .gguf file's metadata, or None."""
     kind = config.text("tokenizer.ggml.model", "no_vocab")
-    if kind != "gpt2":
-        notes.append("warning: converted without a tokenizer: %s" % (
-            "there is none in the file" if kind == "no_vocab" else "its kind, %s, is not supported yet" % quote(kind)))
-        return None
     pattern = config.text("tokenizer.ggml.pre", "gpt-2")
-    if pattern not in GGUF_PATTERNS:
-        notes.append("warning: converted without a tokenizer: its pre-tokenizer, %s, is not supported yet"
-                     % quote(pattern))
+    lacking = ("there is none in the file" if kind == "no_vocab" else
+               "its kind, %s, is not supported" % quote(kind) if kind not in ("gpt2", "llama") else
+               "its pre-tokenizer, %s, is not supported" % quote(pattern)
+               if kind == "gpt2" and pattern not in GGUF_PATTERNS else None)
+    if lacking is not None:
+        notes.append("warning: converted without a tokenizer: " + lacking)
         return None
-    bpe = gguf_bpe(config)
+    bpe = gguf_bpe(config) if kind == "gpt2" else gguf_pieces(config)
     bpe.check_ids(vocab_size)
     return bpe
 
@@ -3369,10 +3392,37 @@ def gguf_bpe(config):
     tokens, types = gguf_tokens(config)
     merges = [parse_merge(merge, "%s: merge %d" % (config.where, i))
               for i, merge in enumerate(config.texts("tokenizer.ggml.merges"))]
-    own = (GGUF_CONTROL, GGUF_USER_DEFINED, GGUF_UNUSED)
+    own = (CONTROL, USER_DEFINED, UNUSED)
     bpe = Bpe(config.where, {text: i for i, text in enumerate(tokens) if types[i] not in own}, merges)
-    add_gguf_tokens(config, bpe, tokens, types)
+    for number, (text, kind) in enumerate(zip(tokens, types)):
+        if kind in (CONTROL, USER_DEFINED):
+            bpe.add(text, ADDED_FLAGS["special"] if kind == CONTROL else 0, number)
+    add_gguf_roles(config, bpe, len(tokens), adds_bos=False)
     return bpe
+
+
+def gguf_pieces(config):
+    """A SentencePiece model of the kind BPE, as llama.cpp keeps it: types of tokens are those of pieces."""
+    tokens, types = gguf_tokens(config)
+    scores = config.list("tokenizer.ggml.scores")
+    if len(scores) != len(tokens) or not all(type(score) is float and math.isfinite(score) for score in scores):
+        raise ConvertError("%s: 'tokenizer.ggml.scores' should have a number for each of %d tokens"
+                           % (config.where, len(tokens)))
+    if not all(NORMAL <= kind <= BYTE for kind in types) or not all(tokens):
+        raise ConvertError("%s: the tokens are not those of a SentencePiece model" % config.where)
+    check_pieces(list(zip(tokens, scores, types)), BYTE in types, config.where)
+    pieces = SentencePiece(config.where, {text: i for i, text in enumerate(tokens)}, [], kind="spm_bpe")
+    pieces.scores, pieces.types, pieces.unk_id = scores, types, types.index(UNKNOWN)
+    dummy = config.flag("tokenizer.ggml.add_space_prefix", True)
+    extra = config.flag("tokenizer.ggml.remove_extra_whitespaces", False)
+    pieces.rules = {"byte_fallback": BYTE in types, "add_dummy_prefix": int(dummy), "remove_extra_whitespaces": extra,
+                    "escape_whitespaces": True,
+                    "decode_lead": LEADS_DROPPED if extra else LEAD_DROPPED if dummy else LEAD_KEPT}
+    for number, (text, kind) in enumerate(zip(tokens, types)):
+        if kind in (UNKNOWN, CONTROL):
+            pieces.add(text, ADDED_FLAGS["special"], number)
+    add_gguf_roles(config, pieces, len(tokens), adds_bos=True)
+    return pieces
 
 
 def gguf_tokens(config):
@@ -3384,16 +3434,13 @@ def gguf_tokens(config):
     return tokens, types
 
 
-def add_gguf_tokens(config, bpe, tokens, types):
-    """The tokens that are found in a text before the algorithm sees it, roles, and what stands around a text."""
-    for number, (text, kind) in enumerate(zip(tokens, types)):
-        if kind in (GGUF_CONTROL, GGUF_USER_DEFINED):
-            bpe.add(text, ADDED_FLAGS["special"] if kind == GGUF_CONTROL else 0, number)
+def add_gguf_roles(config, bpe, n_tokens, adds_bos):
+    """Which tokens have a role, and what stands around a text."""
     for role, key in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding"), ("mask", "mask")):
         number = config.integer("tokenizer.ggml.%s_token_id" % key, -1)
-        if 0 <= number < len(tokens):
+        if 0 <= number < n_tokens:
             bpe.named[role + "_token"] = number
-    for role, default, affix in (("bos", False, bpe.prefix_ids), ("eos", False, bpe.suffix_ids)):
+    for role, default, affix in (("bos", adds_bos, bpe.prefix_ids), ("eos", False, bpe.suffix_ids)):
         if config.flag("tokenizer.ggml.add_%s_token" % role, default) and role + "_token" in bpe.named:
             affix.append(bpe.named[role + "_token"])
 
