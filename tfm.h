@@ -497,21 +497,25 @@ TFM_API tfm_status tfm_tokenize_pair(const tfm_model *model, const char *a, size
                                      unsigned flags, int32_t *ids, int32_t *types, size_t capacity, size_t *n_ids,
                                      tfm_error *error);
 
-/* The text of ids, special tokens included, as the tokenizer itself writes it: WordPiece joins "##" tokens to those before
- * them and others by spaces; byte-level tokenizers have all of the text's bytes in the tokens (tfm_token_text). Like
- * snprintf: *size is how many bytes the text has, of which at most `capacity` are written (text may be NULL if that is
- * 0); not terminated. Allocates nothing. */
-TFM_API tfm_status tfm_decode(const tfm_model *model, const int32_t *ids, size_t n_ids, char *text, size_t capacity,
-                              size_t *size, tfm_error *error);
-
-/* The id of the token with exactly this text (of several, an added one first), or -1. Looks at all tokens. */
+/* The id of the token that the vocabulary has with exactly this text, its marks ("##", U+2581) included; of several, an
+ * added one first; or -1. Looks at all tokens. */
 TFM_API int32_t tfm_token_id(const tfm_model *model, const char *text, size_t size);
 
 /* The token that stands for one to be guessed, [MASK] or <mask>, or -1 if the tokenizer has none. */
 TFM_API int32_t tfm_mask_token(const tfm_model *model);
 
-/* The bytes of a token, not terminated; perhaps half a UTF-8 character. NULL and *size = 0 for an id that has none. */
+/* The bytes of a token, not terminated; perhaps half a UTF-8 character. NULL and *size = 0 for an id that has none.
+ * One after another they are the text that the tokens stand for, as it goes on from what was before them: a token that
+ * begins a word begins with the space before it. (SentencePiece's tokenizers put such a space before the first word of a
+ * text, too; tfm_detokenize takes it away.) */
 TFM_API const char *tfm_token_text(const tfm_model *model, int32_t id, size_t *size);
+
+/* The text that the ids stand for, from its beginning, as the tokenizer's own decoder writes it: WordPiece joins its "##"
+ * tokens to those before them, puts spaces between others, and shows its special tokens; for the others see
+ * tfm_token_text. Like snprintf: *size is how many bytes it has, of which at most `capacity` are written (text may be
+ * NULL if that is 0); not terminated. Allocates nothing. */
+TFM_API tfm_status tfm_detokenize(const tfm_model *model, const int32_t *ids, size_t n_ids, char *text, size_t capacity,
+                                  size_t *size, tfm_error *error);
 
 /* 1 if the token ends a text. */
 TFM_API int tfm_is_end_token(const tfm_model *model, int32_t id);
@@ -4813,7 +4817,56 @@ enum {
     TFM__ADDED = 64             /* not in the file: marks every added token */
 };
 
-typedef enum tfm__tokenizer_kind { TFM__BYTE_BPE, TFM__WORDPIECE } tfm__tokenizer_kind;
+#define TFM__ADDED_TRIES 3
+
+typedef enum tfm__tokenizer_kind { TFM__BYTE_BPE, TFM__WORDPIECE, TFM__UNIGRAM, TFM__SPM_BPE } tfm__tokenizer_kind;
+
+/* The types of SentencePiece's pieces, as the file has them. */
+enum {
+    TFM__PIECE_NONE = 0,    /* not one of the model's pieces: an added token */
+    TFM__PIECE_NORMAL = 1,  /* found in a text */
+    TFM__PIECE_UNKNOWN = 2, /* stands for what no other piece does */
+    TFM__PIECE_CONTROL = 3, /* <s>: never found in a text, and no text itself */
+    TFM__PIECE_USER = 4,    /* user-defined: found in a text before anything else is */
+    TFM__PIECE_UNUSED = 5,  /* BPE: only on the way to longer pieces */
+    TFM__PIECE_BYTE = 6,    /* <0x41>: a byte of a character without a piece */
+    TFM__PIECE_TYPES = 7
+};
+
+typedef enum tfm__metaspace {
+    TFM__METASPACE_NONE,
+    TFM__METASPACE_NEVER,
+    TFM__METASPACE_FIRST,
+    TFM__METASPACE_ALWAYS
+} tfm__metaspace;
+
+typedef enum tfm__decode_lead {
+    TFM__LEAD_KEPT,
+    TFM__LEAD_DROPPED,
+    TFM__LEADS_DROPPED,
+    TFM__LEAD_TOKEN
+} tfm__decode_lead;
+
+/* How SentencePiece's models treat white space: the metadata of the same names. "_" here is U+2581. */
+typedef struct tfm__spm_rules {
+    int tokenizers;               /* Hugging Face's rules (the second list), else sentencepiece's (the first list) */
+    int byte_fallback;            /* what has no piece becomes the pieces of its bytes */
+    int add_dummy_prefix;         /* 1: a text gets a space in front; 2: at its end */
+    int remove_extra_whitespaces; /* no space at the ends, and nowhere two of them */
+    int escape_whitespaces;       /* a space becomes "_" */
+
+    int strip;                /* 1: white space goes from the left end, 2: from the right one, 3: from both */
+    int squeeze_spaces;       /* two spaces and more become: 1 one space, 2 "_" */
+    int prepend;              /* a text gets "_" in front */
+    int replace_spaces;       /* a space becomes "_" */
+    int split_whitespace;     /* what white space parts is encoded by itself, without it; after that: */
+    tfm__metaspace metaspace; /* a space becomes "_", and what doesn't begin with it gets one: never, if the text begins
+                                 there, always */
+    int split_words;          /* a new piece begins at each "_" */
+
+    tfm__decode_lead decode_lead; /* decoding drops: nothing; the first space; the first space of each token until there
+                                     is text; all spaces of the first token */
+} tfm__spm_rules;
 
 /* The tokenizer's tables as they lie in the mapped file, none of them checked. The file must stay mapped for as long
    as the tokenizer built on it is used. What a kind has no use for is 0. */
@@ -4851,27 +4904,52 @@ typedef struct tfm__tokenizer_source {
     int strip_accents;
     int lowercase;
     int cleanup; /* decoding leaves out the spaces before punctuation and English contractions */
+    /* SentencePiece, for which see its section; its BPE goes by merges if there are any, else by scores */
+    const float *scores;         /* [n_tokens]; unigram: either these, */
+    const double *double_scores; /* [n_tokens] or these */
+    const int32_t *types;        /* [n_tokens] TFM__PIECE_... */
+    const int32_t *sorted; /* [n_sorted] unigram: the pieces that a text is cut into, in the order of their bytes */
+    size_t n_sorted;
+    const unsigned char *charsmap; /* what sentencepiece calls the precompiled charsmap; NULL: there is none */
+    size_t charsmap_size;
+    tfm__spm_rules rules;
 } tfm__tokenizer_source;
+
+/* What SentencePiece's models have besides. */
+typedef struct tfm__spm {
+    unsigned char *texts;       /* what the tokens read as: with spaces, and bytes for the pieces of bytes */
+    uint32_t *text_offsets;     /* [n_tokens + 1] */
+    int32_t byte_ids[256];      /* the piece of each byte, or -1 */
+    size_t longest;             /* bytes of the longest piece that a text can have */
+    int has_unused;             /* whether there are pieces of that type */
+    const unsigned char *units; /* the charsmap's trie, */
+    size_t n_units;
+    const unsigned char *replacements; /* and what it leads to: texts that end with a zero */
+    int32_t *parents; /* unigram: [n_tokens] the longest other piece that the piece begins with, or -1 */
+    uint32_t *starts; /* unigram: where in `sorted` pieces begin with two bytes; see tfm__unigram_range(); or NULL */
+    double unk_score, max_score;
+} tfm__spm;
 
 typedef struct tfm__tokenizer {
     tfm__tokenizer_source source;
     tfm_allocator allocator;
     uint32_t *offsets;          /* [n_tokens + 1] where each token's bytes begin */
     unsigned char *token_flags; /* [n_tokens] TFM__ADDED_... */
-    /* Added tokens, as two tries in one table: node 0 is the root of those that are looked for first, node 1 of the
-       normalized ones. */
-    tfm__pairs added;                  /* node, byte -> node */
-    int32_t *added_ids;                /* [number of nodes] the token that ends at the node, or -1 */
-    unsigned char added_first[2][256]; /* whether a token begins with this byte */
-    size_t n_added[2];                 /* how many tokens are in each trie */
-    uint32_t *words;                   /* ids by the hash of their bytes, open addressing; NULL if not needed */
+    /* Added tokens, as tries in one table: node 0 is the root of those that are looked for first, node 1 of the
+       normalized ones, node 2 of SentencePiece's user-defined pieces. */
+    tfm__pairs added;                                 /* node, byte -> node */
+    int32_t *added_ids;                               /* [number of nodes] the token that ends at the node, or -1 */
+    unsigned char added_first[TFM__ADDED_TRIES][256]; /* whether a token begins with this byte */
+    size_t n_added[TFM__ADDED_TRIES];                 /* how many tokens are in each trie */
+    uint32_t *words; /* ids by the hash of their bytes, open addressing; NULL if not needed */
     size_t words_mask;
     size_t longest_word; /* bytes of the longest of them */
-    tfm__pairs merges;   /* byte-level BPE: left id, right id -> rank */
+    tfm__pairs merges;   /* BPE: left id, right id -> rank */
+    tfm__spm spm;
 } tfm__tokenizer;
 
 static void tfm__tokenizer_free(tfm__tokenizer *tokenizer) {
-    void *memory[6];
+    void *memory[10];
     size_t i;
     memory[0] = tokenizer->offsets;
     memory[1] = tokenizer->token_flags;
@@ -4879,6 +4957,10 @@ static void tfm__tokenizer_free(tfm__tokenizer *tokenizer) {
     memory[3] = tokenizer->added_ids;
     memory[4] = tokenizer->words;
     memory[5] = tokenizer->merges.slots;
+    memory[6] = tokenizer->spm.texts;
+    memory[7] = tokenizer->spm.text_offsets;
+    memory[8] = tokenizer->spm.parents;
+    memory[9] = tokenizer->spm.starts;
     for (i = 0; i < sizeof memory / sizeof memory[0]; i++)
         if (memory[i])
             tokenizer->allocator.release(tokenizer->allocator.user, memory[i]);
@@ -4961,14 +5043,12 @@ static tfm_status tfm__check_ids(const tfm__tokenizer *tokenizer, const int32_t 
 #define TFM__MAX_ADDED_SIZE 1024 /* looking for added tokens takes that many steps for a byte of text, at worst */
 #define TFM__GROWTH 3            /* normalization makes a text longer by no more than this factor */
 
-/* What a tokenizer does to a text before it looks for normalized tokens and cuts it into words: see below. */
-static int tfm__kind_normalizes(const tfm__tokenizer *tokenizer);
-static size_t tfm__kind_normalize(const tfm__tokenizer *tokenizer, const unsigned char *text, size_t size,
+static size_t tfm__bert_normalize(const tfm__tokenizer_source *rules, const unsigned char *text, size_t size,
                                   unsigned char *out);
 
-/* Enters one added token into its trie. Of several that normalization makes equal the first is found. */
-static tfm_status tfm__build_added_token(tfm__tokenizer *tokenizer, int32_t id, uint32_t *n_nodes, tfm_error *error) {
-    unsigned root = tokenizer->token_flags[id] & TFM__ADDED_NORMALIZED ? 1 : 0;
+/* Enters one added token into a trie. Of several that normalization makes equal the first is found. */
+static tfm_status tfm__build_added_token(tfm__tokenizer *tokenizer, unsigned root, int32_t id, uint32_t *n_nodes,
+                                         tfm_error *error) {
     unsigned char normalized[TFM__GROWTH * TFM__MAX_ADDED_SIZE];
     uint32_t node = root;
     size_t size, i;
@@ -4977,8 +5057,8 @@ static tfm_status tfm__build_added_token(tfm__tokenizer *tokenizer, int32_t id, 
         return tfm__fail(error, TFM_ERROR_FORMAT, "tokenizer: the added token %ld has %zu bytes, not 1 to %d", (long)id,
                          size, TFM__MAX_ADDED_SIZE);
     }
-    if (root == 1 && tfm__kind_normalizes(tokenizer)) {
-        size = tfm__kind_normalize(tokenizer, bytes, size, normalized);
+    if (root == 1 && tokenizer->source.kind == TFM__WORDPIECE) {
+        size = tfm__bert_normalize(&tokenizer->source, bytes, size, normalized);
         bytes = normalized;
         if (size == 0)
             return TFM_OK; /* no text has it */
@@ -5006,11 +5086,15 @@ static tfm_status tfm__build_added_token(tfm__tokenizer *tokenizer, int32_t id, 
     return TFM_OK;
 }
 
-/* The flags of every token, and how many nodes the two tries of added tokens have at most. */
+static int tfm__is_user_piece(const tfm__tokenizer *tokenizer, size_t id) {
+    return tokenizer->source.types && tokenizer->source.types[id] == TFM__PIECE_USER;
+}
+
+/* The flags of every token, and how many nodes the tries of added tokens have at most. */
 static tfm_status tfm__build_flags(tfm__tokenizer *tokenizer, size_t *max_nodes, tfm_error *error) {
     const int32_t *added = tokenizer->source.added;
-    size_t growth = tfm__kind_normalizes(tokenizer) ? TFM__GROWTH : 1, i;
-    *max_nodes = 2;
+    size_t growth = tokenizer->source.kind == TFM__WORDPIECE ? TFM__GROWTH : 1, i;
+    *max_nodes = TFM__ADDED_TRIES;
     tokenizer->token_flags =
         (unsigned char *)tfm__tokenizer_allocate(&tokenizer->allocator, tokenizer->source.n_tokens, error);
     if (!tokenizer->token_flags)
@@ -5030,6 +5114,9 @@ static tfm_status tfm__build_flags(tfm__tokenizer *tokenizer, size_t *max_nodes,
         *max_nodes +=
             (tokenizer->offsets[id + 1] - tokenizer->offsets[id]) * (flags & TFM__ADDED_NORMALIZED ? growth : 1);
     }
+    for (i = 0; i < tokenizer->source.n_tokens; i++)
+        if (tfm__is_user_piece(tokenizer, i))
+            *max_nodes += tokenizer->offsets[i + 1] - tokenizer->offsets[i];
     if (*max_nodes > TFM__PAIR_MEMBERS) {
         return tfm__fail(error, TFM_ERROR_UNSUPPORTED, "tokenizer: the added tokens have more than %lu bytes",
                          (unsigned long)TFM__PAIR_MEMBERS);
@@ -5041,7 +5128,7 @@ static tfm_status tfm__build_flags(tfm__tokenizer *tokenizer, size_t *max_nodes,
 static tfm_status tfm__build_added(tfm__tokenizer *tokenizer, tfm_error *error) {
     const int32_t *added = tokenizer->source.added;
     size_t n = tokenizer->source.n_added, max_nodes, i;
-    uint32_t n_nodes = 2;
+    uint32_t n_nodes = TFM__ADDED_TRIES;
     tfm_status status = tfm__build_flags(tokenizer, &max_nodes, error);
     if (status == TFM_OK)
         status = tfm__pairs_create(&tokenizer->added, max_nodes, &tokenizer->allocator, error);
@@ -5051,11 +5138,36 @@ static tfm_status tfm__build_added(tfm__tokenizer *tokenizer, tfm_error *error) 
         (int32_t *)tfm__tokenizer_allocate(&tokenizer->allocator, max_nodes * sizeof *tokenizer->added_ids, error);
     if (!tokenizer->added_ids)
         return TFM_ERROR_MEMORY;
-    tokenizer->added_ids[0] = tokenizer->added_ids[1] = -1;
-    for (i = 0; i < 2 * n && status == TFM_OK; i++)
-        if (!(added[2 * (i % n) + 1] & TFM__ADDED_SPECIAL) == (i >= n))
-            status = tfm__build_added_token(tokenizer, added[2 * (i % n)], &n_nodes, error);
+    for (i = 0; i < TFM__ADDED_TRIES; i++)
+        tokenizer->added_ids[i] = -1;
+    for (i = 0; i < 2 * n && status == TFM_OK; i++) {
+        int32_t id = added[2 * (i % n)], flags = added[2 * (i % n) + 1];
+        unsigned root = flags & TFM__ADDED_NORMALIZED ? 1 : 0;
+        if (!(flags & TFM__ADDED_SPECIAL) == (i >= n))
+            status = tfm__build_added_token(tokenizer, root, id, &n_nodes, error);
+    }
+    for (i = 0; i < tokenizer->source.n_tokens && status == TFM_OK; i++)
+        if (tfm__is_user_piece(tokenizer, i))
+            status = tfm__build_added_token(tokenizer, 2, (int32_t)i, &n_nodes, error);
     return status;
+}
+
+/* The longest added token of one of the tries at the start of text: its id, or -1. */
+static int32_t tfm__added_at(const tfm__tokenizer *tokenizer, unsigned root, const unsigned char *text, size_t size,
+                             size_t *token_size) {
+    int32_t found = -1;
+    uint32_t node = root;
+    size_t i;
+    for (i = 0; i < size; i++) {
+        node = tfm__pairs_find(&tokenizer->added, node, text[i]);
+        if (node == TFM__NONE)
+            break;
+        if (tokenizer->added_ids[node] >= 0) {
+            found = tokenizer->added_ids[node];
+            *token_size = i + 1;
+        }
+    }
+    return found;
 }
 
 #define TFM__HASH_SEED 2166136261u /* FNV-1a */
@@ -5069,8 +5181,8 @@ static uint32_t tfm__hash(uint32_t hash, const unsigned char *bytes, size_t size
 
 /* The slot of a word (a prefix and text; hash is that of both) in the table of whole tokens, or the empty one where it
    belongs; NULL as for pairs. */
-static uint32_t *tfm__word_slot(const tfm__tokenizer *tokenizer, uint32_t hash, const void *prefix, size_t prefix_size,
-                                const unsigned char *text, size_t size) {
+static uint32_t *tfm__hashed_slot(const tfm__tokenizer *tokenizer, uint32_t hash, const void *prefix,
+                                  size_t prefix_size, const unsigned char *text, size_t size) {
     size_t probes;
     for (probes = 0; probes < TFM__MAX_PROBES; probes++) {
         uint32_t *slot = &tokenizer->words[(hash + probes) & tokenizer->words_mask];
@@ -5086,8 +5198,25 @@ static uint32_t *tfm__word_slot(const tfm__tokenizer *tokenizer, uint32_t hash, 
     return NULL;
 }
 
-/* The table of whole tokens, but those that have one of the flags. */
-static tfm_status tfm__build_words(tfm__tokenizer *tokenizer, unsigned without_flags, tfm_error *error) {
+/* The same for a piece of text, perhaps with a space that is not in it in front. */
+static uint32_t *tfm__word_slot(const tfm__tokenizer *tokenizer, const unsigned char *text, size_t size, int lead) {
+    static const unsigned char space[1] = {' '};
+    uint32_t hash = tfm__hash(lead ? tfm__hash(TFM__HASH_SEED, space, 1) : TFM__HASH_SEED, text, size);
+    return tfm__hashed_slot(tokenizer, hash, space, lead ? 1 : 0, text, size);
+}
+
+/* Whether the token is one of those that tfm__word_slot() finds. In byte-level BPE added tokens are not: they are
+   found by their own rules. Of SentencePiece's, those are that a text can have. */
+static int tfm__is_word(const tfm__tokenizer *tokenizer, size_t id) {
+    const int32_t *types = tokenizer->source.types;
+    unsigned outside = tokenizer->source.kind == TFM__WORDPIECE ? TFM__ADDED_OUTSIDE : TFM__ADDED;
+    if (!types)
+        return !(tokenizer->token_flags[id] & outside);
+    return types[id] == TFM__PIECE_NORMAL || types[id] == TFM__PIECE_USER || types[id] == TFM__PIECE_UNUSED;
+}
+
+/* The table of whole tokens. */
+static tfm_status tfm__build_words(tfm__tokenizer *tokenizer, tfm_error *error) {
     size_t n_slots = tfm__table_slots(tokenizer->source.n_tokens), id;
     tokenizer->words =
         (uint32_t *)tfm__tokenizer_allocate(&tokenizer->allocator, n_slots * sizeof *tokenizer->words, error);
@@ -5098,8 +5227,8 @@ static tfm_status tfm__build_words(tfm__tokenizer *tokenizer, unsigned without_f
     for (id = 0; id < tokenizer->source.n_tokens; id++) {
         size_t size;
         const unsigned char *bytes = tfm__token_bytes(tokenizer, (int32_t)id, &size);
-        if (size > 0 && !(tokenizer->token_flags[id] & without_flags)) {
-            uint32_t *slot = tfm__word_slot(tokenizer, tfm__hash(TFM__HASH_SEED, bytes, size), NULL, 0, bytes, size);
+        if (size > 0 && tfm__is_word(tokenizer, id)) {
+            uint32_t *slot = tfm__word_slot(tokenizer, bytes, size, 0);
             if (!slot)
                 return tfm__fail(error, TFM_ERROR_FORMAT, "tokenizer: token %zu collides with too many others", id);
             if (*slot == TFM__NONE)
@@ -5125,6 +5254,9 @@ typedef struct tfm__encoder {
     size_t n_words;
     void *own;
     tfm_error *error;
+    const unsigned char *text;       /* the whole text, */
+    const unsigned char *normalized; /* SentencePiece: what is made of the part that is being encoded, */
+    int at_start;                    /* and whether that is the text's first */
 } tfm__encoder;
 
 static void tfm__emit(tfm__encoder *encoder, int32_t id) {
@@ -5271,21 +5403,22 @@ static tfm_status tfm__bpe_build(tfm__tokenizer *tokenizer, tfm_error *error) {
     if (status == TFM_OK)
         status = tfm__bpe_build_merges(tokenizer, error);
     if (status == TFM_OK && tokenizer->source.ignore_merges) /* added tokens are found by their own rules */
-        status = tfm__build_words(tokenizer, TFM__ADDED, error);
+        status = tfm__build_words(tokenizer, error);
     return status;
 }
 
 /* ---- Byte-level BPE: merging the symbols of a piece ------------------------------------------------------------------ */
 
-/* A piece begins as one symbol for each byte. Again and again the pair of neighbours with the lowest rank, the leftmost
+/* A piece begins as one symbol for each byte (SentencePiece: for each character). Again and again the pair of neighbours with the lowest rank, the leftmost
    of these, becomes one symbol, until no two neighbours are a pair of the vocabulary. Finding that pair must not take a
    look at all of them, or a long piece would take forever: so the ranks are the lowest level of a tree in which every
    node holds the lowest rank of the 16 below it (one cache line). Up to 16 symbols, that is a plain array.
 
    A symbol lives at its first byte's place. Its length is kept at its first and its last place, so that both neighbours
    can be found from it. */
-#define TFM__MERGE_LEVELS 8   /* 16 to the power of 8 is 2^32 */
-#define TFM__MERGE_STACK 1024 /* words on the stack: enough for 300 symbols */
+#define TFM__FROZEN (UINT32_MAX - 1) /* the id of a symbol that is never joined */
+#define TFM__MERGE_LEVELS 8          /* 16 to the power of 8 is 2^32 */
+#define TFM__MERGE_STACK 1024        /* words on the stack: enough for 300 symbols */
 
 typedef struct tfm__merge_state {
     uint32_t *ids;
@@ -5293,6 +5426,9 @@ typedef struct tfm__merge_state {
     uint32_t *ranks[TFM__MERGE_LEVELS]; /* of the pair that the symbol at a place makes with its right neighbour */
     size_t n_levels;
     size_t top_size; /* of the highest level, which is at most 16 */
+    /* Where pieces are joined by their scores (see tfm__spm_rank()), else these are NULL: */
+    const unsigned char *text;
+    uint32_t *splits;
 } tfm__merge_state;
 
 /* Lays the state for n symbols out in memory, all ranks "none"; returns how many words of memory that takes (and only
@@ -5302,6 +5438,8 @@ static size_t tfm__merge_layout(tfm__merge_state *state, size_t n, uint32_t *mem
     state->ids = memory;
     state->lengths = memory ? memory + n : NULL;
     state->n_levels = 0;
+    state->text = NULL;
+    state->splits = NULL;
     do {
         size_t groups = (level_size + 15) / 16;
         if (memory) {
@@ -5345,13 +5483,38 @@ static size_t tfm__merge_lowest(const tfm__merge_state *state) {
     return place;
 }
 
-/* Merges the n symbols in state->ids (n > 0). */
+/* The rank of a pair where SentencePiece's pieces are joined by scores: the higher the score, the lower the rank. For a piece that
+   is not used, how it came about is noted. */
+static uint32_t tfm__spm_rank(const tfm__tokenizer *tokenizer, const tfm__merge_state *state, size_t left) {
+    size_t right = left + state->lengths[left], size = (size_t)state->lengths[left] + state->lengths[right];
+    const uint32_t *word;
+    uint32_t bits;
+    float score;
+    if (size > tokenizer->spm.longest || state->ids[left] == TFM__FROZEN || state->ids[right] == TFM__FROZEN)
+        return TFM__NONE;
+    word = tfm__word_slot(tokenizer, state->text + left, size, 0);
+    if (!word || *word == TFM__NONE)
+        return TFM__NONE;
+    if (tokenizer->source.types[*word] == TFM__PIECE_UNUSED)
+        state->splits[*word] = state->lengths[left];
+    score = tokenizer->source.scores[*word] + 0.0f; /* no negative zero */
+    memcpy(&bits, &score, sizeof bits);
+    return bits >> 31 ? bits : ~bits & 0x7FFFFFFFu;
+}
+
+/* The rank of the pair that the symbol at `left` makes with its right neighbour. */
+static uint32_t tfm__merge_rank(const tfm__tokenizer *tokenizer, const tfm__merge_state *state, size_t left) {
+    size_t right = left + state->lengths[left];
+    if (state->text)
+        return tfm__spm_rank(tokenizer, state, left);
+    return tfm__pairs_find(&tokenizer->merges, state->ids[left], state->ids[right]);
+}
+
+/* Merges the symbols at n places (n > 0), whose ids and lengths are set. */
 static void tfm__merge(const tfm__tokenizer *tokenizer, tfm__merge_state *state, size_t n) {
     size_t i;
-    for (i = 0; i < n; i++)
-        state->lengths[i] = 1;
-    for (i = 0; i + 1 < n; i++)
-        tfm__merge_set_rank(state, i, tfm__pairs_find(&tokenizer->merges, state->ids[i], state->ids[i + 1]));
+    for (i = 0; i + state->lengths[i] < n; i += state->lengths[i])
+        tfm__merge_set_rank(state, i, tfm__merge_rank(tokenizer, state, i));
     for (;;) {
         size_t left = tfm__merge_lowest(state), right, next;
         uint32_t rank = state->ranks[0][left];
@@ -5359,17 +5522,15 @@ static void tfm__merge(const tfm__tokenizer *tokenizer, tfm__merge_state *state,
             return;
         right = left + state->lengths[left];
         next = right + state->lengths[right];
-        state->ids[left] = (uint32_t)tokenizer->source.merges[3 * (size_t)rank + 2];
+        if (!state->text)
+            state->ids[left] = (uint32_t)tokenizer->source.merges[3 * (size_t)rank + 2];
         state->lengths[left] = state->lengths[next - 1] = (uint32_t)(next - left);
         tfm__merge_set_rank(state, right, TFM__NONE);
-        tfm__merge_set_rank(state, left,
-                            next < n ? tfm__pairs_find(&tokenizer->merges, state->ids[left], state->ids[next])
-                                     : TFM__NONE);
         if (left > 0) {
             size_t before = left - state->lengths[left - 1];
-            tfm__merge_set_rank(state, before,
-                                tfm__pairs_find(&tokenizer->merges, state->ids[before], state->ids[left]));
+            tfm__merge_set_rank(state, before, tfm__merge_rank(tokenizer, state, before));
         }
+        tfm__merge_set_rank(state, left, next < n ? tfm__merge_rank(tokenizer, state, left) : TFM__NONE);
     }
 }
 
@@ -5393,12 +5554,10 @@ static size_t tfm__bpe_symbols(const tfm__tokenizer *tokenizer, const unsigned c
 /* Encodes one piece of text; with `lead`, one that begins with a space that is not in the text. */
 static tfm_status tfm__bpe_encode_piece(tfm__encoder *encoder, const unsigned char *text, size_t size, int lead) {
     const tfm__tokenizer *tokenizer = encoder->tokenizer;
-    static const unsigned char space[1] = {' '};
     tfm__merge_state state;
     size_t n = size + (lead ? 1u : 0u), i;
     if (tokenizer->words) {
-        uint32_t hash = tfm__hash(lead ? tfm__hash(TFM__HASH_SEED, space, 1) : TFM__HASH_SEED, text, size);
-        const uint32_t *word = tfm__word_slot(tokenizer, hash, space, lead ? 1 : 0, text, size);
+        const uint32_t *word = tfm__word_slot(tokenizer, text, size, lead);
         if (word && *word != TFM__NONE) {
             tfm__emit(encoder, (int32_t)*word);
             return TFM_OK;
@@ -5414,6 +5573,8 @@ static tfm_status tfm__bpe_encode_piece(tfm__encoder *encoder, const unsigned ch
     if (n == 0)
         return TFM_OK;
     tfm__merge_layout(&state, n, encoder->memory);
+    for (i = 0; i < n; i++)
+        state.lengths[i] = 1;
     tfm__merge(tokenizer, &state, n);
     for (i = 0; i < n; i += state.lengths[i])
         tfm__emit(encoder, (int32_t)state.ids[i]);
@@ -5595,7 +5756,7 @@ static tfm_status tfm__wordpiece_build(tfm__tokenizer *tokenizer, tfm_error *err
             return tfm__fail(error, TFM_ERROR_UNSUPPORTED, "tokenizer: token %zu has %zu bytes, more than %d", i, size,
                              TFM__MAX_ADDED_SIZE);
     }
-    return tfm__build_words(tokenizer, TFM__ADDED_OUTSIDE, error);
+    return tfm__build_words(tokenizer, error);
 }
 
 /* The longest token at the start of text, which continues a word or does not: its id, or -1, and its size there. */
@@ -5616,7 +5777,7 @@ static int32_t tfm__longest_piece(const tfm__tokenizer *tokenizer, const unsigne
         ends[n++] = (uint16_t)end;
     }
     while (n-- > 0) {
-        const uint32_t *slot = tfm__word_slot(tokenizer, hashes[n], prefix, prefix_size, text, ends[n]);
+        const uint32_t *slot = tfm__hashed_slot(tokenizer, hashes[n], prefix, prefix_size, text, ends[n]);
         *piece_size = ends[n];
         if (slot && *slot != TFM__NONE)
             return (int32_t)*slot;
@@ -5666,6 +5827,8 @@ static void tfm__wordpiece_encode_plain(tfm__encoder *encoder, const unsigned ch
         tfm__wordpiece_word(encoder, text + start, size - start);
 }
 
+#define TFM__MAX_PIECE_TEXT (TFM__MAX_ADDED_SIZE + 1) /* and a space */
+
 /* ---- WordPiece: decoding ----------------------------------------------------------------------------------------- */
 
 /* Replaces every `from` in text by `to`, which is not longer; returns the new size. */
@@ -5706,6 +5869,781 @@ static size_t tfm__wordpiece_decode(const tfm__tokenizer *tokenizer, int32_t id,
     return n;
 }
 
+/* ---- SentencePiece: its tables ----------------------------------------------------------------------------------- */
+
+/* A model of SentencePiece takes a text as it is, white space included: normalized (characters replaced by the charsmap;
+   every space by U+2581 "_", with one more in front), it is cut into pieces of the vocabulary. Either so that the sum of
+   their scores is highest (unigram), or by joining the two neighbours whose joined piece has the highest score (BPE).
+   Two libraries read these models, and differ: sentencepiece itself, and Hugging Face's tokenizers, which normalizes and
+   splits by steps of its own, adds scores up as doubles and knows BPE only by merges. A file says whose rules it has. */
+
+#define TFM__SPACE_PIECE "\xE2\x96\x81" /* U+2581 */
+#define TFM__MAX_PIECE_SIZE 1024        /* encoding takes that many steps for a byte of text, at worst */
+#define TFM__MAX_RULE_SIZE 256          /* bytes that a rule of the charsmap looks at, or puts in their place */
+#define TFM__UNKNOWN_PENALTY 10         /* that much lower than the lowest score is that of an unknown character */
+
+/* The size of the "_" at the start of text, or 0. */
+static size_t tfm__space_piece(const unsigned char *text, size_t size) {
+    return size >= 3 && memcmp(text, TFM__SPACE_PIECE, 3) == 0 ? 3 : 0;
+}
+
+/* The charsmap is a double array (as the library Darts-clone has it): a trie over bytes whose node is a place in `units`,
+   and whose child for a byte is at the node's place, exclusive-or the node's offset, exclusive-or the byte, if the unit
+   there has that label. A unit with a value has no label that a byte could be. */
+static uint32_t tfm__charsmap_unit(const tfm__spm *spm, size_t node) {
+    const unsigned char *unit = spm->units + 4 * node;
+    return unit[0] | (uint32_t)unit[1] << 8 | (uint32_t)unit[2] << 16 | (uint32_t)unit[3] << 24;
+}
+
+static size_t tfm__charsmap_offset(uint32_t unit) {
+    return (size_t)(unit >> 10) << (unit >> 6 & 8);
+}
+
+/* What the charsmap has for the longest beginning of text that it knows (or the shortest): NULL if there is nothing. */
+static const unsigned char *tfm__charsmap_find(const tfm__spm *spm, const unsigned char *text, size_t size,
+                                               int shortest, size_t *used) {
+    const unsigned char *found = NULL;
+    size_t node = 0, i;
+    uint32_t unit;
+    if (spm->n_units == 0)
+        return NULL;
+    node = tfm__charsmap_offset(tfm__charsmap_unit(spm, 0));
+    for (i = 0; i < size && i < TFM__MAX_RULE_SIZE && !(found && shortest); i++) {
+        node ^= text[i];
+        if (node >= spm->n_units)
+            break;
+        unit = tfm__charsmap_unit(spm, node);
+        if ((unit & 0x800000FFu) != text[i])
+            break;
+        node ^= tfm__charsmap_offset(unit);
+        if (unit >> 8 & 1) { /* there is a value, which has been checked */
+            found = spm->replacements + (tfm__charsmap_unit(spm, node) & 0x7FFFFFFFu);
+            *used = i + 1;
+        }
+    }
+    return found;
+}
+
+/* That every value of the charsmap's trie is where it should be, and leads to a text that ends. */
+static tfm_status tfm__spm_check_charsmap(tfm__tokenizer *tokenizer, tfm_error *error) {
+    tfm__spm *spm = &tokenizer->spm;
+    const unsigned char *map = tokenizer->source.charsmap;
+    size_t map_size = tokenizer->source.charsmap_size, trie_size, texts_size, node, run = 0;
+    if (!map)
+        return TFM_OK;
+    trie_size = map_size < 4 ? 0 : map[0] | (size_t)map[1] << 8 | (size_t)map[2] << 16 | (size_t)map[3] << 24;
+    if (trie_size == 0 || trie_size % 4 || trie_size > map_size - 4 - 1 || map[map_size - 1] != 0)
+        return tfm__fail(error, TFM_ERROR_FORMAT, "tokenizer: the charsmap of %zu bytes is not a trie of %zu and texts",
+                         map_size, trie_size);
+    spm->units = map + 4;
+    spm->replacements = map + 4 + trie_size;
+    texts_size = map_size - 4 - trie_size;
+    for (node = 0; node < texts_size; node++) {
+        run = spm->replacements[node] ? run + 1 : 0;
+        if (run > TFM__MAX_RULE_SIZE)
+            return tfm__fail(error, TFM_ERROR_UNSUPPORTED, "tokenizer: the charsmap has a text of more than %d bytes",
+                             TFM__MAX_RULE_SIZE);
+    }
+    spm->n_units = trie_size / 4;
+    for (node = 0; node < spm->n_units; node++) {
+        uint32_t unit = tfm__charsmap_unit(spm, node), value;
+        size_t leaf = node ^ tfm__charsmap_offset(unit);
+        if (unit >> 31 || !(unit >> 8 & 1))
+            continue;
+        value = leaf < spm->n_units ? tfm__charsmap_unit(spm, leaf) : 0;
+        if (!(value >> 31) || (value & 0x7FFFFFFFu) >= texts_size)
+            return tfm__fail(error, TFM_ERROR_FORMAT, "tokenizer: the charsmap's node %zu leads to no text", node);
+    }
+    return TFM_OK;
+}
+
+/* The byte that a piece such as <0x41> stands for, or -1. */
+static int tfm__piece_byte(const unsigned char *piece, size_t size) {
+    int value = 0, i;
+    if (size != 6 || memcmp(piece, "<0x", 3) != 0 || piece[5] != '>')
+        return -1;
+    for (i = 3; i < 5; i++) {
+        int c = piece[i];
+        int digit = c >= '0' && c <= '9' ? c - '0' : c >= 'A' && c <= 'F' ? c - 'A' + 10 : -1;
+        if (digit < 0)
+            return -1;
+        value = 16 * value + digit;
+    }
+    return value;
+}
+
+/* Types, scores and bytes of every piece. */
+static tfm_status tfm__spm_check_pieces(tfm__tokenizer *tokenizer, tfm_error *error) {
+    const tfm__tokenizer_source *source = &tokenizer->source;
+    tfm__spm *spm = &tokenizer->spm;
+    size_t i, size;
+    for (i = 0; i < 256; i++)
+        spm->byte_ids[i] = -1;
+    for (i = 0; i < source->n_tokens; i++) {
+        const unsigned char *piece = tfm__token_bytes(tokenizer, (int32_t)i, &size);
+        int32_t type = source->types[i];
+        double score = source->double_scores ? source->double_scores[i] : source->scores ? source->scores[i] : 0;
+        if (type < 0 || type >= TFM__PIECE_TYPES)
+            return tfm__fail(error, TFM_ERROR_FORMAT, "tokenizer: token %zu has the type %ld", i, (long)type);
+        if (!(fabs(score) <= DBL_MAX))
+            return tfm__fail(error, TFM_ERROR_FORMAT, "tokenizer: the score of token %zu is not a number", i);
+        if (type == TFM__PIECE_BYTE) {
+            int byte = tfm__piece_byte(piece, size);
+            if (byte < 0)
+                return tfm__fail(error, TFM_ERROR_FORMAT, "tokenizer: token %zu is no byte like <0x41>", i);
+            spm->byte_ids[byte] = (int32_t)i;
+        } else if (tfm__is_word(tokenizer, i)) {
+            if (size > TFM__MAX_PIECE_SIZE)
+                return tfm__fail(error, TFM_ERROR_UNSUPPORTED, "tokenizer: token %zu has %zu bytes, more than %d", i,
+                                 size, TFM__MAX_PIECE_SIZE);
+            spm->longest = TFM__MAX(spm->longest, size);
+            spm->has_unused |= type == TFM__PIECE_UNUSED;
+        }
+    }
+    for (i = 0; i < 256 && source->rules.byte_fallback; i++)
+        if (spm->byte_ids[i] < 0)
+            return tfm__fail(error, TFM_ERROR_FORMAT, "tokenizer: there is no piece for the byte %zu", i);
+    if (source->unk_id < 0)
+        return tfm__fail(error, TFM_ERROR_FORMAT, "tokenizer: there is no unknown token");
+    return TFM_OK;
+}
+
+/* What each token reads as. */
+static tfm_status tfm__spm_build_texts(tfm__tokenizer *tokenizer, tfm_error *error) {
+    tfm__spm *spm = &tokenizer->spm;
+    size_t n = tokenizer->source.n_tokens, i, size;
+    uint32_t done = 0;
+    spm->texts = (unsigned char *)tfm__tokenizer_allocate(&tokenizer->allocator, tokenizer->source.tokens_size, error);
+    spm->text_offsets =
+        (uint32_t *)tfm__tokenizer_allocate(&tokenizer->allocator, (n + 1) * sizeof *spm->text_offsets, error);
+    if (!spm->texts || !spm->text_offsets)
+        return TFM_ERROR_MEMORY;
+    for (i = 0; i < n; i++) {
+        const unsigned char *piece = tfm__token_bytes(tokenizer, (int32_t)i, &size), *end = piece + size;
+        spm->text_offsets[i] = done;
+        if (tokenizer->source.types[i] == TFM__PIECE_BYTE) {
+            spm->texts[done++] = (unsigned char)tfm__piece_byte(piece, size);
+            continue;
+        }
+        while (piece < end) {
+            size_t space = tfm__space_piece(piece, (size_t)(end - piece));
+            spm->texts[done++] = space ? ' ' : *piece;
+            piece += space ? space : 1;
+        }
+    }
+    spm->text_offsets[n] = done;
+    return TFM_OK;
+}
+
+/* ---- SentencePiece: normalizing a text --------------------------------------------------------------------------- */
+
+/* Normalized text: written to bytes, or only counted if that is NULL. */
+typedef struct tfm__normalized {
+    unsigned char *bytes;
+    size_t size;
+} tfm__normalized;
+
+static void tfm__normalized_put(tfm__normalized *out, const void *bytes, size_t size) {
+    if (out->bytes)
+        memcpy(out->bytes + out->size, bytes, size);
+    out->size += size;
+}
+
+/* One step through a text by sentencepiece's rules: the bytes that it takes, and what comes out for them. */
+static size_t tfm__spm_step(const tfm__tokenizer *tokenizer, const unsigned char *text, size_t size,
+                            const unsigned char **out, size_t *out_size) {
+    size_t used = 1;
+    *out = text;
+    if (tokenizer->added_first[2][text[0]] && tfm__added_at(tokenizer, 2, text, size, &used) >= 0) {
+        *out_size = used;
+        return used;
+    }
+    *out = tfm__charsmap_find(&tokenizer->spm, text, size, 0, &used);
+    if (*out) {
+        *out_size = strlen((const char *)*out);
+    } else if (tfm__utf8_decode(text, size, &used) == TFM__NOT_UTF8) {
+        *out = (const unsigned char *)"\xEF\xBF\xBD"; /* U+FFFD */
+        *out_size = 3;
+    } else {
+        *out = text;
+        *out_size = used;
+    }
+    return used;
+}
+
+/* sentencepiece's rules. Where it only counts, there may be a few less. */
+static void tfm__spm_normalize(const tfm__tokenizer *tokenizer, const unsigned char *text, size_t size,
+                               tfm__normalized *out) {
+    const tfm__spm_rules *rules = &tokenizer->source.rules;
+    const char *space = rules->escape_whitespaces ? TFM__SPACE_PIECE : " ";
+    size_t space_size = strlen(space), at = 0, used, n, i;
+    const unsigned char *bytes;
+    int after_space = rules->remove_extra_whitespaces;
+    for (; at < size && rules->remove_extra_whitespaces; at += used) {
+        used = tfm__spm_step(tokenizer, text + at, size - at, &bytes, &n);
+        if (n != 1 || *bytes != ' ')
+            break;
+    }
+    if (at == size)
+        return;
+    if (rules->add_dummy_prefix == 1)
+        tfm__normalized_put(out, space, space_size);
+    for (; at < size; at += used) {
+        used = tfm__spm_step(tokenizer, text + at, size - at, &bytes, &n);
+        for (; after_space && n > 0 && *bytes == ' '; n--)
+            bytes++;
+        for (i = 0; i < n; i++)
+            tfm__normalized_put(out, bytes[i] == ' ' ? (const void *)space : bytes + i,
+                                bytes[i] == ' ' ? space_size : 1);
+        if (n > 0)
+            after_space = rules->remove_extra_whitespaces && bytes[n - 1] == ' ';
+    }
+    while (rules->remove_extra_whitespaces && out->bytes && out->size >= space_size &&
+           memcmp(out->bytes + out->size - space_size, space, space_size) == 0)
+        out->size -= space_size;
+    if (rules->add_dummy_prefix == 2)
+        tfm__normalized_put(out, space, space_size);
+}
+
+static size_t tfm__grapheme(const unsigned char *text, size_t size) {
+    size_t end, used;
+    tfm__utf8_decode(text, size, &end);
+    while (end < size && (tfm__class_at(text + end, size - end, &used) & TFM__MARK))
+        end += used;
+    return end;
+}
+
+/* What stands between the steps of Hugging Face's rules. */
+typedef struct tfm__huggingface {
+    const tfm__spm_rules *rules;
+    tfm__normalized *out;
+    size_t spaces; /* not yet put out */
+    size_t kept;   /* size after the last character that is not white space */
+    int begun;     /* whether there was one */
+} tfm__huggingface;
+
+static void tfm__huggingface_spaces(tfm__huggingface *h) {
+    const char *space = h->rules->replace_spaces ? TFM__SPACE_PIECE : " ";
+    if (h->spaces > 1 && h->rules->squeeze_spaces) {
+        if (h->rules->squeeze_spaces == 2)
+            space = TFM__SPACE_PIECE;
+        h->spaces = 1;
+    }
+    for (; h->spaces > 0; h->spaces--)
+        tfm__normalized_put(h->out, space, strlen(space));
+}
+
+/* Characters as the charsmap left them. */
+static void tfm__huggingface_put(tfm__huggingface *h, const unsigned char *bytes, size_t size) {
+    size_t i, used;
+    for (i = 0; i < size; i += used) {
+        int white = (tfm__class_at(bytes + i, size - i, &used) & TFM__SPACE) != 0;
+        if (white && !h->begun && (h->rules->strip & 1))
+            continue;
+        h->begun |= !white;
+        if (bytes[i] == ' ') {
+            h->spaces++;
+            continue;
+        }
+        tfm__huggingface_spaces(h);
+        tfm__normalized_put(h->out, bytes + i, used);
+        if (!white)
+            h->kept = h->out->size;
+    }
+}
+
+/* Hugging Face's rules. Its charsmap looks at the characters that people see: up to 5 bytes of them are replaced as one,
+   by what the shortest beginning that has a rule becomes, whatever stands after that; else each by itself. */
+static void tfm__huggingface_normalize(const tfm__tokenizer *tokenizer, const unsigned char *text, size_t size,
+                                       tfm__normalized *out) {
+    const tfm__spm *spm = &tokenizer->spm;
+    tfm__huggingface h;
+    size_t at = 0, end, cluster, used, rule;
+    memset(&h, 0, sizeof h);
+    h.rules = &tokenizer->source.rules;
+    h.out = out;
+    if (h.rules->prepend)
+        tfm__normalized_put(out, TFM__SPACE_PIECE, 3);
+    while (at < size) {
+        const unsigned char *found = NULL;
+        cluster = spm->n_units ? tfm__grapheme(text + at, size - at) : 1;
+        end = at + cluster;
+        if (spm->n_units && cluster < 6 && (found = tfm__charsmap_find(spm, text + at, cluster, 1, &rule)) != NULL) {
+            tfm__huggingface_put(&h, found, strlen((const char *)found));
+            at = end;
+        }
+        for (; at < end; at += used) {
+            tfm__utf8_decode(text + at, size - at, &used);
+            found = tfm__charsmap_find(spm, text + at, used, 1, &rule);
+            tfm__huggingface_put(&h, found ? found : text + at, found ? strlen((const char *)found) : used);
+        }
+    }
+    tfm__huggingface_spaces(&h);
+    if (h.rules->strip & 2)
+        out->size = h.kept;
+}
+
+static void tfm__normalize(const tfm__tokenizer *tokenizer, const unsigned char *text, size_t size,
+                           tfm__normalized *out) {
+    if (tokenizer->source.rules.tokenizers)
+        tfm__huggingface_normalize(tokenizer, text, size, out);
+    else
+        tfm__spm_normalize(tokenizer, text, size, out);
+}
+
+/* ---- SentencePiece: unigram -------------------------------------------------------------------------------------- */
+
+/* Pieces are found by a binary search among `sorted`: all that a text begins with are beginnings of the last piece that
+   is not behind the text in the order of bytes, and `parents` leads from that one to each of them. */
+
+/* Where `sorted` has the pieces that begin with two bytes is in `starts`: one list for all pieces, and one for those that
+   begin with "_" (most of them), by the two bytes after that. A piece that ends before counts as if zeros followed. */
+#define TFM__MIN_STARTS 2048 /* with less pieces it is not worth the memory */
+#define TFM__N_STARTS 65537
+
+static size_t tfm__unigram_start(const unsigned char *text, size_t size) {
+    return (size > 0 ? (size_t)text[0] << 8 : 0) | (size > 1 ? text[1] : 0);
+}
+
+/* The part of `sorted`, from *first to before *last, in which the place of a text is. */
+static void tfm__unigram_range(const tfm__tokenizer *tokenizer, const unsigned char *text, size_t size, size_t *first,
+                               size_t *last) {
+    const uint32_t *starts = tokenizer->spm.starts;
+    size_t space = tfm__space_piece(text, size);
+    *first = 0;
+    *last = tokenizer->source.n_sorted;
+    if (!starts)
+        return;
+    starts += (space ? TFM__N_STARTS : 0) + tfm__unigram_start(text + space, size - space);
+    *first = starts[0];
+    *last = starts[1];
+}
+
+/* The longest piece that the text begins with, or -1. */
+static int32_t tfm__unigram_longest(const tfm__tokenizer *tokenizer, const unsigned char *text, size_t size) {
+    const int32_t *sorted = tokenizer->source.sorted;
+    const unsigned char *piece;
+    size_t first, last, piece_size, common = 0;
+    int32_t id;
+    tfm__unigram_range(tokenizer, text, size, &first, &last);
+    while (first < last) { /* those before `first` are not behind the text */
+        size_t middle = first + (last - first) / 2;
+        int order;
+        piece = tfm__token_bytes(tokenizer, sorted[middle], &piece_size);
+        order = memcmp(piece, text, TFM__MIN(piece_size, size));
+        if (order < 0 || (order == 0 && piece_size <= size))
+            first = middle + 1;
+        else
+            last = middle;
+    }
+    if (first == 0)
+        return -1;
+    id = sorted[first - 1];
+    piece = tfm__token_bytes(tokenizer, id, &piece_size);
+    while (common < piece_size && common < size && piece[common] == text[common])
+        common++;
+    while (id >= 0 && piece_size > common) {
+        id = tokenizer->spm.parents[id];
+        tfm__token_bytes(tokenizer, id, &piece_size);
+    }
+    return id;
+}
+
+/* That `sorted` is in order; and `parents`: the pieces that a piece begins with are among those that the piece before it
+   begins with, and that piece. */
+static tfm_status tfm__unigram_build_parents(tfm__tokenizer *tokenizer, tfm_error *error) {
+    const tfm__tokenizer_source *source = &tokenizer->source;
+    int32_t *parents, before = -1;
+    const unsigned char *bytes[2];
+    size_t sizes[2], i;
+    tfm_status status = tfm__check_ids(tokenizer, source->sorted, source->n_sorted, "sorted piece", error);
+    if (status != TFM_OK)
+        return status;
+    parents = (int32_t *)tfm__tokenizer_allocate(&tokenizer->allocator, source->n_tokens * sizeof *parents, error);
+    tokenizer->spm.parents = parents;
+    if (!parents)
+        return TFM_ERROR_MEMORY;
+    for (i = 0; i < source->n_sorted; i++) {
+        int32_t id = source->sorted[i];
+        int order = -1;
+        bytes[0] = tfm__token_bytes(tokenizer, id, &sizes[0]);
+        if (before >= 0) {
+            bytes[1] = tfm__token_bytes(tokenizer, before, &sizes[1]);
+            order = memcmp(bytes[1], bytes[0], TFM__MIN(sizes[0], sizes[1]));
+        }
+        if (order > 0 || (order == 0 && sizes[1] >= sizes[0]) || sizes[0] == 0 || sizes[0] > TFM__MAX_PIECE_SIZE)
+            return tfm__fail(error, TFM_ERROR_FORMAT,
+                             "tokenizer: sorted piece %zu, token %ld, is empty, too long or out of order", i, (long)id);
+        while (before >= 0 && (sizes[1] > sizes[0] || memcmp(bytes[1], bytes[0], sizes[1]) != 0)) {
+            before = parents[before];
+            bytes[1] = tfm__token_bytes(tokenizer, before, &sizes[1]);
+        }
+        parents[id] = before;
+        before = id;
+    }
+    return TFM_OK;
+}
+
+static tfm_status tfm__unigram_build_starts(tfm__tokenizer *tokenizer, tfm_error *error) {
+    const tfm__tokenizer_source *source = &tokenizer->source;
+    size_t i, next[2] = {0, 0}, list, size;
+    uint32_t *starts;
+    if (source->n_sorted < TFM__MIN_STARTS)
+        return TFM_OK;
+    starts = (uint32_t *)tfm__tokenizer_allocate(&tokenizer->allocator, 2 * TFM__N_STARTS * sizeof *starts, error);
+    tokenizer->spm.starts = starts;
+    if (!starts)
+        return TFM_ERROR_MEMORY;
+    for (i = 0; i <= source->n_sorted; i++) { /* fills each list up to what its next piece begins with */
+        const unsigned char *piece = NULL;
+        size_t space = 0;
+        if (i < source->n_sorted) {
+            piece = tfm__token_bytes(tokenizer, source->sorted[i], &size);
+            space = tfm__space_piece(piece, size);
+        }
+        for (list = 0; list < 2; list++) {
+            size_t skip = list ? 3 : 0, end = piece ? 0 : TFM__N_STARTS;
+            if (piece && (list == 0 || space))
+                end = tfm__unigram_start(piece + skip, size - skip) + 1;
+            else if (piece && memcmp(piece, TFM__SPACE_PIECE, TFM__MIN(size, 3)) > 0)
+                end = TFM__N_STARTS; /* behind all that begin with "_" */
+            while (next[list] < end)
+                starts[list * TFM__N_STARTS + next[list]++] = (uint32_t)i;
+        }
+    }
+    return TFM_OK;
+}
+
+static tfm_status tfm__unigram_build(tfm__tokenizer *tokenizer, tfm_error *error) {
+    const tfm__tokenizer_source *source = &tokenizer->source;
+    double lowest = source->double_scores ? HUGE_VAL : FLT_MAX;
+    tfm_status status = tfm__unigram_build_parents(tokenizer, error);
+    size_t i;
+    if (status == TFM_OK)
+        status = tfm__unigram_build_starts(tokenizer, error);
+    if (status != TFM_OK)
+        return status;
+    tokenizer->spm.max_score = FLT_MIN; /* as sentencepiece has it, which adds this up for user-defined pieces */
+    for (i = 0; i < source->n_sorted; i++) {
+        int32_t id = source->sorted[i];
+        double score = source->double_scores ? source->double_scores[id] : source->scores[id];
+        if (!source->rules.tokenizers && source->types[id] != TFM__PIECE_NORMAL)
+            continue;
+        lowest = TFM__MIN(lowest, score);
+        tokenizer->spm.max_score = TFM__MAX(tokenizer->spm.max_score, score);
+    }
+    tokenizer->spm.unk_score = lowest - TFM__UNKNOWN_PENALTY;
+    return TFM_OK;
+}
+
+/* The best way to cut the text before a place into pieces: its score, and the last piece. */
+typedef struct tfm__unigram_node {
+    double score;
+    uint32_t start; /* where that piece begins; TFM__NONE: there is no way yet */
+    int32_t id;
+} tfm__unigram_node;
+
+static void tfm__unigram_offer(tfm__unigram_node *node, double score, size_t start, int32_t id, int as_float) {
+    if (node->start == TFM__NONE || score > node->score) {
+        node->score = as_float ? (float)score : score;
+        node->start = (uint32_t)start;
+        node->id = id;
+    }
+}
+
+static double tfm__unigram_score(const tfm__tokenizer *tokenizer, int32_t id, size_t size) {
+    if (tokenizer->source.double_scores)
+        return tokenizer->source.double_scores[id];
+    if (tokenizer->source.types[id] == TFM__PIECE_USER) /* always the best */
+        return (double)((float)size * (float)tokenizer->spm.max_score) - 0.1;
+    return tokenizer->source.scores[id];
+}
+
+/* The best way through the whole text (Viterbi's algorithm), in nodes[size + 1]: there, afterwards, each piece's node is
+   at its end and has the end of the next one as its start; returns the end of the first. Of two ways with the same score
+   the one that was found first stays, as in both libraries. */
+static size_t tfm__unigram_viterbi(const tfm__tokenizer *tokenizer, const unsigned char *text, size_t size,
+                                   tfm__unigram_node *nodes) {
+    const int as_float = !tokenizer->source.double_scores;
+    size_t at, used, end, next = 0;
+    for (at = 0; at <= size; at++)
+        nodes[at].start = TFM__NONE;
+    nodes[0].score = 0;
+    for (at = 0; at < size; at += used) {
+        double score = nodes[at].score;
+        int32_t id = tfm__unigram_longest(tokenizer, text + at, size - at);
+        int known = 0; /* whether the first character is a piece */
+        tfm__utf8_decode(text + at, size - at, &used);
+        for (; id >= 0; id = tokenizer->spm.parents[id]) {
+            size_t piece_size;
+            tfm__token_bytes(tokenizer, id, &piece_size);
+            tfm__unigram_offer(nodes + at + piece_size, score + tfm__unigram_score(tokenizer, id, piece_size), at, id,
+                               as_float);
+            known |= piece_size == used;
+        }
+        if (!known) {
+            double unknown = score + tokenizer->spm.unk_score;
+            tfm__unigram_offer(nodes + at + used, as_float ? (float)unknown : unknown, at, tokenizer->source.unk_id,
+                               as_float);
+        }
+    }
+    for (end = size; end > 0; end = at) {
+        at = nodes[end].start;
+        nodes[end].start = (uint32_t)next;
+        next = end;
+    }
+    return next;
+}
+
+/* ---- SentencePiece: encoding ------------------------------------------------------------------------------------- */
+
+/* The ids of a stretch of text (size > 0) without pieces. */
+static void tfm__spm_emit_unknown(tfm__encoder *encoder, const unsigned char *text, size_t size) {
+    const tfm__tokenizer *tokenizer = encoder->tokenizer;
+    size_t i;
+    if (!tokenizer->source.rules.byte_fallback)
+        tfm__emit(encoder, tokenizer->source.unk_id);
+    else
+        for (i = 0; i < size; i++)
+            tfm__emit(encoder, tokenizer->spm.byte_ids[text[i]]);
+}
+
+static void tfm__unigram_encode(tfm__encoder *encoder, const unsigned char *text, size_t size,
+                                tfm__unigram_node *nodes) {
+    const tfm__tokenizer *tokenizer = encoder->tokenizer;
+    size_t known = 0, start = 0, end; /* what is between `known` and `start` is unknown */
+    for (end = tfm__unigram_viterbi(tokenizer, text, size, nodes); end > 0; end = nodes[end].start) {
+        if (nodes[end].id != tokenizer->source.unk_id) {
+            if (start > known)
+                tfm__spm_emit_unknown(encoder, text + known, start - known);
+            tfm__emit(encoder, nodes[end].id);
+            known = end;
+        }
+        start = end;
+    }
+    if (start > known)
+        tfm__spm_emit_unknown(encoder, text + known, start - known);
+}
+
+/* The symbols that BPE begins with: user-defined pieces, which are never joined to others, and characters. Where pieces
+   are joined by merges, ids are those of the pieces; a character without one becomes symbols of its bytes, or part of an
+   unknown symbol. */
+static void tfm__spm_symbols(const tfm__tokenizer *tokenizer, tfm__merge_state *state, const unsigned char *text,
+                             size_t size) {
+    size_t at, used, unknown = SIZE_MAX, i; /* where the unknown symbol before this place begins */
+    for (at = 0; at < size; at += used) {
+        const uint32_t *word = NULL;
+        state->ids[at] = TFM__NONE;
+        if (state->text && tokenizer->added_first[2][text[at]] &&
+            tfm__added_at(tokenizer, 2, text + at, size - at, &used) >= 0) {
+            state->ids[at] = TFM__FROZEN;
+        } else {
+            tfm__utf8_decode(text + at, size - at, &used);
+            word = state->text ? NULL : tfm__word_slot(tokenizer, text + at, used, 0);
+        }
+        state->lengths[at] = state->lengths[at + used - 1] = (uint32_t)used;
+        if (state->text)
+            continue;
+        if (word && *word != TFM__NONE) {
+            state->ids[at] = *word;
+            unknown = SIZE_MAX;
+        } else if (tokenizer->source.rules.byte_fallback) {
+            for (i = at; i < at + used; i++) {
+                state->ids[i] = (uint32_t)tokenizer->spm.byte_ids[text[i]];
+                state->lengths[i] = 1;
+            }
+        } else {
+            unknown = unknown == SIZE_MAX || !tokenizer->source.fuse_unk ? at : unknown;
+            state->ids[unknown] = (uint32_t)tokenizer->source.unk_id;
+            state->lengths[unknown] = state->lengths[at + used - 1] = (uint32_t)(at + used - unknown);
+        }
+    }
+}
+
+/* The ids of symbols that were joined by scores. A piece that is not used comes apart into the two that it was made of,
+   and these perhaps again. */
+static void tfm__spm_emit_symbols(tfm__encoder *encoder, tfm__merge_state *state, size_t size) {
+    const tfm__tokenizer *tokenizer = encoder->tokenizer;
+    size_t at = 0, known = 0;
+    while (at < size) {
+        const uint32_t *word = tfm__word_slot(tokenizer, state->text + at, state->lengths[at], 0);
+        if (word && *word != TFM__NONE && tokenizer->source.types[*word] == TFM__PIECE_UNUSED &&
+            state->splits[*word] < state->lengths[at] && state->splits[*word] > 0) {
+            uint32_t split = state->splits[*word];
+            state->lengths[at + split] = state->lengths[at] - split;
+            state->lengths[at] = split;
+            continue;
+        }
+        if (word && *word != TFM__NONE) {
+            if (at > known)
+                tfm__spm_emit_unknown(encoder, state->text + known, at - known);
+            tfm__emit(encoder, (int32_t)*word);
+            known = at + state->lengths[at];
+        }
+        at += state->lengths[at];
+    }
+    if (size > known)
+        tfm__spm_emit_unknown(encoder, state->text + known, size - known);
+}
+
+static void tfm__spm_bpe_encode(tfm__encoder *encoder, const unsigned char *text, size_t size, uint32_t *memory) {
+    const tfm__tokenizer *tokenizer = encoder->tokenizer;
+    tfm__merge_state state;
+    size_t words = tfm__merge_layout(&state, size, memory), i;
+    if (!tokenizer->source.n_merges) {
+        state.text = text;
+        state.splits = memory + words;
+        if (tokenizer->spm.has_unused)
+            memset(state.splits, 0, tokenizer->source.n_tokens * sizeof *state.splits);
+    }
+    tfm__spm_symbols(tokenizer, &state, text, size);
+    tfm__merge(tokenizer, &state, size);
+    if (state.text)
+        tfm__spm_emit_symbols(encoder, &state, size);
+    else
+        for (i = 0; i < size; i += state.lengths[i])
+            tfm__emit(encoder, (int32_t)state.ids[i]);
+}
+
+/* Words of memory for `size` bytes of normalized text. */
+static size_t tfm__spm_words(const tfm__tokenizer *tokenizer, size_t size) {
+    tfm__merge_state state;
+    if (tokenizer->source.kind == TFM__UNIGRAM) /* two more: nodes are aligned to doubles */
+        return (size + 1) * (sizeof(tfm__unigram_node) / sizeof(uint32_t)) + 2;
+    return tfm__merge_layout(&state, size, NULL) + (tokenizer->spm.has_unused ? tokenizer->source.n_tokens : 0);
+}
+
+/* Encodes a stretch of normalized text, with spaces written as "_", and with `lead` one more in front. */
+static tfm_status tfm__spm_encode_stretch(tfm__encoder *encoder, const unsigned char *text, size_t size, int lead) {
+    const tfm__tokenizer *tokenizer = encoder->tokenizer;
+    size_t n = size + (lead ? 3u : 0u), text_words, i;
+    uint32_t *memory;
+    for (i = 0; i < size && tokenizer->source.rules.metaspace; i++)
+        n += text[i] == ' ' ? 2 : 0;
+    if (n >= UINT32_MAX || n > SIZE_MAX / 64)
+        return tfm__fail(encoder->error, TFM_ERROR_ARGUMENT, "tokenizer: a text of %zu bytes is too long", size);
+    if (n == 0)
+        return TFM_OK;
+    text_words = n == size ? 0 : n / sizeof(uint32_t) + 1;
+    if (tfm__encoder_reserve(encoder, text_words + tfm__spm_words(tokenizer, n)) != TFM_OK)
+        return TFM_ERROR_MEMORY;
+    memory = encoder->memory + text_words;
+    if (text_words) {
+        tfm__normalized out;
+        out.bytes = (unsigned char *)encoder->memory;
+        out.size = 0;
+        if (lead)
+            tfm__normalized_put(&out, TFM__SPACE_PIECE, 3);
+        for (i = 0; i < size; i++)
+            tfm__normalized_put(&out, text[i] == ' ' ? (const void *)TFM__SPACE_PIECE : text + i,
+                                text[i] == ' ' ? 3 : 1);
+        text = out.bytes;
+    }
+    if (tokenizer->source.kind == TFM__UNIGRAM) {
+        uintptr_t misaligned = (uintptr_t)memory % sizeof(double);
+        tfm__unigram_encode(encoder, text, n,
+                            (tfm__unigram_node *)(void *)((char *)memory + (misaligned ? 8 - misaligned : 0)));
+    } else {
+        tfm__spm_bpe_encode(encoder, text, n, memory);
+    }
+    return TFM_OK;
+}
+
+/* Hugging Face's Metaspace on a stretch of normalized text (size > 0). */
+static tfm_status tfm__metaspace_encode(tfm__encoder *encoder, const unsigned char *text, size_t size, int first) {
+    const tfm__spm_rules *rules = &encoder->tokenizer->source.rules;
+    int lead = text[0] != ' ' && !tfm__space_piece(text, size) &&
+               (rules->metaspace == TFM__METASPACE_ALWAYS || (rules->metaspace == TFM__METASPACE_FIRST && first));
+    tfm_status status = TFM_OK;
+    size_t end;
+    if (!rules->split_words)
+        return tfm__spm_encode_stretch(encoder, text, size, lead);
+    for (; size > 0 && status == TFM_OK; text += end, size -= end, lead = 0) {
+        for (end = 1; end < size && text[end] != ' ' && !tfm__space_piece(text + end, size - end); end++)
+            ;
+        status = tfm__spm_encode_stretch(encoder, text, end, lead);
+    }
+    return status;
+}
+
+/* Encodes normalized text (size > 0) without added tokens. */
+static tfm_status tfm__spm_encode_plain(tfm__encoder *encoder, const unsigned char *text, size_t size) {
+    const tfm__spm_rules *rules = &encoder->tokenizer->source.rules;
+    tfm_status status = TFM_OK;
+    size_t at = 0, used;
+    if (!rules->metaspace)
+        return tfm__spm_encode_stretch(encoder, text, size, 0);
+    if (!rules->split_whitespace)
+        return tfm__metaspace_encode(encoder, text, size, encoder->at_start && text == encoder->normalized);
+    while (at < size && status == TFM_OK) {
+        size_t start = at;
+        while (at < size && !(tfm__class_at(text + at, size - at, &used) & TFM__SPACE))
+            at += used;
+        if (at > start)
+            status = tfm__metaspace_encode(encoder, text + start, at - start,
+                                           encoder->at_start && text + start == encoder->normalized);
+        else
+            at += used;
+    }
+    return status;
+}
+
+static tfm_status tfm__spm_build(tfm__tokenizer *tokenizer, tfm_error *error) {
+    const tfm__tokenizer_source *source = &tokenizer->source;
+    tfm_status status = tfm__spm_check_pieces(tokenizer, error);
+    if (status == TFM_OK)
+        status = tfm__spm_check_charsmap(tokenizer, error);
+    if (status == TFM_OK)
+        status = tfm__spm_build_texts(tokenizer, error);
+    if (status == TFM_OK && source->kind == TFM__UNIGRAM)
+        return tfm__unigram_build(tokenizer, error);
+    if (status == TFM_OK)
+        status = tfm__build_words(tokenizer, error);
+    return status == TFM_OK && source->n_merges ? tfm__bpe_build_merges(tokenizer, error) : status;
+}
+
+/* Bytes of scratch memory with which a usual text of this size is encoded without an allocation: one that normalizing
+   makes no more than half as long again. */
+static size_t tfm__spm_scratch(const tfm__tokenizer *tokenizer, size_t size) {
+    size_t node = tokenizer->source.kind == TFM__UNIGRAM ? sizeof(tfm__unigram_node) : 13;
+    size_t unused = tokenizer->spm.has_unused ? tokenizer->source.n_tokens * sizeof(uint32_t) : 0;
+    return tfm__product(size + size / 2 + 100, node + 2) + unused;
+}
+
+/* ---- SentencePiece: decoding ------------------------------------------------------------------------------------- */
+
+/* The text of a token; NULL if there is none. */
+static const unsigned char *tfm__token_text(const tfm__tokenizer *tokenizer, int32_t id, size_t *size) {
+    const tfm__spm *spm = &tokenizer->spm;
+    const unsigned char *bytes = tfm__token_bytes(tokenizer, id, size);
+    if (!bytes || !spm->texts)
+        return bytes;
+    *size = spm->text_offsets[id + 1] - spm->text_offsets[id];
+    return spm->texts + spm->text_offsets[id];
+}
+
+/* What of a token's text is shown where the text before it has `before` bytes: not all of the spaces that were put in
+   front of a text, and nothing of a control piece. `dropped` is 0 at first, and then what this function leaves there. */
+static const unsigned char *tfm__spm_shown(const tfm__tokenizer *tokenizer, int32_t id, size_t index, size_t before,
+                                           int *dropped, size_t *size) {
+    const tfm__decode_lead lead = tokenizer->source.rules.decode_lead;
+    const unsigned char *text = tfm__token_text(tokenizer, id, size);
+    int32_t type = tokenizer->source.types[id];
+    if (type == TFM__PIECE_CONTROL)
+        *size = 0;
+    if (before > 0 || *dropped || *size == 0 || type == TFM__PIECE_BYTE)
+        return text;
+    if (lead == TFM__LEAD_TOKEN && index == 0) {
+        for (; *size > 0 && *text == ' '; text++)
+            --*size;
+    } else if ((lead == TFM__LEAD_DROPPED || lead == TFM__LEADS_DROPPED) && *text == ' ') {
+        *dropped = lead == TFM__LEAD_DROPPED;
+        text++;
+        --*size;
+    }
+    return text;
+}
+
 /* ---- The kinds of tokenizers ------------------------------------------------------------------------------------- */
 
 /* The tables that only this kind has. */
@@ -5713,24 +6651,10 @@ static tfm_status tfm__kind_build(tfm__tokenizer *tokenizer, tfm_error *error) {
     switch (tokenizer->source.kind) {
     case TFM__BYTE_BPE: return tfm__bpe_build(tokenizer, error);
     case TFM__WORDPIECE: return tfm__wordpiece_build(tokenizer, error);
+    case TFM__UNIGRAM:
+    case TFM__SPM_BPE: return tfm__spm_build(tokenizer, error);
     }
     return TFM_OK;
-}
-
-/* Whether text is normalized before it is encoded: all of it or up to some white space, by tfm__kind_normalize. */
-static int tfm__kind_normalizes(const tfm__tokenizer *tokenizer) {
-    return tokenizer->source.kind == TFM__WORDPIECE;
-}
-
-/* Normalizes text; returns the size of what was written, at most TFM__GROWTH * size. */
-static size_t tfm__kind_normalize(const tfm__tokenizer *tokenizer, const unsigned char *text, size_t size,
-                                  unsigned char *out) {
-    switch (tokenizer->source.kind) {
-    case TFM__BYTE_BPE: break;
-    case TFM__WORDPIECE: return tfm__bert_normalize(&tokenizer->source, text, size, out);
-    }
-    memcpy(out, text, size);
-    return size;
 }
 
 /* Encodes text (size > 0) without added tokens; normalized text lies in the encoder's memory. */
@@ -5738,6 +6662,8 @@ static tfm_status tfm__kind_encode(tfm__encoder *encoder, const unsigned char *t
     switch (encoder->tokenizer->source.kind) {
     case TFM__BYTE_BPE: return tfm__bpe_encode_plain(encoder, text, size);
     case TFM__WORDPIECE: tfm__wordpiece_encode_plain(encoder, text, size); break;
+    case TFM__UNIGRAM:
+    case TFM__SPM_BPE: return tfm__spm_encode_plain(encoder, text, size);
     }
     return TFM_OK;
 }
@@ -5747,42 +6673,15 @@ static size_t tfm__kind_scratch(const tfm__tokenizer *tokenizer, size_t size) {
     switch (tokenizer->source.kind) {
     case TFM__BYTE_BPE: /* a text without a place to cut */ return tfm__product(size + 100, 13);
     case TFM__WORDPIECE: return tfm__product(size + 1, TFM__GROWTH);
+    case TFM__UNIGRAM:
+    case TFM__SPM_BPE: return tfm__spm_scratch(tokenizer, size);
     }
     return 0;
 }
 
 #define TFM__MAX_PIECE_TEXT (TFM__MAX_ADDED_SIZE + 1)
 
-/* The text of a token (one that there is) in a decoded text, where it is the first or not: in place, or in `memory`,
-   TFM__MAX_PIECE_TEXT bytes. */
-static const unsigned char *tfm__kind_decode(const tfm__tokenizer *tokenizer, int32_t id, int first,
-                                             unsigned char *memory, size_t *size) {
-    switch (tokenizer->source.kind) {
-    case TFM__BYTE_BPE: break;
-    case TFM__WORDPIECE: *size = tfm__wordpiece_decode(tokenizer, id, first, memory); return memory;
-    }
-    return tfm__token_bytes(tokenizer, id, size);
-}
-
 /* ---- Added tokens, and a whole text ---------------------------------------------------------------------------------- */
-
-/* The longest added token of one of the two tries at the start of text: its id, or -1. */
-static int32_t tfm__added_at(const tfm__tokenizer *tokenizer, unsigned root, const unsigned char *text, size_t size,
-                             size_t *token_size) {
-    int32_t found = -1;
-    uint32_t node = root;
-    size_t i;
-    for (i = 0; i < size; i++) {
-        node = tfm__pairs_find(&tokenizer->added, node, text[i]);
-        if (node == TFM__NONE)
-            break;
-        if (tokenizer->added_ids[node] >= 0) {
-            found = tokenizer->added_ids[node];
-            *token_size = i + 1;
-        }
-    }
-    return found;
-}
 
 /* The first added token from *start on, and where it starts and ends. */
 static int32_t tfm__find_added(const tfm__tokenizer *tokenizer, unsigned root, const unsigned char *text, size_t size,
@@ -5807,7 +6706,92 @@ static int tfm__touches_word(const unsigned char *text, size_t size, size_t star
            (end < size && (tfm__class_at(text + end, size - end, &used) & TFM__WORD));
 }
 
-static tfm_status tfm__encode_rest(tfm__encoder *encoder, unsigned root, const unsigned char *text, size_t size);
+static tfm_status tfm__encode_text(tfm__encoder *encoder, unsigned root, const unsigned char *text, size_t size);
+
+/* Normalizes text (size > 0) by SentencePiece's rules, and encodes it from the second trie on. The normalized text is in
+   the encoder's memory if that has room for it, ahead of the memory for the rest, else in memory of its own. */
+static tfm_status tfm__spm_encode_normalized(tfm__encoder *encoder, const unsigned char *text, size_t size) {
+    const tfm_allocator *allocator = &encoder->tokenizer->allocator;
+    tfm__normalized out = {NULL, 0};
+    tfm_status status = TFM_OK;
+    void *own = NULL;
+    size_t n_words;
+    tfm__normalize(encoder->tokenizer, text, size, &out);
+    n_words = out.size / sizeof(uint32_t) + 1;
+    if (!encoder->own && n_words <= encoder->n_words) {
+        out.bytes = (unsigned char *)encoder->memory;
+        encoder->memory += n_words;
+        encoder->n_words -= n_words;
+    } else {
+        own = tfm__tokenizer_allocate(allocator, n_words * sizeof(uint32_t), encoder->error);
+        if (!own)
+            return TFM_ERROR_MEMORY;
+        out.bytes = (unsigned char *)own;
+    }
+    out.size = 0;
+    tfm__normalize(encoder->tokenizer, text, size, &out);
+    encoder->normalized = out.bytes;
+    encoder->at_start = text == encoder->text;
+    if (out.size > 0)
+        status = tfm__encode_text(encoder, 1, out.bytes, out.size);
+    encoder->normalized = NULL;
+    if (own)
+        allocator->release(allocator->user, own);
+    else if (!encoder->own) {
+        encoder->memory -= n_words;
+        encoder->n_words += n_words;
+    }
+    return status;
+}
+
+/* How much of a text is normalized at once: all of it if it is not longer than `usual`, or if tokens are looked for in
+   what comes of it; else up to white space that separates words whatever the tokenizer does. */
+static size_t tfm__normalized_piece(const tfm__tokenizer *tokenizer, const unsigned char *text, size_t size,
+                                    size_t usual) {
+    size_t end;
+    if (size <= usual || tokenizer->n_added[1] > 0)
+        return size;
+    for (end = usual; end > 0; end--)
+        if (text[end - 1] == ' ' || text[end - 1] == '\n')
+            return end;
+    for (end = usual; end < size && text[end] != ' ' && text[end] != '\n'; end++)
+        ;
+    return end;
+}
+
+/* Normalizes text (size > 0) by BERT's rules in the encoder's memory, and encodes it from the second trie on. */
+static tfm_status tfm__bert_encode_normalized(tfm__encoder *encoder, const unsigned char *text, size_t size) {
+    const tfm__tokenizer *tokenizer = encoder->tokenizer;
+    tfm_status status = TFM_OK;
+    while (size > 0 && status == TFM_OK) {
+        size_t usual = encoder->n_words * sizeof *encoder->memory / TFM__GROWTH;
+        size_t piece = tfm__normalized_piece(tokenizer, text, size, usual), n;
+        if (piece > SIZE_MAX / TFM__GROWTH - 64)
+            return tfm__fail(encoder->error, TFM_ERROR_ARGUMENT, "tokenizer: a text of %zu bytes is too long", size);
+        status = tfm__encoder_reserve(encoder, piece * TFM__GROWTH / sizeof *encoder->memory + 1);
+        if (status != TFM_OK)
+            return status;
+        n = tfm__bert_normalize(&tokenizer->source, text, piece, (unsigned char *)encoder->memory);
+        if (n > 0)
+            status = tfm__encode_text(encoder, 1, (const unsigned char *)encoder->memory, n);
+        text += piece;
+        size -= piece;
+    }
+    return status;
+}
+
+/* What comes after looking for the added tokens of trie `root`: normalization after the first, words after the second. */
+static tfm_status tfm__encode_rest(tfm__encoder *encoder, unsigned root, const unsigned char *text, size_t size) {
+    if (root == 1)
+        return tfm__kind_encode(encoder, text, size);
+    switch (encoder->tokenizer->source.kind) {
+    case TFM__BYTE_BPE: break;
+    case TFM__WORDPIECE: return tfm__bert_encode_normalized(encoder, text, size);
+    case TFM__UNIGRAM:
+    case TFM__SPM_BPE: return tfm__spm_encode_normalized(encoder, text, size);
+    }
+    return tfm__encode_text(encoder, 1, text, size);
+}
 
 /* Encodes text (size > 0) in which the added tokens of the tries before `root` have been found already. As in Hugging
    Face's tokenizers, an added token that is found and not wanted (a special one in plain text, or a single_word within
@@ -5848,50 +6832,6 @@ static tfm_status tfm__encode_text(tfm__encoder *encoder, unsigned root, const u
     return done < size ? tfm__encode_rest(encoder, root, text + done, size - done) : TFM_OK;
 }
 
-/* How much of a text is normalized at once: all of it if it is not longer than `usual`, or if tokens are looked for in
-   what comes of it; else up to white space that separates words whatever the tokenizer does. */
-static size_t tfm__normalized_piece(const tfm__tokenizer *tokenizer, const unsigned char *text, size_t size,
-                                    size_t usual) {
-    size_t end;
-    if (size <= usual || tokenizer->n_added[1] > 0)
-        return size;
-    for (end = usual; end > 0; end--)
-        if (text[end - 1] == ' ' || text[end - 1] == '\n')
-            return end;
-    for (end = usual; end < size && text[end] != ' ' && text[end] != '\n'; end++)
-        ;
-    return end;
-}
-
-/* Normalizes text in the encoder's memory, and encodes it from there. */
-static tfm_status tfm__encode_normalized(tfm__encoder *encoder, const unsigned char *text, size_t size) {
-    const tfm__tokenizer *tokenizer = encoder->tokenizer;
-    tfm_status status = TFM_OK;
-    while (size > 0 && status == TFM_OK) {
-        size_t usual = encoder->n_words * sizeof *encoder->memory / TFM__GROWTH;
-        size_t piece = tfm__normalized_piece(tokenizer, text, size, usual), n;
-        if (piece > SIZE_MAX / TFM__GROWTH - 64)
-            return tfm__fail(encoder->error, TFM_ERROR_ARGUMENT, "tokenizer: a text of %zu bytes is too long", size);
-        status = tfm__encoder_reserve(encoder, piece * TFM__GROWTH / sizeof *encoder->memory + 1);
-        if (status != TFM_OK)
-            return status;
-        n = tfm__kind_normalize(tokenizer, text, piece, (unsigned char *)encoder->memory);
-        if (n > 0)
-            status = tfm__encode_text(encoder, 1, (const unsigned char *)encoder->memory, n);
-        text += piece;
-        size -= piece;
-    }
-    return status;
-}
-
-/* What comes after looking for the added tokens of trie `root`: normalization after the first, words after the second. */
-static tfm_status tfm__encode_rest(tfm__encoder *encoder, unsigned root, const unsigned char *text, size_t size) {
-    if (root == 1)
-        return tfm__kind_encode(encoder, text, size);
-    return tfm__kind_normalizes(encoder->tokenizer) ? tfm__encode_normalized(encoder, text, size)
-                                                    : tfm__encode_text(encoder, 1, text, size);
-}
-
 /* Begins a call: the tokenizer, flags, ids, types, capacity and error of the encoder are set, all else is 0. `stack` is
    the caller's, TFM__MERGE_STACK words; the scratch memory (may be NULL) is used instead if it is larger (it is aligned
    as a uint32_t is; tfm__kind_scratch says how much is enough), and if both are too small, memory from the allocator. */
@@ -5919,12 +6859,14 @@ static tfm_status tfm__encode(tfm__encoder *encoder, const char *a, size_t a_siz
     const tfm__tokenizer *tokenizer = encoder->tokenizer;
     const tfm__tokenizer_source *source = &tokenizer->source;
     tfm_status status = TFM_OK;
+    encoder->text = (const unsigned char *)a;
     tfm__encode_ids(encoder, source->prefix_ids, source->n_prefix);
     if (a_size > 0)
         status = tfm__encode_text(encoder, 0, (const unsigned char *)a, a_size);
     if (b) {
         tfm__encode_ids(encoder, source->pair_ids, source->n_pair);
         encoder->type = source->pair_type;
+        encoder->text = (const unsigned char *)b;
         if (b_size > 0 && status == TFM_OK)
             status = tfm__encode_text(encoder, 0, (const unsigned char *)b, b_size);
     }
@@ -5933,6 +6875,30 @@ static tfm_status tfm__encode(tfm__encoder *encoder, const char *a, size_t a_siz
         tokenizer->allocator.release(tokenizer->allocator.user, encoder->own);
     *n_ids = encoder->n_ids;
     return status;
+}
+
+/* The text of ids; like snprintf, *size is its size, of which at most `capacity` bytes are written. */
+static tfm_status tfm__tokenizer_decode(const tfm__tokenizer *tokenizer, const int32_t *ids, size_t n_ids, char *text,
+                                        size_t capacity, size_t *size, tfm_error *error) {
+    unsigned char memory[TFM__MAX_PIECE_TEXT];
+    int dropped = 0;
+    size_t i;
+    *size = 0;
+    for (i = 0; i < n_ids; i++) {
+        size_t n;
+        const unsigned char *bytes = tfm__token_text(tokenizer, ids[i], &n);
+        if (!bytes)
+            return tfm__fail(error, TFM_ERROR_ARGUMENT, "%ld is not the id of a token", (long)ids[i]);
+        if (tokenizer->source.kind == TFM__WORDPIECE) {
+            n = tfm__wordpiece_decode(tokenizer, ids[i], i == 0, memory);
+            bytes = memory;
+        } else if (tokenizer->source.types)
+            bytes = tfm__spm_shown(tokenizer, ids[i], i, *size, &dropped, &n);
+        if (*size < capacity)
+            memcpy(text + *size, bytes, TFM__MIN(n, capacity - *size));
+        *size += n;
+    }
+    return TFM_OK;
 }
 
 /* Checks the tables of a model file and builds a tokenizer on them. On an error there is nothing to free. */
@@ -6336,8 +7302,52 @@ static void tfm__read_wordpiece(tfm__reader *reader, tfm__tokenizer_source *sour
         tfm__reader_fail(reader, "tokenizer.unk_id", "the token of what has no other");
 }
 
+static void tfm__read_spm_rules(tfm__reader *reader, tfm__spm_rules *rules) {
+    static const char *const libraries[] = {"sentencepiece", "tokenizers", NULL};
+    rules->tokenizers = tfm__read_word(reader, "tokenizer.rules", libraries, 0);
+    rules->byte_fallback = tfm__read_flag(reader, "tokenizer.byte_fallback", 0);
+    rules->add_dummy_prefix = (int)tfm__read_size(reader, "tokenizer.add_dummy_prefix", 0, 2, 0);
+    rules->remove_extra_whitespaces = tfm__read_flag(reader, "tokenizer.remove_extra_whitespaces", 0);
+    rules->escape_whitespaces = tfm__read_flag(reader, "tokenizer.escape_whitespaces", 0);
+    rules->strip = (int)tfm__read_size(reader, "tokenizer.strip", 0, 3, 0);
+    rules->squeeze_spaces = (int)tfm__read_size(reader, "tokenizer.squeeze_spaces", 0, 2, 0);
+    rules->prepend = tfm__read_flag(reader, "tokenizer.prepend", 0);
+    rules->replace_spaces = tfm__read_flag(reader, "tokenizer.replace_spaces", 0);
+    rules->split_whitespace = tfm__read_flag(reader, "tokenizer.split_whitespace", 0);
+    rules->metaspace = (tfm__metaspace)tfm__read_size(reader, "tokenizer.metaspace", 0, TFM__METASPACE_ALWAYS, 0);
+    rules->split_words = tfm__read_flag(reader, "tokenizer.split_words", 0);
+    rules->decode_lead = (tfm__decode_lead)tfm__read_size(reader, "tokenizer.decode_lead", 0, TFM__LEAD_TOKEN, 0);
+    if (!rules->tokenizers) /* what is of the other library's rules only */
+        rules->metaspace = TFM__METASPACE_NONE;
+}
+
+static void tfm__read_spm(tfm__reader *reader, tfm__tokenizer_source *source) {
+    const tfm_meta *scores = tfm_file_find_meta(reader->file, "tokenizer.scores");
+    const tfm_meta *charsmap = tfm__read_meta(reader, "tokenizer.charsmap", TFM_META_BYTES, 0, "bytes");
+    size_t n;
+    source->types = tfm__read_ids(reader, "tokenizer.types", &n);
+    if (!source->types || n != source->n_tokens)
+        tfm__reader_fail(reader, "tokenizer.types", "one number for each token");
+    if (scores && scores->type == TFM_META_F32)
+        source->scores = (const float *)scores->values;
+    else if (scores && scores->type == TFM_META_F64 && source->kind == TFM__UNIGRAM)
+        source->double_scores = (const double *)scores->values;
+    source->merges = source->kind == TFM__SPM_BPE ? tfm__read_ids(reader, "tokenizer.merges", &n) : NULL;
+    source->n_merges = source->merges ? n / 3 : 0;
+    if (source->merges && n % 3)
+        tfm__reader_fail(reader, "tokenizer.merges", "three numbers for each merge");
+    if (scores ? (!source->scores && !source->double_scores) || scores->count != source->n_tokens : !source->n_merges)
+        tfm__reader_fail(reader, "tokenizer.scores", "one number for each token");
+    source->sorted = tfm__read_ids(reader, "tokenizer.sorted", &source->n_sorted);
+    source->charsmap = charsmap ? (const unsigned char *)charsmap->values : NULL;
+    source->charsmap_size = charsmap ? charsmap->count : 0;
+    source->fuse_unk = tfm__read_flag(reader, "tokenizer.fuse_unk", 0);
+    tfm__read_spm_rules(reader, &source->rules);
+}
+
 static void tfm__read_tokenizer(tfm__reader *reader, tfm_model *model) {
-    static const char *const kinds[] = {"byte_bpe", "wordpiece", NULL}; /* as in tfm__tokenizer_kind */
+    static const char *const kinds[] = {"byte_bpe", "wordpiece", "unigram", "spm_bpe",
+                                        NULL}; /* as in tfm__tokenizer_kind */
     tfm__tokenizer_source source;
     tfm_error why;
     model->end_ids = tfm__read_ids(reader, "generation.eos_ids", &model->n_end_ids);
@@ -6352,6 +7362,8 @@ static void tfm__read_tokenizer(tfm__reader *reader, tfm_model *model) {
     switch (source.kind) {
     case TFM__BYTE_BPE: tfm__read_byte_bpe(reader, &source); break;
     case TFM__WORDPIECE: tfm__read_wordpiece(reader, &source); break;
+    case TFM__UNIGRAM:
+    case TFM__SPM_BPE: tfm__read_spm(reader, &source); break;
     }
     if (reader->status == TFM_OK && source.n_tokens > model->description.vocab_size)
         tfm__reader_fail(reader, "tokenizer.token_sizes", "no more tokens than vocab_size");
@@ -6524,28 +7536,17 @@ TFM_API tfm_status tfm_tokenize_pair(const tfm_model *model, const char *a, size
     return tfm__encode(&encoder, a, a_size, b, b_size, n_ids);
 }
 
-TFM_API tfm_status tfm_decode(const tfm_model *model, const int32_t *ids, size_t n_ids, char *text, size_t capacity,
-                              size_t *size, tfm_error *error) {
-    unsigned char memory[TFM__MAX_PIECE_TEXT];
-    size_t piece_size, i;
+TFM_API const char *tfm_token_text(const tfm_model *model, int32_t id, size_t *size) {
+    *size = 0;
+    return model->has_tokenizer ? (const char *)tfm__token_text(&model->tokenizer, id, size) : NULL;
+}
+
+TFM_API tfm_status tfm_detokenize(const tfm_model *model, const int32_t *ids, size_t n_ids, char *text, size_t capacity,
+                                  size_t *size, tfm_error *error) {
     *size = 0;
     if (!model->has_tokenizer)
         return tfm__fail_no_tokenizer(model, error);
-    for (i = 0; i < n_ids; i++) {
-        const unsigned char *piece;
-        if (!tfm__token_bytes(&model->tokenizer, ids[i], &piece_size))
-            return tfm__fail(error, TFM_ERROR_ARGUMENT, "%ld is not the id of a token", (long)ids[i]);
-        piece = tfm__kind_decode(&model->tokenizer, ids[i], i == 0, memory, &piece_size);
-        if (text && *size < capacity && piece_size > 0)
-            memcpy(text + *size, piece, TFM__MIN(piece_size, capacity - *size));
-        *size += piece_size;
-    }
-    return TFM_OK;
-}
-
-TFM_API const char *tfm_token_text(const tfm_model *model, int32_t id, size_t *size) {
-    *size = 0;
-    return model->has_tokenizer ? (const char *)tfm__token_bytes(&model->tokenizer, id, size) : NULL;
+    return tfm__tokenizer_decode(&model->tokenizer, ids, n_ids, text, capacity, size, error);
 }
 
 TFM_API int32_t tfm_token_id(const tfm_model *model, const char *text, size_t size) {
@@ -6571,7 +7572,7 @@ TFM_API int32_t tfm_mask_token(const tfm_model *model) {
 static size_t tfm__longest_token(const tfm_model *model) {
     size_t longest = 0, size, i;
     for (i = 0; model->has_tokenizer && i < model->description.vocab_size; i++) {
-        tfm__token_bytes(&model->tokenizer, (int32_t)i, &size);
+        tfm__token_text(&model->tokenizer, (int32_t)i, &size);
         longest = TFM__MAX(longest, size);
     }
     return longest;

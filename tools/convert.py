@@ -29,6 +29,7 @@ Exit status: 0 converted, 1 the input can't be converted (one sentence on stderr
 
 import argparse
 import array
+import base64
 import contextlib
 import dataclasses
 import itertools
@@ -1288,8 +1289,7 @@ def check_entry(entry):
 
 ADDED_FLAGS = {"special": 1, "lstrip": 2, "rstrip": 4, "single_word": 8, "normalized": 16}
 # Files of tokenizers that are not supported yet: better named than passed over in silence.
-OTHER_TOKENIZERS = ("spiece.model", "tokenizer.model", "sentencepiece.bpe.model", "vocab.txt", "tiktoken.model",
-                    "tekken.json")
+OTHER_TOKENIZERS = ("vocab.txt", "tiktoken.model", "tekken.json")
 
 
 @dataclasses.dataclass
@@ -1341,7 +1341,10 @@ class Bpe:
 
 def read_tokenizer(source, family, vocab_size):
     """The tokenizer of a checkpoint, or None."""
-    if source.has("tokenizer.json"):
+    pieces = read_sentencepiece(source)
+    if pieces is not None:
+        bpe = pieces
+    elif source.has("tokenizer.json"):
         bpe = read_tokenizer_json(source)
         read_special_tokens(source, bpe, family, vocab_size)
     elif source.has("vocab.json") and source.has("merges.txt"):
@@ -1404,14 +1407,14 @@ def read_tokenizer_json(source):
 
 
 def check_bpe_options(model, bpe):
-    """Refuses what would give other ids than plain byte-level BPE."""
+    """Refuses what would give other ids than plain BPE."""
     if model.number("dropout", 0):
         raise ConvertError("%s: 'dropout' is not supported: its result is random" % model.where)
     for key in ("continuing_subword_prefix", "end_of_word_suffix"):
         if model.text(key, ""):
             raise ConvertError("%s: %r is not supported yet" % (model.where, key))
     lacks_bytes = any(character not in bpe.vocab for character in byte_alphabet())
-    if model.flag("byte_fallback", False) and lacks_bytes:
+    if model.flag("byte_fallback", False) and lacks_bytes and not isinstance(bpe, SentencePiece):
         raise ConvertError("%s: 'byte_fallback' is not supported for a vocabulary that lacks bytes" % model.where)
 
 
@@ -1503,6 +1506,443 @@ def read_affixes(source, bpe):
         bpe.prefix_ids = [bpe.named["bos_token"]]
     if config.flag("add_eos_token", False) and "eos_token" in bpe.named:
         bpe.suffix_ids = [bpe.named["eos_token"]]
+
+
+# --- SentencePiece: tokenizer.json, or a model file of its own ---
+
+SENTENCEPIECE_FILES = ("spiece.model", "tokenizer.model", "sentencepiece.bpe.model")
+SPACE_PIECE = "\u2581"
+# Types of pieces, as the model file has them; NONE is for tokens that aren't pieces of the model.
+NONE, NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(7)
+METASPACE = ("", "never", "first", "always")
+LEAD_KEPT, LEAD_DROPPED, LEADS_DROPPED, LEAD_TOKEN = range(4)  # what decoding drops at the beginning of a text
+
+
+@dataclasses.dataclass
+class SentencePiece(Bpe):
+    """A SentencePiece tokenizer. `vocab` has every piece but those that `types` calls NONE."""
+    kind: str = "unigram"
+    library: str = "sentencepiece"  # whose rules it follows
+    scores: List[float] = dataclasses.field(default_factory=list)  # by id
+    types: List[int] = dataclasses.field(default_factory=list)
+    rules: Dict[str, int] = dataclasses.field(default_factory=dict)  # what the metadata of these names say
+    charsmap: bytes = b""
+    unk_id: int = 0
+
+
+def read_sentencepiece(source):
+    """The SentencePiece tokenizer of a checkpoint, or None if it has none."""
+    models = [name for name in SENTENCEPIECE_FILES if source.has(name)]
+    pieces = None
+    if source.has("tokenizer.json"):
+        root = source.json(source.beside("tokenizer.json"))
+        if not is_sentencepiece_json(root):
+            return None
+        try:
+            pieces = read_sentencepiece_json(root)
+        except ConvertError as error:
+            if not models:
+                raise
+            source.notes.append("took the tokenizer from %s, as tokenizer.json can't be converted (%s)"
+                                % (models[0], error))
+    if pieces is None and models:
+        pieces = read_sentencepiece_model(source, models[0])
+    if pieces is not None:
+        name_special_tokens(source, pieces)
+    return pieces
+
+
+# What the protocol buffers of a model file may have, by number: name, wire type, default.
+VARINT, FIXED64, BYTES, FIXED32 = 0, 1, 2, 5
+MODEL_FIELDS = {1: ("pieces", BYTES), 2: ("trainer", BYTES), 3: ("normalizer", BYTES)}
+PIECE_FIELDS = {1: ("piece", BYTES), 2: ("score", FIXED32), 3: ("type", VARINT)}
+TRAINER_FIELDS = {3: ("model_type", VARINT), 24: ("treat_whitespace_as_suffix", VARINT), 35: ("byte_fallback", VARINT),
+                  41: ("bos_id", VARINT), 42: ("eos_id", VARINT), 43: ("pad_id", VARINT)}
+NORMALIZER_FIELDS = {2: ("precompiled_charsmap", BYTES), 3: ("add_dummy_prefix", VARINT),
+                     4: ("remove_extra_whitespaces", VARINT), 5: ("escape_whitespaces", VARINT)}
+
+
+def read_varint(data, at, end, where):
+    value = shift = 0
+    while True:
+        if at >= end or shift > 63:
+            raise ConvertError("%s: is damaged: the number before byte %d doesn't end" % (where, at))
+        value |= (data[at] & 0x7F) << shift
+        shift += 7
+        at += 1
+        if data[at - 1] < 0x80:
+            return value & (1 << 64) - 1, at
+
+
+def parse_message(data, start, end, fields, where):
+    """(name, value) of each known field in a protocol buffer; bytes are (start, end)."""
+    at = start
+    while at < end:
+        key, at = read_varint(data, at, end, where)
+        number, wire = key >> 3, key & 7
+        if wire == VARINT:
+            value, at = read_varint(data, at, end, where)
+        elif wire in (BYTES, FIXED32, FIXED64):
+            size = 4 if wire == FIXED32 else 8
+            if wire == BYTES:
+                size, at = read_varint(data, at, end, where)
+            if size > end - at:
+                raise ConvertError("%s: is damaged: %d bytes are announced at byte %d, where there are %d"
+                                   % (where, size, at, end - at))
+            value, at = (at, at + size), at + size
+        else:
+            raise ConvertError("%s: is no SentencePiece model: byte %d begins no known field" % (where, at))
+        name, expected = fields.get(number, ("", wire))
+        if wire != expected:
+            raise ConvertError("%s: is no SentencePiece model: the field %r has the wire type %d, not %d"
+                               % (where, name, wire, expected))
+        if name:
+            yield name, struct.unpack("<f", data[value[0]:at])[0] if wire == FIXED32 else value
+
+
+def parse_pieces(data, spans, where):
+    """(text, score, type) of every piece."""
+    pieces = []
+    for start, end in spans:
+        piece = {"type": NORMAL, "score": 0.0, "piece": (start, start)}
+        piece.update(parse_message(data, start, end, PIECE_FIELDS, where))
+        try:
+            text = data[slice(*piece["piece"])].decode("utf-8")
+        except UnicodeDecodeError:
+            raise ConvertError("%s: piece %d is not UTF-8 text" % (where, len(pieces)))
+        if not text or not NORMAL <= piece["type"] <= BYTE or not math.isfinite(piece["score"]):
+            raise ConvertError("%s: piece %d (%s, score %s, type %d) is not one of a SentencePiece model"
+                               % (where, len(pieces), quote(text), piece["score"], piece["type"]))
+        pieces.append((text, piece["score"], piece["type"]))
+    return pieces
+
+
+def read_sentencepiece_model(source, name):
+    path = source.beside(name)
+    file = source.open(path)
+    data = file.read(0, file.size)
+    found: Dict[str, List[Any]] = {"pieces": [], "trainer": [], "normalizer": []}
+    for key, value in parse_message(data, 0, len(data), MODEL_FIELDS, path):
+        found[key].append(value)
+    trainer = {"model_type": 1, "byte_fallback": 0, "treat_whitespace_as_suffix": 0, "bos_id": 1, "eos_id": 2}
+    normalizer = {"precompiled_charsmap": (0, 0), "add_dummy_prefix": 1, "remove_extra_whitespaces": 1,
+                  "escape_whitespaces": 1}
+    for start, end in found["trainer"]:
+        trainer.update(parse_message(data, start, end, TRAINER_FIELDS, path))
+    for start, end in found["normalizer"]:
+        normalizer.update(parse_message(data, start, end, NORMALIZER_FIELDS, path))
+    if trainer["model_type"] not in (1, 2):
+        raise ConvertError("%s: the model is of the type %d; only unigram (1) and BPE (2) are supported"
+                           % (path, trainer["model_type"]))
+    parsed = parse_pieces(data, found["pieces"], path)
+    check_pieces(parsed, trainer["byte_fallback"], path)
+    pieces = SentencePiece(path, {text: i for i, (text, _, _) in enumerate(parsed)}, [])
+    pieces.kind = "unigram" if trainer["model_type"] == 1 else "spm_bpe"
+    pieces.scores = [score for _, score, _ in parsed]
+    pieces.types = [kind for _, _, kind in parsed]
+    pieces.unk_id = pieces.types.index(UNKNOWN)
+    pieces.charsmap = data[slice(*normalizer["precompiled_charsmap"])]
+    dummy, extra = bool(normalizer["add_dummy_prefix"]), bool(normalizer["remove_extra_whitespaces"])
+    pieces.rules = {"byte_fallback": bool(trainer["byte_fallback"]),
+                    "add_dummy_prefix": dummy * (2 if trainer["treat_whitespace_as_suffix"] else 1),
+                    "remove_extra_whitespaces": extra, "escape_whitespaces": bool(normalizer["escape_whitespaces"]),
+                    "decode_lead": LEADS_DROPPED if extra else LEAD_DROPPED if dummy else LEAD_KEPT}
+    dress_pieces(source, pieces, trainer, name)
+    return pieces
+
+
+def check_pieces(parsed, byte_fallback, path):
+    """What SentencePiece demands of a vocabulary, too."""
+    texts = [text for text, _, _ in parsed]
+    if len(set(texts)) != len(texts):
+        twice = next(text for i, text in enumerate(texts) if text in texts[:i])
+        raise ConvertError("%s: the piece %s is there twice" % (path, quote(twice)))
+    kinds = [kind for _, _, kind in parsed]
+    if kinds.count(UNKNOWN) != 1:
+        raise ConvertError("%s: has %d pieces for what is unknown, not one" % (path, kinds.count(UNKNOWN)))
+    for text, _, kind in parsed:
+        if kind in (UNKNOWN, CONTROL) and len(text) == 1:
+            raise ConvertError("%s: the control piece %s is a single character, which is not supported"
+                               % (path, quote(text)))
+    check_byte_pieces([text for text, _, kind in parsed if kind == BYTE], byte_fallback, path)
+
+
+def byte_piece(byte):
+    return "<0x%02X>" % byte
+
+
+def check_byte_pieces(found, byte_fallback, path):
+    missing = sorted({byte_piece(byte) for byte in range(256)} - set(found))
+    others = sorted(set(found) - {byte_piece(byte) for byte in range(256)})
+    if others or byte_fallback and missing:
+        raise ConvertError("%s: the pieces for bytes are not <0x00> to <0xFF>: %s"
+                           % (path, "there is no " + missing[0] if missing else "there is " + quote(others[0])))
+
+
+def dress_pieces(source, pieces, trainer, name):
+    """What transformers' class for the tokenizer adds to the model file: ids, tokens, and what stands around a text."""
+    kind = source.optional_json("tokenizer_config.json").text("tokenizer_class", "")
+    kind = kind[:-4] if kind.endswith("Fast") else kind
+    model_type = source.optional_json("config.json").text("model_type", "")
+    if not kind:
+        kind = {"spiece.model": "T5Tokenizer", "sentencepiece.bpe.model": "XLMRobertaTokenizer"}.get(
+            name, "GemmaTokenizer" if model_type.startswith("gemma") else "LlamaTokenizer")
+    controls = [text for text in pieces.vocab if pieces.types[pieces.vocab[text]] in (UNKNOWN, CONTROL)]
+    by_id = {number: text for text, number in pieces.vocab.items()}
+    roles = {"bos_token": by_id.get(trainer["bos_id"]), "eos_token": by_id.get(trainer["eos_id"]),
+             "unk_token": by_id[pieces.unk_id]}
+    roles = {role: text for role, text in roles.items() if text in controls}
+    if kind in ("T5Tokenizer", "MT5Tokenizer"):
+        roles.pop("bos_token", None)
+    elif kind == "XLMRobertaTokenizer":
+        shift_ids(pieces)
+        controls += ["<pad>", "<mask>"]
+        roles.update(pad_token="<pad>", mask_token="<mask>")
+    elif kind not in ("LlamaTokenizer", "GemmaTokenizer", "CodeLlamaTokenizer"):
+        raise ConvertError("%s: the tokenizer is a %s, which is not supported; a tokenizer.json may be"
+                           % (pieces.where, quote(kind)))
+    flags = {"<mask>": ADDED_FLAGS["special"] | ADDED_FLAGS["lstrip"]}
+    for text in controls:
+        pieces.add(text, flags.get(text, ADDED_FLAGS["special"]))
+    pieces.named = {role: pieces.id_of(text) for role, text in roles.items()}
+    add_listed_tokens(source, pieces, kind)
+    around_text(source, pieces, kind)
+
+
+def shift_ids(pieces):
+    """The ids of XLM-R, which fairseq gave it: those of the model file, one higher, but for the first ones."""
+    first = ["<s>", "<pad>", "</s>", "<unk>"]
+    by_id = sorted(pieces.vocab, key=lambda text: pieces.vocab[text])
+    if by_id[:3] != ["<unk>", "<s>", "</s>"]:
+        raise ConvertError("%s: the first pieces of XLM-R should be <unk>, <s> and </s>, not %s"
+                           % (pieces.where, listing(by_id[:3])))
+    if "<pad>" in pieces.vocab or "<mask>" in pieces.vocab:
+        raise ConvertError("%s: XLM-R's own <pad> and <mask> are pieces of the model" % pieces.where)
+    pieces.types = [CONTROL, NONE, CONTROL, UNKNOWN] + pieces.types[3:] + [NONE]
+    pieces.scores = [0.0] * 4 + pieces.scores[3:] + [0.0]
+    pieces.vocab = {text: i for i, text in enumerate(first + by_id[3:] + ["<mask>"])}
+    pieces.unk_id = 3
+
+
+def add_listed_tokens(source, pieces, kind):
+    """The tokens that the files beside the model have, and T5's <extra_id_N>."""
+    config = source.optional_json("tokenizer_config.json")
+    if kind in ("T5Tokenizer", "MT5Tokenizer"):
+        n = config.integer("extra_ids", 100)
+        if not 0 <= n <= 100000:
+            raise ConvertError("%s: 'extra_ids' should be from 0 to 100000, not %d" % (config.where, n))
+        first = len(pieces.types)
+        for i in range(n):
+            pieces.add("<extra_id_%d>" % i, ADDED_FLAGS["special"], pieces.id_of("<extra_id_%d>" % i) or first + n - 1 - i)
+    decoder = config.object("added_tokens_decoder", None)
+    if decoder is not None:
+        for key in decoder.values:
+            fields = decoder.object(key)
+            pieces.add(fields.text("content"), added_flags(fields), parse_id(key, decoder.where))
+    else:
+        added = source.optional_json("added_tokens.json")
+        for text in added.values:
+            flags = pieces.added[text][1] if text in pieces.added else ADDED_FLAGS["normalized"]
+            pieces.add(text, flags, added.integer(text))
+
+
+def around_text(source, pieces, kind):
+    """What the tokenizer's class puts around a text."""
+    config = source.optional_json("tokenizer_config.json")
+    bos, eos = pieces.named.get("bos_token"), pieces.named.get("eos_token")
+    with_bos = kind != "T5Tokenizer" and kind != "MT5Tokenizer"
+    with_eos = not kind.startswith(("Llama", "Gemma", "CodeLlama"))
+    if kind.startswith(("Llama", "Gemma", "CodeLlama")):
+        with_bos = config.flag("add_bos_token", True)
+        with_eos = config.flag("add_eos_token", False)
+    pieces.prefix_ids = [bos] if with_bos and bos is not None else []
+    pieces.suffix_ids = [eos] if with_eos and eos is not None else []
+
+
+def name_special_tokens(source, pieces):
+    """The roles that tokenizer_config.json and special_tokens_map.json give to tokens, and the tokens that they add."""
+    config = source.optional_json("tokenizer_config.json")
+    names = dict(source.optional_json("special_tokens_map.json").values)
+    names.update(config.values)
+    for key, text, flags in special_tokens(Fields(names, source.beside("tokenizer_config.json"))):
+        if pieces.id_of(text) is None or text in pieces.added:
+            if text in pieces.added:
+                pieces.added[text][1] |= ADDED_FLAGS["special"]
+            else:
+                pieces.add(text, flags)
+        else:
+            pieces.add(text, flags, pieces.id_of(text))
+        if key:
+            pieces.named[key] = pieces.id_of(text)
+
+
+# --- SentencePiece as tokenizer.json has it ---
+
+def is_sentencepiece_json(root):
+    model = root.object("model")
+    if model.text("type", "BPE") == "Unigram":
+        return True
+    steps = json_steps(root, "pre_tokenizer", "pretokenizers") + json_steps(root, "decoder", "decoders")
+    return model.text("type", "BPE") == "BPE" and not any(step.text("type") == "ByteLevel" for step in steps) and (
+        model.flag("byte_fallback", False) or any(step.text("type") == "Metaspace" for step in steps))
+
+
+def json_steps(root, key, steps_key):
+    """The steps of a part of tokenizer.json, those within sequences among them."""
+    step = root.object(key, None)
+    steps = [] if step is None else [step]
+    while any(step.text("type") == "Sequence" for step in steps):
+        inner = []
+        for step in steps:
+            items = step.list(steps_key) if step.text("type") == "Sequence" else [step.values]
+            inner += [Fields(item if isinstance(item, dict) else {}, step.where) for item in items]
+        steps = inner
+    return steps
+
+
+def pattern_of(step):
+    """A step's pattern, as ("String" or "Regex", text)."""
+    pattern = step.object("pattern")
+    return next(((kind, pattern.text(kind)) for kind in ("String", "Regex") if kind in pattern.values), ("", ""))
+
+
+def read_sentencepiece_json(root):
+    path = root.where
+    model = root.object("model")
+    is_unigram = model.text("type", "BPE") == "Unigram"
+    pieces = SentencePiece(path, {}, [], kind="unigram" if is_unigram else "spm_bpe", library="tokenizers")
+    if is_unigram:
+        parse_unigram(model, pieces)
+    else:
+        parse_sentencepiece_bpe(model, pieces)
+    parse_normalizer(root, pieces)
+    parse_pre_tokenizer(root, pieces)
+    parse_decoder(root, pieces)
+    for token in root.list("added_tokens", []):
+        fields = Fields(token if isinstance(token, dict) else {}, path + ": 'added_tokens'")
+        text, flags = fields.text("content"), added_flags(fields)
+        if flags & ADDED_FLAGS["normalized"] and (pieces.rules.get("prepend") or not text.isascii() or " " in text):
+            raise ConvertError("%s: the added token %s is 'normalized', which is not supported with this normalizer"
+                               % (path, quote(text)))
+        pieces.add(text, flags, fields.integer("id"))
+    pieces.prefix_ids, pieces.suffix_ids = template_ids(only_template(root))
+    return pieces
+
+
+def parse_unigram(model, pieces):
+    pieces.unk_id = model.integer("unk_id")
+    for i, item in enumerate(model.list("vocab")):
+        if not (isinstance(item, list) and len(item) == 2 and isinstance(item[0], str) and item[0]
+                and type(item[1]) in (int, float) and math.isfinite(item[1])):
+            raise ConvertError("%s: piece %d should be a text and its score, not %s" % (model.where, i, quote(item)))
+        pieces.vocab[item[0]] = i  # of those that are there twice, the last counts
+        pieces.scores.append(float(item[1]))
+    if not 0 <= pieces.unk_id < len(pieces.scores):
+        raise ConvertError("%s: 'unk_id' is %d, which no piece has" % (model.where, pieces.unk_id))
+    use_byte_fallback(model, pieces)
+
+
+def parse_sentencepiece_bpe(model, pieces):
+    check_bpe_options(model, pieces)
+    if model.flag("ignore_merges", False):
+        raise ConvertError("%s: 'ignore_merges' is not supported without ByteLevel" % model.where)
+    pieces.vocab = dict(parse_vocab(model.object("vocab")))
+    pieces.merges = [parse_merge(merge, "%s: merge %d" % (model.where, i))
+                     for i, merge in enumerate(model.list("merges"))]
+    unknown = model.text("unk_token")
+    if unknown not in pieces.vocab or not pieces.merges:
+        raise ConvertError("%s: there is no unknown token %s in the vocabulary, or there are no merges"
+                           % (model.where, quote(unknown)))
+    pieces.unk_id = pieces.vocab[unknown]
+    pieces.fuse_unk = model.flag("fuse_unk", False)
+    use_byte_fallback(model, pieces)
+
+
+def use_byte_fallback(model, pieces):
+    """Types for all, and byte fallback, which tokenizers falls back on only with all the pieces for bytes."""
+    found = [text for text in map(byte_piece, range(256)) if text in pieces.vocab]
+    fallback = model.flag("byte_fallback", False)
+    if fallback and len(found) not in (0, 256):
+        check_byte_pieces(found, True, model.where)
+    pieces.rules["byte_fallback"] = fallback and len(found) == 256
+    pieces.types = [NONE] * (1 + max(pieces.vocab.values()))
+    for number in pieces.vocab.values():
+        pieces.types[number] = NORMAL
+    for text in found:
+        if pieces.rules["byte_fallback"]:
+            pieces.types[pieces.vocab[text]] = BYTE
+    pieces.types[pieces.unk_id] = UNKNOWN
+
+
+def parse_normalizer(root, pieces):
+    """The steps that SentencePiece's models have, in the order in which they have them."""
+    order = ["Precompiled", "Strip", "squeeze", "Prepend", "spaces"]
+    done = -1
+    for step in json_steps(root, "normalizer", "normalizers"):
+        kind = step.text("type")
+        if kind == "Replace":
+            what = (*pattern_of(step), step.text("content"))
+            if what == ("String", " ", SPACE_PIECE):
+                kind = "spaces"
+            elif what[:2] == ("Regex", " {2,}") and what[2] in (" ", SPACE_PIECE):
+                kind = "squeeze"
+        if kind not in order or order.index(kind) <= done:
+            raise ConvertError("%s: the normalizer %s is not supported %s"
+                               % (root.where, quote(kind), "there" if kind in order else "for SentencePiece's models"))
+        done = order.index(kind)
+        if kind == "Precompiled":
+            pieces.charsmap = decode_base64(step, "precompiled_charsmap")
+        elif kind == "Strip":
+            pieces.rules["strip"] = step.flag("strip_left") + 2 * step.flag("strip_right")
+        elif kind == "squeeze":
+            pieces.rules["squeeze_spaces"] = 1 if step.text("content") == " " else 2
+        elif kind == "spaces":
+            pieces.rules["replace_spaces"] = 1
+        elif step.text("prepend") != SPACE_PIECE or "strip" in pieces.rules:
+            raise ConvertError("%s: the normalizer 'Prepend' should put %s in front, and not after 'Strip'"
+                               % (root.where, quote(SPACE_PIECE)))
+        else:
+            pieces.rules["prepend"] = 1
+
+
+def decode_base64(step, key):
+    try:
+        return base64.b64decode(step.text(key, ""), validate=True)
+    except ValueError:
+        raise ConvertError("%s: %r is not base64" % (step.where, key))
+
+
+def parse_pre_tokenizer(root, pieces):
+    steps = json_steps(root, "pre_tokenizer", "pretokenizers")
+    kinds = [step.text("type") for step in steps]
+    if kinds == ["Split"] and pieces.rules.get("replace_spaces") and pattern_of(steps[0]) == ("String", " "):
+        kinds = []  # there is no space left where it could split
+    if kinds not in ([], ["Metaspace"], ["WhitespaceSplit", "Metaspace"]):
+        raise ConvertError("%s: the pre-tokenizer %s is not supported for SentencePiece's models"
+                           % (root.where, listing(kinds)))
+    if not kinds:
+        return
+    step = steps[-1]
+    scheme = step.text("prepend_scheme", "always" if step.flag("add_prefix_space", True) else "never")
+    if step.text("replacement") != SPACE_PIECE or scheme not in METASPACE[1:]:
+        raise ConvertError("%s: the pre-tokenizer 'Metaspace' with %s and %s is not supported"
+                           % (root.where, quote(step.text("replacement")), quote(scheme)))
+    pieces.rules["metaspace"] = METASPACE.index(scheme)
+    pieces.rules["split_words"] = step.flag("split", True)
+    pieces.rules["split_whitespace"] = len(kinds) == 2
+
+
+def parse_decoder(root, pieces):
+    steps = json_steps(root, "decoder", "decoders")
+    kinds = [step.text("type") for step in steps]
+    if kinds == ["Metaspace"]:
+        scheme = steps[0].text("prepend_scheme", "always" if steps[0].flag("add_prefix_space", True) else "never")
+        pieces.rules["decode_lead"] = LEAD_KEPT if scheme == "never" else LEAD_TOKEN
+    elif kinds and kinds[0] == "Replace" and set(kinds) <= {"Replace", "ByteFallback", "Fuse", "Strip"}:
+        pieces.rules["decode_lead"] = LEAD_DROPPED if "Strip" in kinds else LEAD_KEPT
+    else:
+        raise ConvertError("%s: the decoder %s is not supported for SentencePiece's models"
+                           % (root.where, listing(kinds) or "null"))
 
 
 # --- special tokens: tokenizer_config.json, special_tokens_map.json, added_tokens.json ---
@@ -1597,7 +2037,7 @@ def padded(data, alignment=8):
 
 class Metadata:
     """Typed values by key, in the order in which they are put."""
-    I64, F64, TEXT, BYTES, I32 = 1, 2, 3, 4, 5
+    I64, F64, TEXT, BYTES, I32, F32 = 1, 2, 3, 4, 5, 6
 
     def __init__(self):
         self.entries = []
@@ -1620,6 +2060,9 @@ class Metadata:
     def i32(self, key, values):
         self.put(key, self.I32, struct.pack("<%di" % len(values), *values))
 
+    def f32(self, key, values):
+        self.put(key, self.F32, struct.pack("<%df" % len(values), *values))
+
     def pack(self):
         return b"".join(self.entries)
 
@@ -1640,7 +2083,49 @@ def put_model(metadata, model):
                 metadata.f64(key, value if isinstance(value, list) else [value])
 
 
+def put_sentencepiece(metadata, pieces):
+    tokens = token_bytes(pieces, {})
+    types = pieces.types + [NONE] * (len(tokens) - len(pieces.types))
+    metadata.text("tokenizer.kind", pieces.kind)
+    metadata.text("tokenizer.rules", pieces.library)
+    metadata.bytes("tokenizer.tokens", b"".join(tokens))
+    metadata.i32("tokenizer.token_sizes", [len(token) for token in tokens])
+    metadata.i32("tokenizer.types", types)
+    if pieces.library == "tokenizers" and pieces.kind == "unigram":
+        metadata.f64("tokenizer.scores", pieces.scores + [0.0] * (len(tokens) - len(pieces.scores)))
+    elif pieces.scores:
+        metadata.f32("tokenizer.scores", pieces.scores + [0.0] * (len(tokens) - len(pieces.scores)))
+    if pieces.kind == "unigram":
+        used = (NORMAL, USER_DEFINED) if pieces.library == "sentencepiece" else range(NORMAL, BYTE + 1)
+        metadata.i32("tokenizer.sorted", sorted((number for number in pieces.vocab.values() if types[number] in used),
+                                                key=lambda number: tokens[number]))
+    elif pieces.merges:
+        metadata.i32("tokenizer.merges", merge_ids(pieces))
+        metadata.i64("tokenizer.fuse_unk", pieces.fuse_unk)
+    if pieces.charsmap:
+        metadata.bytes("tokenizer.charsmap", pieces.charsmap)
+    for key, value in sorted(pieces.rules.items()):
+        metadata.i64("tokenizer." + key, value)
+    metadata.i64("tokenizer.unk_id", pieces.unk_id)
+    put_around(metadata, pieces)
+
+
+def put_around(metadata, bpe):
+    """What every kind of tokenizer may have."""
+    metadata.i32("tokenizer.added", list(itertools.chain(*sorted(bpe.added.values()))))
+    if bpe.prefix_ids:
+        metadata.i32("tokenizer.prefix_ids", bpe.prefix_ids)
+    if bpe.suffix_ids:
+        metadata.i32("tokenizer.suffix_ids", bpe.suffix_ids)
+    for role in ("bos", "eos", "pad", "mask"):
+        if role + "_token" in bpe.named:
+            metadata.i64("tokenizer.%s_id" % role, bpe.named[role + "_token"])
+
+
 def put_tokenizer(metadata, bpe):
+    if isinstance(bpe, SentencePiece):
+        put_sentencepiece(metadata, bpe)
+        return
     alphabet = byte_alphabet()
     tokens = token_bytes(bpe, alphabet)
     metadata.text("tokenizer.kind", "byte_bpe")

@@ -440,12 +440,15 @@ static int encode_line(const tfm_model *model, const char *text, size_t size, un
     return 0;
 }
 
-static int decode_line(const tfm_model *model, const char *text, size_t size, int line_end) {
+/* The ids in a text. The caller frees them; NULL, and a message, if there is anything else. */
+static int32_t *read_ids(const char *text, size_t size, size_t *n) {
     const char *end = text + size;
-    while (text < end) {
+    int32_t *ids = (int32_t *)malloc((size / 2 + 1) * sizeof *ids);
+    *n = 0;
+    if (!ids)
+        fail("out of memory");
+    while (ids && text < end) {
         char *next;
-        const char *token;
-        size_t token_size;
         long id;
         if (*text == ' ' || *text == '\n' || *text == '\r' || *text == '\t') {
             text++;
@@ -453,18 +456,41 @@ static int decode_line(const tfm_model *model, const char *text, size_t size, in
         }
         errno = 0;
         id = strtol(text, &next, 10);
-        token = id >= 0 && id <= INT32_MAX && !errno ? tfm_token_text(model, (int32_t)id, &token_size) : NULL;
-        if (next == text || next > end || !token) {
+        if (next == text || next > end || id < 0 || id > INT32_MAX || errno) {
             size_t shown = strcspn(text, " \n");
             fprintf(stderr, "tfm: '%.*s' is not the id of a token\n", (int)(shown < 40 ? shown : 40), text);
-            return 1;
+            free(ids);
+            return NULL;
         }
-        fwrite(token, 1, token_size, stdout);
+        ids[(*n)++] = (int32_t)id;
         text = next;
     }
-    if (line_end)
-        putchar('\n');
-    return 0;
+    return ids;
+}
+
+static int decode_line(const tfm_model *model, const char *text, size_t size, int line_end) {
+    tfm_error error = {TFM_OK, ""};
+    size_t n, n_bytes, room;
+    int32_t *ids = read_ids(text, size, &n);
+    char *bytes = NULL;
+    int status = ids == NULL;
+    if (!status && tfm_detokenize(model, ids, n, NULL, 0, &n_bytes, &error) != TFM_OK)
+        status = fail(error.message);
+    if (!status) {
+        room = n_bytes;
+        bytes = (char *)malloc(room + 1);
+        status = bytes ? 0 : fail("out of memory");
+    }
+    if (!status && tfm_detokenize(model, ids, n, bytes, room, &n_bytes, &error) != TFM_OK)
+        status = fail(error.message);
+    if (!status) {
+        fwrite(bytes, 1, n_bytes, stdout);
+        if (line_end)
+            putchar('\n');
+    }
+    free(bytes);
+    free(ids);
+    return status;
 }
 
 static int tokenize(int argc, char **argv) {
