@@ -5827,7 +5827,7 @@ static void tfm__wordpiece_encode_plain(tfm__encoder *encoder, const unsigned ch
         tfm__wordpiece_word(encoder, text + start, size - start);
 }
 
-#define TFM__MAX_PIECE_TEXT (TFM__MAX_ADDED_SIZE + 1) /* and a space */
+#define TFM__MAX_PIECE_TEXT (TFM__GROWTH * TFM__MAX_ADDED_SIZE + 1) /* and a space */
 
 /* ---- WordPiece: decoding ----------------------------------------------------------------------------------------- */
 
@@ -5847,14 +5847,20 @@ static size_t tfm__replace(unsigned char *text, size_t size, const char *from, c
 }
 
 /* The text of a token within others: without the mark of one that continues a word, else after a space. Then English
-   spelling is put right, within this token as `tokenizers` does it. out: TFM__MAX_PIECE_TEXT bytes; returns the size. */
+   spelling is put right, within this token as `tokenizers` does it; an added token that is found in normalized text is
+   normalized itself, as there. out: TFM__MAX_PIECE_TEXT bytes; returns the size. */
 static size_t tfm__wordpiece_decode(const tfm__tokenizer *tokenizer, int32_t id, int first, unsigned char *out) {
     static const char *const cleanup[][2] = {{" .", "."},   {" ?", "?"},     {" !", "!"},    {" ,", ","},
                                              {" ' ", "'"},  {" n't", "n't"}, {" 'm", "'m"},  {" do not", " don't"},
                                              {" 's", "'s"}, {" 've", "'ve"}, {" 're", "'re"}};
     const tfm__tokenizer_source *source = &tokenizer->source;
+    unsigned char normalized[TFM__GROWTH * TFM__MAX_ADDED_SIZE];
     size_t size, n = 0, i;
     const unsigned char *token = tfm__token_bytes(tokenizer, id, &size);
+    if (tokenizer->token_flags[id] & TFM__ADDED_NORMALIZED) {
+        size = tfm__bert_normalize(source, token, size, normalized);
+        token = normalized;
+    }
     if (!first && size >= source->continuing_size &&
         !memcmp(token, source->continuing_prefix, source->continuing_size)) {
         token += source->continuing_size;
