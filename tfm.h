@@ -5046,7 +5046,8 @@ static tfm_status tfm__check_ids(const tfm__tokenizer *tokenizer, const int32_t 
 static size_t tfm__bert_normalize(const tfm__tokenizer_source *rules, const unsigned char *text, size_t size,
                                   unsigned char *out);
 
-/* Enters one added token into a trie. Of several that normalization makes equal the first is found. */
+/* Enters one added token into a trie. Of several that normalization makes equal the first is found
+   (`tokenizers` finds any). */
 static tfm_status tfm__build_added_token(tfm__tokenizer *tokenizer, unsigned root, int32_t id, uint32_t *n_nodes,
                                          tfm_error *error) {
     unsigned char normalized[TFM__GROWTH * TFM__MAX_ADDED_SIZE];
@@ -5124,10 +5125,8 @@ static tfm_status tfm__build_flags(tfm__tokenizer *tokenizer, size_t *max_nodes,
     return TFM_OK;
 }
 
-/* Both tries. Special tokens come first, as where `tokenizers` finds several that are equal. */
 static tfm_status tfm__build_added(tfm__tokenizer *tokenizer, tfm_error *error) {
-    const int32_t *added = tokenizer->source.added;
-    size_t n = tokenizer->source.n_added, max_nodes, i;
+    size_t max_nodes, i;
     uint32_t n_nodes = TFM__ADDED_TRIES;
     tfm_status status = tfm__build_flags(tokenizer, &max_nodes, error);
     if (status == TFM_OK)
@@ -5140,11 +5139,10 @@ static tfm_status tfm__build_added(tfm__tokenizer *tokenizer, tfm_error *error) 
         return TFM_ERROR_MEMORY;
     for (i = 0; i < TFM__ADDED_TRIES; i++)
         tokenizer->added_ids[i] = -1;
-    for (i = 0; i < 2 * n && status == TFM_OK; i++) {
-        int32_t id = added[2 * (i % n)], flags = added[2 * (i % n) + 1];
-        unsigned root = flags & TFM__ADDED_NORMALIZED ? 1 : 0;
-        if (!(flags & TFM__ADDED_SPECIAL) == (i >= n))
-            status = tfm__build_added_token(tokenizer, root, id, &n_nodes, error);
+    for (i = 0; i < tokenizer->source.n_added && status == TFM_OK; i++) {
+        int32_t id = tokenizer->source.added[2 * i];
+        unsigned root = tokenizer->token_flags[id] & TFM__ADDED_NORMALIZED ? 1 : 0;
+        status = tfm__build_added_token(tokenizer, root, id, &n_nodes, error);
     }
     for (i = 0; i < tokenizer->source.n_tokens && status == TFM_OK; i++)
         if (tfm__is_user_piece(tokenizer, i))
