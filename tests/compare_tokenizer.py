@@ -71,9 +71,14 @@ def convert(arguments, checkpoint, model):
 
 def write_checkpoint(tokenizer, directory):
     """The smallest GPT-2 with this tokenizer, as a Hugging Face directory."""
-    os.makedirs(directory)
+    write_model(directory, 1 + max(tokenizer.get_vocab().values()))
     tokenizer.save(os.path.join(directory, "tokenizer.json"))
-    vocab_size, width, context = 1 + max(tokenizer.get_vocab().values()), 16, 8
+
+
+def write_model(directory, vocab_size):
+    """The smallest GPT-2 with so many tokens, as a Hugging Face directory without a tokenizer."""
+    os.makedirs(directory)
+    width, context = 16, 8
     config = {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], "vocab_size": vocab_size, "n_embd": width}
     config.update({"n_layer": 1, "n_head": 1, "n_positions": context, "n_inner": width})
     with open(os.path.join(directory, "config.json"), "w") as file:
