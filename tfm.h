@@ -4620,11 +4620,12 @@ TFM_API tfm_status tfm_quantize(const char *in_path, const char *out_path, const
 /* =====================================================================================================================
  * f. TOKENIZERS: text to token ids and back
  *    What lives here: the classes of Unicode characters, UTF-8, the rule that cuts a text into pieces
- *    ("pre-tokenization"), the byte-level BPE that GPT-2 introduced, and the added tokens (<|endoftext|> and its like)
- *    that are found in a text before anything else looks at it.
+ *    ("pre-tokenization"), the byte-level BPE that GPT-2 introduced, BERT's normalization and WordPiece, SentencePiece's
+ *    models, and the added tokens (<|endoftext|> and its like) that are found in a text before anything else looks at it.
  *    The standard is Hugging Face's `tokenizers`: the ids are the same for every text. It takes text in Unicode; here a
- *    text is bytes, and a byte that is not well-formed UTF-8 counts as a character of its own that is neither letter, nor
- *    number, nor space. A tokenizer is built once from tables in a model file, of which nothing is believed, and is never
+ *    text is bytes. To byte-level BPE a byte that is not well-formed UTF-8 is a character of its own that is neither
+ *    letter, nor number, nor space, and is kept; others see U+FFFD for it, as after a lossy decoding (which BERT's
+ *    normalization removes). A tokenizer is built once from tables in a model file, of which nothing is believed, and is never
  *    written to again: any number of threads may share it. Memory for the work on a text belongs to the call.
  * ================================================================================================================== */
 
