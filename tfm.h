@@ -573,12 +573,14 @@ TFM_API tfm_status tfm_tokenize_pair(const tfm_model *model, const char *a, size
 
 /* The text of ids, special tokens included, as the tokenizer itself writes it: WordPiece joins "##" tokens to those before
  * them and others by spaces; SentencePiece shows no control tokens, and drops the space that it put in front of a text;
- * byte-level tokenizers have all of the text's bytes in the tokens (tfm_token_text). Like snprintf: *size is how many bytes the text has, of which at most `capacity` are written (text may be NULL if that is
- * 0); not terminated. Allocates nothing. */
+ * byte-level tokenizers have all of the text's bytes in the tokens (tfm_token_text). Like snprintf: *size is how many
+ * bytes the text has, of which at most `capacity` are written (text may be NULL if that is 0); not terminated. Allocates
+ * nothing. */
 TFM_API tfm_status tfm_decode(const tfm_model *model, const int32_t *ids, size_t n_ids, char *text, size_t capacity,
                               size_t *size, tfm_error *error);
 
-/* The id of the token with exactly this text (of several, an added one first), or -1. Looks at all tokens. */
+/* The id of the token that the vocabulary has with exactly this text, its marks ("##", U+2581) included; of several, an
+ * added one first; or -1. Looks at all tokens. */
 TFM_API int32_t tfm_token_id(const tfm_model *model, const char *text, size_t size);
 
 /* The token that stands for one to be guessed, [MASK] or <mask>, or -1 if the tokenizer has none. */
@@ -5156,11 +5158,12 @@ TFM_API tfm_status tfm_quantize(const char *in_path, const char *out_path, const
 /* =====================================================================================================================
  * f. TOKENIZERS: text to token ids and back
  *    What lives here: the classes of Unicode characters, UTF-8, the rule that cuts a text into pieces
- *    ("pre-tokenization"), the byte-level BPE that GPT-2 introduced, and the added tokens (<|endoftext|> and its like)
- *    that are found in a text before anything else looks at it.
+ *    ("pre-tokenization"), the byte-level BPE that GPT-2 introduced, BERT's normalization and WordPiece, SentencePiece's
+ *    models, and the added tokens (<|endoftext|> and its like) that are found in a text before anything else looks at it.
  *    The standard is Hugging Face's `tokenizers`: the ids are the same for every text. It takes text in Unicode; here a
- *    text is bytes, and a byte that is not well-formed UTF-8 counts as a character of its own that is neither letter, nor
- *    number, nor space. A tokenizer is built once from tables in a model file, of which nothing is believed, and is never
+ *    text is bytes. To byte-level BPE a byte that is not well-formed UTF-8 is a character of its own that is neither
+ *    letter, nor number, nor space, and is kept; others see U+FFFD for it, as after a lossy decoding (which BERT's
+ *    normalization removes). A tokenizer is built once from tables in a model file, of which nothing is believed, and is never
  *    written to again: any number of threads may share it. Memory for the work on a text belongs to the call.
  * ================================================================================================================== */
 
@@ -6067,7 +6070,8 @@ static int tfm__kind_normalizes(const tfm__tokenizer *tokenizer);
 static size_t tfm__kind_normalize(const tfm__tokenizer *tokenizer, const unsigned char *text, size_t size,
                                   unsigned char *out);
 
-/* Enters one added token into a trie. Of several that normalization makes equal the first is found. */
+/* Enters one added token into a trie. Of several that normalization makes equal the first is found
+   (`tokenizers` finds any). */
 static tfm_status tfm__build_added_token(tfm__tokenizer *tokenizer, unsigned root, int32_t id, uint32_t *n_nodes,
                                          tfm_error *error) {
     unsigned char normalized[TFM__GROWTH * TFM__MAX_ADDED_SIZE];
@@ -6148,10 +6152,8 @@ static tfm_status tfm__build_flags(tfm__tokenizer *tokenizer, size_t *max_nodes,
     return TFM_OK;
 }
 
-/* All tries. Special tokens come first, as where `tokenizers` finds several that are equal. */
 static tfm_status tfm__build_added(tfm__tokenizer *tokenizer, tfm_error *error) {
-    const int32_t *added = tokenizer->source.added;
-    size_t n = tokenizer->source.n_added, max_nodes, i;
+    size_t max_nodes, i;
     uint32_t n_nodes = TFM__ADDED_TRIES;
     tfm_status status = tfm__build_flags(tokenizer, &max_nodes, error);
     if (status == TFM_OK)
@@ -6164,10 +6166,10 @@ static tfm_status tfm__build_added(tfm__tokenizer *tokenizer, tfm_error *error) 
         return TFM_ERROR_MEMORY;
     for (i = 0; i < TFM__ADDED_TRIES; i++)
         tokenizer->added_ids[i] = -1;
-    for (i = 0; i < 2 * n && status == TFM_OK; i++) {
-        int32_t id = added[2 * (i % n)], flags = added[2 * (i % n) + 1];
-        if (!(flags & TFM__ADDED_SPECIAL) == (i >= n))
-            status = tfm__build_added_token(tokenizer, flags & TFM__ADDED_NORMALIZED ? 1 : 0, id, &n_nodes, error);
+    for (i = 0; i < tokenizer->source.n_added && status == TFM_OK; i++) {
+        int32_t id = tokenizer->source.added[2 * i];
+        unsigned root = tokenizer->token_flags[id] & TFM__ADDED_NORMALIZED ? 1 : 0;
+        status = tfm__build_added_token(tokenizer, root, id, &n_nodes, error);
     }
     for (i = 0; i < tokenizer->source.n_tokens && status == TFM_OK; i++)
         if (tfm__is_user_piece(tokenizer, i))
@@ -6867,14 +6869,20 @@ static size_t tfm__replace(unsigned char *text, size_t size, const char *from, c
 }
 
 /* The text of a token within others: without the mark of one that continues a word, else after a space. Then English
-   spelling is put right, within this token as `tokenizers` does it. out: TFM__MAX_PIECE_TEXT bytes; returns the size. */
+   spelling is put right, within this token as `tokenizers` does it; an added token that is found in normalized text is
+   normalized itself, as there. out: TFM__MAX_PIECE_TEXT bytes; returns the size. */
 static size_t tfm__wordpiece_decode(const tfm__tokenizer *tokenizer, int32_t id, int first, unsigned char *out) {
     static const char *const cleanup[][2] = {{" .", "."},   {" ?", "?"},     {" !", "!"},    {" ,", ","},
                                              {" ' ", "'"},  {" n't", "n't"}, {" 'm", "'m"},  {" do not", " don't"},
                                              {" 's", "'s"}, {" 've", "'ve"}, {" 're", "'re"}};
     const tfm__tokenizer_source *source = &tokenizer->source;
+    unsigned char normalized[TFM__GROWTH * TFM__MAX_ADDED_SIZE];
     size_t size, n = 0, i;
     const unsigned char *token = tfm__token_bytes(tokenizer, id, &size);
+    if (tokenizer->token_flags[id] & TFM__ADDED_NORMALIZED) {
+        size = tfm__bert_normalize(source, token, size, normalized);
+        token = normalized;
+    }
     if (!first && size >= source->continuing_size &&
         !memcmp(token, source->continuing_prefix, source->continuing_size)) {
         token += source->continuing_size;
@@ -7741,7 +7749,7 @@ static size_t tfm__kind_scratch(const tfm__tokenizer *tokenizer, size_t size) {
     return 0;
 }
 
-#define TFM__MAX_PIECE_TEXT (TFM__MAX_ADDED_SIZE + 1)
+#define TFM__MAX_PIECE_TEXT (TFM__GROWTH * TFM__MAX_ADDED_SIZE + 1) /* normalized, and a space */
 
 /* The text of a token (one that there is) as the next of a decoded text: in place, or in `memory`, TFM__MAX_PIECE_TEXT
    bytes. */

@@ -1000,7 +1000,8 @@ def test_tokenizer_json(converter, _):
         "no pattern": ({"pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}},
                        "pattern"),
         "decoder": ({"decoder": {"type": "WordPiece"}}, "WordPiece"),
-        "post-processor": ({"post_processor": {"type": "BertProcessing"}}, "BertProcessing"),
+        "post-processor": ({"post_processor": {"type": "BertProcessing"}}, "'sep'"),
+        "another post-processor": ({"post_processor": {"type": "Other"}}, "Other"),
         "model": ({"model": {"type": "WordLevel"}}, "WordLevel"),
         "unigram without a vocabulary": ({"model": {"type": "Unigram"}}, "unk_id"),
         "added tokens": ({"added_tokens": [3]}, "added_tokens"),
@@ -1029,6 +1030,94 @@ def test_tokenizer_json(converter, _):
     value["model"]["byte_fallback"] = True
     write_json(os.path.join(folder, "tokenizer.json"), value)
     converter.refuse("tokenizer.json: byte_fallback", folder, says=("tokenizer.json", "byte_fallback"))
+
+
+BERT_VOCAB = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "the", "bear", "##s", "ü", "\u2028x", "a", "##\x85"]
+
+
+def check_wordpiece(what, file, vocab, **options):
+    """The tokenizer of a file: its tokens, and what differs from BERT's usual options."""
+    data, at, tokens = file.metadata["tokenizer.tokens"], 0, []
+    for size in file.metadata["tokenizer.token_sizes"]:
+        tokens.append(data[at:at + size].decode())
+        at += size
+    check_equal(tokens, vocab, what + ": tokens")
+    wanted = {"kind": "wordpiece", "continuing_prefix": "##", "max_word_chars": 100, "clean_text": 1, "chinese_chars": 1,
+              "lowercase": 1, "strip_accents": 1, "cleanup": 1, "unk_id": 1, "mask_id": 4, "pair_type": 1, **options}
+    found = {key: file["tokenizer." + key] for key in wanted}
+    check_equal(found, wanted, what + ": options")
+    around = [file.metadata["tokenizer.%s_ids" % key] for key in ("prefix", "pair", "suffix")]
+    check_equal([list(ids) for ids in around], [[2], [3], [3]], what + ": what is put around texts")
+    check_equal(list(file.metadata["tokenizer.added"])[:10], [0, 1, 1, 1, 2, 1, 3, 1, 4, 1], what + ": special tokens")
+
+
+def test_wordpiece(converter, _):
+    model = hf_model(vocab_size=512)
+
+    def from_vocab(what, end="\n", **config):
+        folder = tokenizer_folder(converter, model)
+        write(os.path.join(folder, "vocab.txt"), "".join(text + end for text in BERT_VOCAB).encode())
+        if config:
+            write_json(os.path.join(folder, "tokenizer_config.json"), config)
+        return converter.convert("vocab.txt: " + what, folder)
+
+    def from_json(change=None, **config):
+        tokenizer = tokenizers.Tokenizer(tokenizers.models.WordPiece(
+            {text: i for i, text in enumerate(BERT_VOCAB)}, unk_token="[UNK]"))
+        tokenizer.normalizer = tokenizers.normalizers.BertNormalizer(lowercase=False)
+        tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.BertPreTokenizer()
+        tokenizer.decoder = tokenizers.decoders.WordPiece()
+        tokenizer.post_processor = tokenizers.processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
+        tokenizer.add_special_tokens(BERT_VOCAB[:5])
+        tokenizer.add_tokens(["new word"])
+        folder = tokenizer_folder(converter, model)
+        value = json.loads(tokenizer.to_str())
+        if change:
+            change(value)
+        write_json(os.path.join(folder, "tokenizer.json"), value)
+        if config:
+            write_json(os.path.join(folder, "tokenizer_config.json"), config)
+        return folder
+
+    check_wordpiece("vocab.txt", from_vocab("usual"), BERT_VOCAB)
+    check_wordpiece("vocab.txt, cased", from_vocab("cased", do_lower_case=False), BERT_VOCAB, lowercase=0, strip_accents=0)
+    check_wordpiece("vocab.txt, options", from_vocab("options", end="\r\n", strip_accents=False, tokenizer_class=
+                    "BertTokenizerFast", tokenize_chinese_chars=False), BERT_VOCAB, strip_accents=0, chinese_chars=0)
+    with_new = BERT_VOCAB + ["new word"]
+    file = converter.convert("WordPiece in tokenizer.json", from_json())
+    check_wordpiece("WordPiece in tokenizer.json", file, with_new, lowercase=0, strip_accents=0)
+    check_equal(list(file.metadata["tokenizer.added"])[10:], [len(BERT_VOCAB), 16 + 32], "a token outside the vocabulary")
+    file = converter.convert("tokenizer_config.json above it", from_json(do_lower_case=True))
+    check_wordpiece("tokenizer_config.json above it", file, with_new)
+
+    def template(value):
+        value["post_processor"] = json.loads(tokenizers.processors.TemplateProcessing(
+            single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1",
+            special_tokens=[("[CLS]", 2), ("[SEP]", 3)]).__getstate__())
+        value["decoder"]["cleanup"] = False
+
+    file = converter.convert("WordPiece with a template", from_json(template))
+    check_wordpiece("WordPiece with a template", file, with_new, lowercase=0, strip_accents=0, cleanup=0)
+
+    def odd_pair(value):
+        template(value)
+        value["post_processor"]["pair"].reverse()
+
+    converter.convert("an odd template for pairs", from_json(odd_pair), says=("pairs of texts",))
+
+    def refuse(what, word, **parts):
+        def change(value):
+            for key, part in parts.items():
+                value[key] = dict(value[key], **part) if key == "model" else part
+        converter.refuse("WordPiece: " + what, from_json(change), says=("tokenizer.json", word))
+
+    refuse("another normalizer", "Lowercase", normalizer={"type": "Lowercase"})
+    refuse("another pre-tokenizer", "Whitespace", pre_tokenizer={"type": "Whitespace"})
+    refuse("no unknown token", "[NO]", model={"unk_token": "[NO]"})
+    refuse("huge words", "max_input_chars_per_word", model={"max_input_chars_per_word": 100000})
+    folder = tokenizer_folder(converter, model)
+    write(os.path.join(folder, "vocab.txt"), b"a\nb\n")
+    converter.refuse("vocab.txt without [UNK]", folder, says=("vocab.txt", "[UNK]"))
 
 
 def save_vocab_and_merges(tokenizer, folder):
