@@ -497,14 +497,8 @@ TFM_API tfm_status tfm_tokenize_pair(const tfm_model *model, const char *a, size
                                      unsigned flags, int32_t *ids, int32_t *types, size_t capacity, size_t *n_ids,
                                      tfm_error *error);
 
-/* The text of ids, special tokens included, as the tokenizer itself writes it: WordPiece joins "##" tokens to those before
- * them and others by spaces; SentencePiece shows no control tokens, and drops the space that it put in front of a text;
- * byte-level tokenizers have all of the text's bytes in the tokens (tfm_token_text). Like snprintf: *size is how many bytes the text has, of which at most `capacity` are written (text may be NULL if that is
- * 0); not terminated. Allocates nothing. */
-TFM_API tfm_status tfm_decode(const tfm_model *model, const int32_t *ids, size_t n_ids, char *text, size_t capacity,
-                              size_t *size, tfm_error *error);
-
-/* The id of the token with exactly this text (of several, an added one first), or -1. Looks at all tokens. */
+/* The id of the token that the vocabulary has with exactly this text, its marks ("##", U+2581) included; of several, an
+ * added one first; or -1. Looks at all tokens. */
 TFM_API int32_t tfm_token_id(const tfm_model *model, const char *text, size_t size);
 
 /* The token that stands for one to be guessed, [MASK] or <mask>, or -1 if the tokenizer has none. */
@@ -513,8 +507,15 @@ TFM_API int32_t tfm_mask_token(const tfm_model *model);
 /* The bytes of a token, not terminated; perhaps half a UTF-8 character. NULL and *size = 0 for an id that has none.
  * One after another they are the text that the tokens stand for, as it goes on from what was before them: a token that
  * begins a word begins with the space before it. (SentencePiece's tokenizers put such a space before the first word of a
- * text, too; tfm_decode takes it away.) */
+ * text, too; tfm_detokenize takes it away.) */
 TFM_API const char *tfm_token_text(const tfm_model *model, int32_t id, size_t *size);
+
+/* The text that the ids stand for, from its beginning, as the tokenizer's own decoder writes it: WordPiece joins its "##"
+ * tokens to those before them, puts spaces between others, and shows its special tokens; for the others see
+ * tfm_token_text. Like snprintf: *size is how many bytes it has, of which at most `capacity` are written (text may be
+ * NULL if that is 0); not terminated. Allocates nothing. */
+TFM_API tfm_status tfm_detokenize(const tfm_model *model, const int32_t *ids, size_t n_ids, char *text, size_t capacity,
+                                  size_t *size, tfm_error *error);
 
 /* 1 if the token ends a text. */
 TFM_API int tfm_is_end_token(const tfm_model *model, int32_t id);
@@ -4919,6 +4920,7 @@ typedef struct tfm__spm {
     unsigned char *texts;       /* what the tokens read as: with spaces, and bytes for the pieces of bytes */
     uint32_t *text_offsets;     /* [n_tokens + 1] */
     int32_t byte_ids[256];      /* the piece of each byte, or -1 */
+    size_t longest;             /* bytes of the longest piece that a text can have */
     int has_unused;             /* whether there are pieces of that type */
     const unsigned char *units; /* the charsmap's trie, */
     size_t n_units;
@@ -5041,10 +5043,10 @@ static tfm_status tfm__check_ids(const tfm__tokenizer *tokenizer, const int32_t 
 #define TFM__MAX_ADDED_SIZE 1024 /* looking for added tokens takes that many steps for a byte of text, at worst */
 #define TFM__GROWTH 3            /* normalization makes a text longer by no more than this factor */
 
-/* What a tokenizer does to a text before it looks for normalized tokens and cuts it into words: see below. */
-static int tfm__kind_normalizes(const tfm__tokenizer *tokenizer);
-static size_t tfm__kind_normalize(const tfm__tokenizer *tokenizer, const unsigned char *text, size_t size,
+static size_t tfm__bert_normalize(const tfm__tokenizer_source *rules, const unsigned char *text, size_t size,
                                   unsigned char *out);
+static size_t tfm__spm_normalize_token(const tfm__tokenizer *tokenizer, const unsigned char *text, size_t size,
+                                       unsigned char *bytes);
 
 /* Enters one added token into a trie. Of several that normalization makes equal the first is found. */
 static tfm_status tfm__build_added_token(tfm__tokenizer *tokenizer, unsigned root, int32_t id, uint32_t *n_nodes,
@@ -5057,15 +5059,18 @@ static tfm_status tfm__build_added_token(tfm__tokenizer *tokenizer, unsigned roo
         return tfm__fail(error, TFM_ERROR_FORMAT, "tokenizer: the added token %ld has %zu bytes, not 1 to %d", (long)id,
                          size, TFM__MAX_ADDED_SIZE);
     }
-    if (root == 1 && tfm__kind_normalizes(tokenizer)) {
-        size = tfm__kind_normalize(tokenizer, bytes, size, normalized);
+    if (root == 1 && tokenizer->source.kind == TFM__WORDPIECE) {
+        size = tfm__bert_normalize(&tokenizer->source, bytes, size, normalized);
+        bytes = normalized;
+    } else if (root == 1 && tokenizer->source.types) {
+        size = tfm__spm_normalize_token(tokenizer, bytes, size, normalized);
         bytes = normalized;
         if (size > sizeof normalized)
             return tfm__fail(error, TFM_ERROR_UNSUPPORTED,
                              "tokenizer: normalization makes the added token %ld too long", (long)id);
-        if (size == 0)
-            return TFM_OK; /* no text has it */
     }
+    if (size == 0)
+        return TFM_OK; /* normalization has left nothing: no text has it */
     for (i = 0; i < size; i++) {
         uint64_t *slot = tfm__pairs_slot(&tokenizer->added, node, bytes[i]);
         if (!slot) {
@@ -5096,7 +5101,7 @@ static int tfm__is_user_piece(const tfm__tokenizer *tokenizer, size_t id) {
 /* The flags of every token, and how many nodes the tries of added tokens have at most. */
 static tfm_status tfm__build_flags(tfm__tokenizer *tokenizer, size_t *max_nodes, tfm_error *error) {
     const int32_t *added = tokenizer->source.added;
-    size_t growth = tfm__kind_normalizes(tokenizer) ? TFM__GROWTH : 1, i;
+    size_t growth = tokenizer->source.kind == TFM__BYTE_BPE ? 1 : TFM__GROWTH, i;
     *max_nodes = TFM__ADDED_TRIES;
     tokenizer->token_flags =
         (unsigned char *)tfm__tokenizer_allocate(&tokenizer->allocator, tokenizer->source.n_tokens, error);
@@ -5127,7 +5132,7 @@ static tfm_status tfm__build_flags(tfm__tokenizer *tokenizer, size_t *max_nodes,
     return TFM_OK;
 }
 
-/* All tries. Special tokens come first, as where `tokenizers` finds several that are equal. */
+/* Both tries. Special tokens come first, as where `tokenizers` finds several that are equal. */
 static tfm_status tfm__build_added(tfm__tokenizer *tokenizer, tfm_error *error) {
     const int32_t *added = tokenizer->source.added;
     size_t n = tokenizer->source.n_added, max_nodes, i;
@@ -5145,8 +5150,9 @@ static tfm_status tfm__build_added(tfm__tokenizer *tokenizer, tfm_error *error) 
         tokenizer->added_ids[i] = -1;
     for (i = 0; i < 2 * n && status == TFM_OK; i++) {
         int32_t id = added[2 * (i % n)], flags = added[2 * (i % n) + 1];
+        unsigned root = flags & TFM__ADDED_NORMALIZED ? 1 : 0;
         if (!(flags & TFM__ADDED_SPECIAL) == (i >= n))
-            status = tfm__build_added_token(tokenizer, flags & TFM__ADDED_NORMALIZED ? 1 : 0, id, &n_nodes, error);
+            status = tfm__build_added_token(tokenizer, root, id, &n_nodes, error);
     }
     for (i = 0; i < tokenizer->source.n_tokens && status == TFM_OK; i++)
         if (tfm__is_user_piece(tokenizer, i))
@@ -5183,8 +5189,8 @@ static uint32_t tfm__hash(uint32_t hash, const unsigned char *bytes, size_t size
 
 /* The slot of a word (a prefix and text; hash is that of both) in the table of whole tokens, or the empty one where it
    belongs; NULL as for pairs. */
-static uint32_t *tfm__word_slot(const tfm__tokenizer *tokenizer, uint32_t hash, const void *prefix, size_t prefix_size,
-                                const unsigned char *text, size_t size) {
+static uint32_t *tfm__hashed_slot(const tfm__tokenizer *tokenizer, uint32_t hash, const void *prefix,
+                                  size_t prefix_size, const unsigned char *text, size_t size) {
     size_t probes;
     for (probes = 0; probes < TFM__MAX_PROBES; probes++) {
         uint32_t *slot = &tokenizer->words[(hash + probes) & tokenizer->words_mask];
@@ -5200,23 +5206,25 @@ static uint32_t *tfm__word_slot(const tfm__tokenizer *tokenizer, uint32_t hash, 
     return NULL;
 }
 
-/* The token that is this text, or TFM__NONE. */
-static uint32_t tfm__find_word(const tfm__tokenizer *tokenizer, const unsigned char *text, size_t size) {
-    const uint32_t *slot = tfm__word_slot(tokenizer, tfm__hash(TFM__HASH_SEED, text, size), NULL, 0, text, size);
-    return slot ? *slot : TFM__NONE;
+/* The same for a piece of text, perhaps with a space that is not in it in front. */
+static uint32_t *tfm__word_slot(const tfm__tokenizer *tokenizer, const unsigned char *text, size_t size, int lead) {
+    static const unsigned char space[1] = {' '};
+    uint32_t hash = tfm__hash(lead ? tfm__hash(TFM__HASH_SEED, space, 1) : TFM__HASH_SEED, text, size);
+    return tfm__hashed_slot(tokenizer, hash, space, lead ? 1 : 0, text, size);
 }
 
-/* Whether a token may be a word that is looked up: if it has none of the flags; of SentencePiece's, if a text can have
-   it. */
-static int tfm__is_word(const tfm__tokenizer *tokenizer, size_t id, unsigned without_flags) {
+/* Whether the token is one of those that tfm__word_slot() finds. In byte-level BPE added tokens are not: they are
+   found by their own rules. Of SentencePiece's, those are that a text can have. */
+static int tfm__is_word(const tfm__tokenizer *tokenizer, size_t id) {
     const int32_t *types = tokenizer->source.types;
+    unsigned outside = tokenizer->source.kind == TFM__WORDPIECE ? TFM__ADDED_OUTSIDE : TFM__ADDED;
     if (!types)
-        return !(tokenizer->token_flags[id] & without_flags);
+        return !(tokenizer->token_flags[id] & outside);
     return types[id] == TFM__PIECE_NORMAL || types[id] == TFM__PIECE_USER || types[id] == TFM__PIECE_UNUSED;
 }
 
-/* The table of whole tokens, but those that have one of the flags. */
-static tfm_status tfm__build_words(tfm__tokenizer *tokenizer, unsigned without_flags, tfm_error *error) {
+/* The table of whole tokens. */
+static tfm_status tfm__build_words(tfm__tokenizer *tokenizer, tfm_error *error) {
     size_t n_slots = tfm__table_slots(tokenizer->source.n_tokens), id;
     tokenizer->words =
         (uint32_t *)tfm__tokenizer_allocate(&tokenizer->allocator, n_slots * sizeof *tokenizer->words, error);
@@ -5227,8 +5235,8 @@ static tfm_status tfm__build_words(tfm__tokenizer *tokenizer, unsigned without_f
     for (id = 0; id < tokenizer->source.n_tokens; id++) {
         size_t size;
         const unsigned char *bytes = tfm__token_bytes(tokenizer, (int32_t)id, &size);
-        if (size > 0 && tfm__is_word(tokenizer, id, without_flags)) {
-            uint32_t *slot = tfm__word_slot(tokenizer, tfm__hash(TFM__HASH_SEED, bytes, size), NULL, 0, bytes, size);
+        if (size > 0 && tfm__is_word(tokenizer, id)) {
+            uint32_t *slot = tfm__word_slot(tokenizer, bytes, size, 0);
             if (!slot)
                 return tfm__fail(error, TFM_ERROR_FORMAT, "tokenizer: token %zu collides with too many others", id);
             if (*slot == TFM__NONE)
@@ -5403,7 +5411,7 @@ static tfm_status tfm__bpe_build(tfm__tokenizer *tokenizer, tfm_error *error) {
     if (status == TFM_OK)
         status = tfm__bpe_build_merges(tokenizer, error);
     if (status == TFM_OK && tokenizer->source.ignore_merges) /* added tokens are found by their own rules */
-        status = tfm__build_words(tokenizer, TFM__ADDED, error);
+        status = tfm__build_words(tokenizer, error);
     return status;
 }
 
@@ -5487,16 +5495,17 @@ static size_t tfm__merge_lowest(const tfm__merge_state *state) {
    is not used, how it came about is noted. */
 static uint32_t tfm__spm_rank(const tfm__tokenizer *tokenizer, const tfm__merge_state *state, size_t left) {
     size_t right = left + state->lengths[left], size = (size_t)state->lengths[left] + state->lengths[right];
-    uint32_t id, bits;
+    const uint32_t *word;
+    uint32_t bits;
     float score;
-    if (size > tokenizer->longest_word || state->ids[left] == TFM__FROZEN || state->ids[right] == TFM__FROZEN)
+    if (size > tokenizer->spm.longest || state->ids[left] == TFM__FROZEN || state->ids[right] == TFM__FROZEN)
         return TFM__NONE;
-    id = tfm__find_word(tokenizer, state->text + left, size);
-    if (id == TFM__NONE)
+    word = tfm__word_slot(tokenizer, state->text + left, size, 0);
+    if (!word || *word == TFM__NONE)
         return TFM__NONE;
-    if (tokenizer->source.types[id] == TFM__PIECE_UNUSED)
-        state->splits[id] = state->lengths[left];
-    score = tokenizer->source.scores[id] + 0.0f; /* no negative zero */
+    if (tokenizer->source.types[*word] == TFM__PIECE_UNUSED)
+        state->splits[*word] = state->lengths[left];
+    score = tokenizer->source.scores[*word] + 0.0f; /* no negative zero */
     memcpy(&bits, &score, sizeof bits);
     return bits >> 31 ? bits : ~bits & 0x7FFFFFFFu;
 }
@@ -5553,12 +5562,10 @@ static size_t tfm__bpe_symbols(const tfm__tokenizer *tokenizer, const unsigned c
 /* Encodes one piece of text; with `lead`, one that begins with a space that is not in the text. */
 static tfm_status tfm__bpe_encode_piece(tfm__encoder *encoder, const unsigned char *text, size_t size, int lead) {
     const tfm__tokenizer *tokenizer = encoder->tokenizer;
-    static const unsigned char space[1] = {' '};
     tfm__merge_state state;
     size_t n = size + (lead ? 1u : 0u), i;
     if (tokenizer->words) {
-        uint32_t hash = tfm__hash(lead ? tfm__hash(TFM__HASH_SEED, space, 1) : TFM__HASH_SEED, text, size);
-        const uint32_t *word = tfm__word_slot(tokenizer, hash, space, lead ? 1 : 0, text, size);
+        const uint32_t *word = tfm__word_slot(tokenizer, text, size, lead);
         if (word && *word != TFM__NONE) {
             tfm__emit(encoder, (int32_t)*word);
             return TFM_OK;
@@ -5757,7 +5764,7 @@ static tfm_status tfm__wordpiece_build(tfm__tokenizer *tokenizer, tfm_error *err
             return tfm__fail(error, TFM_ERROR_UNSUPPORTED, "tokenizer: token %zu has %zu bytes, more than %d", i, size,
                              TFM__MAX_ADDED_SIZE);
     }
-    return tfm__build_words(tokenizer, TFM__ADDED_OUTSIDE, error);
+    return tfm__build_words(tokenizer, error);
 }
 
 /* The longest token at the start of text, which continues a word or does not: its id, or -1, and its size there. */
@@ -5778,7 +5785,7 @@ static int32_t tfm__longest_piece(const tfm__tokenizer *tokenizer, const unsigne
         ends[n++] = (uint16_t)end;
     }
     while (n-- > 0) {
-        const uint32_t *slot = tfm__word_slot(tokenizer, hashes[n], prefix, prefix_size, text, ends[n]);
+        const uint32_t *slot = tfm__hashed_slot(tokenizer, hashes[n], prefix, prefix_size, text, ends[n]);
         *piece_size = ends[n];
         if (slot && *slot != TFM__NONE)
             return (int32_t)*slot;
@@ -5828,6 +5835,8 @@ static void tfm__wordpiece_encode_plain(tfm__encoder *encoder, const unsigned ch
         tfm__wordpiece_word(encoder, text + start, size - start);
 }
 
+#define TFM__MAX_PIECE_TEXT (TFM__GROWTH * TFM__MAX_ADDED_SIZE + 1) /* and a space */
+
 /* ---- WordPiece: decoding ----------------------------------------------------------------------------------------- */
 
 /* Replaces every `from` in text by `to`, which is not longer; returns the new size. */
@@ -5846,14 +5855,20 @@ static size_t tfm__replace(unsigned char *text, size_t size, const char *from, c
 }
 
 /* The text of a token within others: without the mark of one that continues a word, else after a space. Then English
-   spelling is put right, within this token as `tokenizers` does it. out: TFM__MAX_PIECE_TEXT bytes; returns the size. */
+   spelling is put right, within this token as `tokenizers` does it; an added token that is found in normalized text is
+   normalized itself, as there. out: TFM__MAX_PIECE_TEXT bytes; returns the size. */
 static size_t tfm__wordpiece_decode(const tfm__tokenizer *tokenizer, int32_t id, int first, unsigned char *out) {
     static const char *const cleanup[][2] = {{" .", "."},   {" ?", "?"},     {" !", "!"},    {" ,", ","},
                                              {" ' ", "'"},  {" n't", "n't"}, {" 'm", "'m"},  {" do not", " don't"},
                                              {" 's", "'s"}, {" 've", "'ve"}, {" 're", "'re"}};
     const tfm__tokenizer_source *source = &tokenizer->source;
+    unsigned char normalized[TFM__GROWTH * TFM__MAX_ADDED_SIZE];
     size_t size, n = 0, i;
     const unsigned char *token = tfm__token_bytes(tokenizer, id, &size);
+    if (tokenizer->token_flags[id] & TFM__ADDED_NORMALIZED) {
+        size = tfm__bert_normalize(source, token, size, normalized);
+        token = normalized;
+    }
     if (!first && size >= source->continuing_size &&
         !memcmp(token, source->continuing_prefix, source->continuing_size)) {
         token += source->continuing_size;
@@ -5991,10 +6006,11 @@ static tfm_status tfm__spm_check_pieces(tfm__tokenizer *tokenizer, tfm_error *er
             if (byte < 0)
                 return tfm__fail(error, TFM_ERROR_FORMAT, "tokenizer: token %zu is no byte like <0x41>", i);
             spm->byte_ids[byte] = (int32_t)i;
-        } else if (tfm__is_word(tokenizer, i, 0)) {
+        } else if (tfm__is_word(tokenizer, i)) {
             if (size > TFM__MAX_PIECE_SIZE)
                 return tfm__fail(error, TFM_ERROR_UNSUPPORTED, "tokenizer: token %zu has %zu bytes, more than %d", i,
                                  size, TFM__MAX_PIECE_SIZE);
+            spm->longest = TFM__MAX(spm->longest, size);
             spm->has_unused |= type == TFM__PIECE_UNUSED;
         }
     }
@@ -6401,7 +6417,8 @@ static void tfm__normalize(const tfm__tokenizer *tokenizer, const unsigned char 
         tfm__spm_normalize(tokenizer, text, size, out);
 }
 
-/* An added token, normalized as a text is; see tfm__kind_normalize(). */
+/* An added token, normalized as a text is; its size, or more than TFM__GROWTH * size if
+   that is too much. */
 static size_t tfm__spm_normalize_token(const tfm__tokenizer *tokenizer, const unsigned char *text, size_t size,
                                        unsigned char *bytes) {
     tfm__normalized out = {NULL, 0};
@@ -6657,20 +6674,20 @@ static void tfm__spm_symbols(const tfm__tokenizer *tokenizer, tfm__merge_state *
                              size_t size) {
     size_t at, used, unknown = SIZE_MAX, i; /* where the unknown symbol before this place begins */
     for (at = 0; at < size; at += used) {
-        uint32_t id = TFM__NONE;
+        const uint32_t *word = NULL;
         state->ids[at] = TFM__NONE;
         if (state->text && tokenizer->added_first[2][text[at]] &&
             tfm__added_at(tokenizer, 2, text + at, size - at, &used) >= 0) {
             state->ids[at] = TFM__FROZEN;
         } else {
             tfm__utf8_decode(text + at, size - at, &used);
-            id = state->text ? TFM__NONE : tfm__find_word(tokenizer, text + at, used);
+            word = state->text ? NULL : tfm__word_slot(tokenizer, text + at, used, 0);
         }
         state->lengths[at] = state->lengths[at + used - 1] = (uint32_t)used;
         if (state->text)
             continue;
-        if (id != TFM__NONE) {
-            state->ids[at] = id;
+        if (word && *word != TFM__NONE) {
+            state->ids[at] = *word;
             unknown = SIZE_MAX;
         } else if (tokenizer->source.rules.byte_fallback) {
             for (i = at; i < at + used; i++) {
@@ -6691,17 +6708,18 @@ static void tfm__spm_emit_symbols(tfm__encoder *encoder, tfm__merge_state *state
     const tfm__tokenizer *tokenizer = encoder->tokenizer;
     size_t at = 0, known = 0;
     while (at < size) {
-        uint32_t id = tfm__find_word(tokenizer, state->text + at, state->lengths[at]);
-        if (id != TFM__NONE && tokenizer->source.types[id] == TFM__PIECE_UNUSED && state->splits[id] > 0 &&
-            state->splits[id] < state->lengths[at]) {
-            state->lengths[at + state->splits[id]] = state->lengths[at] - state->splits[id];
-            state->lengths[at] = state->splits[id];
+        const uint32_t *word = tfm__word_slot(tokenizer, state->text + at, state->lengths[at], 0);
+        if (word && *word != TFM__NONE && tokenizer->source.types[*word] == TFM__PIECE_UNUSED &&
+            state->splits[*word] < state->lengths[at] && state->splits[*word] > 0) {
+            uint32_t split = state->splits[*word];
+            state->lengths[at + split] = state->lengths[at] - split;
+            state->lengths[at] = split;
             continue;
         }
-        if (id != TFM__NONE) {
+        if (word && *word != TFM__NONE) {
             if (at > known)
                 tfm__spm_emit_unknown(encoder, state->text + known, at - known);
-            tfm__emit(encoder, (int32_t)id);
+            tfm__emit(encoder, (int32_t)*word);
             known = at + state->lengths[at];
         }
         at += state->lengths[at];
@@ -6823,7 +6841,7 @@ static tfm_status tfm__spm_build(tfm__tokenizer *tokenizer, tfm_error *error) {
     if (status == TFM_OK && source->kind == TFM__UNIGRAM)
         return tfm__unigram_build(tokenizer, error);
     if (status == TFM_OK)
-        status = tfm__build_words(tokenizer, 0, error);
+        status = tfm__build_words(tokenizer, error);
     return status == TFM_OK && source->n_merges ? tfm__bpe_build_merges(tokenizer, error) : status;
 }
 
@@ -6847,29 +6865,22 @@ static const unsigned char *tfm__token_text(const tfm__tokenizer *tokenizer, int
     return spm->texts + spm->text_offsets[id];
 }
 
-/* How far a text is decoded. */
-typedef struct tfm__decoder {
-    size_t n_ids;
-    size_t size; /* bytes of text */
-    int dropped; /* SentencePiece: the space that was put in front of the text has been left out */
-} tfm__decoder;
-
-/* What of a token's text is shown: not all of the spaces that were put in front of a text, and nothing of a control
-   piece. */
-static const unsigned char *tfm__spm_decode(const tfm__tokenizer *tokenizer, int32_t id, tfm__decoder *decoder,
-                                            size_t *size) {
+/* What of a token's text is shown where the text before it has `before` bytes: not all of the spaces that were put in
+   front of a text, and nothing of a control piece. `dropped` is 0 at first, and then what this function leaves there. */
+static const unsigned char *tfm__spm_shown(const tfm__tokenizer *tokenizer, int32_t id, size_t index, size_t before,
+                                           int *dropped, size_t *size) {
     const tfm__decode_lead lead = tokenizer->source.rules.decode_lead;
     const unsigned char *text = tfm__token_text(tokenizer, id, size);
     int32_t type = tokenizer->source.types[id];
     if (type == TFM__PIECE_CONTROL)
         *size = 0;
-    if (decoder->size > 0 || decoder->dropped || *size == 0 || type == TFM__PIECE_BYTE)
+    if (before > 0 || *dropped || *size == 0 || type == TFM__PIECE_BYTE)
         return text;
-    if (lead == TFM__LEAD_TOKEN && decoder->n_ids == 0) {
+    if (lead == TFM__LEAD_TOKEN && index == 0) {
         for (; *size > 0 && *text == ' '; text++)
             --*size;
     } else if ((lead == TFM__LEAD_DROPPED || lead == TFM__LEADS_DROPPED) && *text == ' ') {
-        decoder->dropped = lead == TFM__LEAD_DROPPED;
+        *dropped = lead == TFM__LEAD_DROPPED;
         text++;
         --*size;
     }
@@ -6894,25 +6905,6 @@ static tfm_status tfm__kind_build(tfm__tokenizer *tokenizer, tfm_error *error) {
     return TFM_OK;
 }
 
-/* Whether text is normalized before it is encoded. */
-static int tfm__kind_normalizes(const tfm__tokenizer *tokenizer) {
-    return tokenizer->source.kind != TFM__BYTE_BPE;
-}
-
-/* Normalizes text; returns the size of what was written, at most TFM__GROWTH * size. (Where SentencePiece makes it longer
-   than that, nothing is written.) */
-static size_t tfm__kind_normalize(const tfm__tokenizer *tokenizer, const unsigned char *text, size_t size,
-                                  unsigned char *out) {
-    switch (tokenizer->source.kind) {
-    case TFM__BYTE_BPE: break;
-    case TFM__WORDPIECE: return tfm__bert_normalize(&tokenizer->source, text, size, out);
-    case TFM__UNIGRAM:
-    case TFM__SPM_BPE: return tfm__spm_normalize_token(tokenizer, text, size, out);
-    }
-    memcpy(out, text, size);
-    return size;
-}
-
 /* Encodes text (size > 0) without added tokens; normalized text lies in the encoder's memory. */
 static tfm_status tfm__kind_encode(tfm__encoder *encoder, const unsigned char *text, size_t size) {
     switch (encoder->tokenizer->source.kind) {
@@ -6933,21 +6925,6 @@ static size_t tfm__kind_scratch(const tfm__tokenizer *tokenizer, size_t size) {
     case TFM__SPM_BPE: return tfm__spm_scratch(tokenizer, size);
     }
     return 0;
-}
-
-#define TFM__MAX_PIECE_TEXT (TFM__MAX_ADDED_SIZE + 1)
-
-/* The text of a token (one that there is) as the next of a decoded text: in place, or in `memory`, TFM__MAX_PIECE_TEXT
-   bytes. */
-static const unsigned char *tfm__kind_decode(const tfm__tokenizer *tokenizer, int32_t id, tfm__decoder *decoder,
-                                             unsigned char *memory, size_t *size) {
-    switch (tokenizer->source.kind) {
-    case TFM__BYTE_BPE: break;
-    case TFM__WORDPIECE: *size = tfm__wordpiece_decode(tokenizer, id, decoder->n_ids == 0, memory); return memory;
-    case TFM__UNIGRAM:
-    case TFM__SPM_BPE: return tfm__spm_decode(tokenizer, id, decoder, size);
-    }
-    return tfm__token_bytes(tokenizer, id, size);
 }
 
 /* ---- Added tokens, and a whole text ---------------------------------------------------------------------------------- */
@@ -6975,7 +6952,92 @@ static int tfm__touches_word(const unsigned char *text, size_t size, size_t star
            (end < size && (tfm__class_at(text + end, size - end, &used) & TFM__WORD));
 }
 
-static tfm_status tfm__encode_rest(tfm__encoder *encoder, unsigned root, const unsigned char *text, size_t size);
+static tfm_status tfm__encode_text(tfm__encoder *encoder, unsigned root, const unsigned char *text, size_t size);
+
+/* Normalizes text (size > 0) by SentencePiece's rules, and encodes it from the second trie on. The normalized text is in
+   the encoder's memory if that has room for it, ahead of the memory for the rest, else in memory of its own. */
+static tfm_status tfm__spm_encode_normalized(tfm__encoder *encoder, const unsigned char *text, size_t size) {
+    const tfm_allocator *allocator = &encoder->tokenizer->allocator;
+    tfm__normalized out = {NULL, 0};
+    tfm_status status = TFM_OK;
+    void *own = NULL;
+    size_t n_words;
+    tfm__normalize(encoder->tokenizer, text, size, &out);
+    n_words = out.size / sizeof(uint32_t) + 1;
+    if (!encoder->own && n_words <= encoder->n_words) {
+        out.bytes = (unsigned char *)encoder->memory;
+        encoder->memory += n_words;
+        encoder->n_words -= n_words;
+    } else {
+        own = tfm__tokenizer_allocate(allocator, n_words * sizeof(uint32_t), encoder->error);
+        if (!own)
+            return TFM_ERROR_MEMORY;
+        out.bytes = (unsigned char *)own;
+    }
+    out.size = 0;
+    tfm__normalize(encoder->tokenizer, text, size, &out);
+    encoder->normalized = out.bytes;
+    encoder->at_start = text == encoder->text;
+    if (out.size > 0)
+        status = tfm__encode_text(encoder, 1, out.bytes, out.size);
+    encoder->normalized = NULL;
+    if (own)
+        allocator->release(allocator->user, own);
+    else if (!encoder->own) {
+        encoder->memory -= n_words;
+        encoder->n_words += n_words;
+    }
+    return status;
+}
+
+/* How much of a text is normalized at once: all of it if it is not longer than `usual`, or if tokens are looked for in
+   what comes of it; else up to white space that separates words whatever the tokenizer does. */
+static size_t tfm__normalized_piece(const tfm__tokenizer *tokenizer, const unsigned char *text, size_t size,
+                                    size_t usual) {
+    size_t end;
+    if (size <= usual || tokenizer->n_added[1] > 0)
+        return size;
+    for (end = usual; end > 0; end--)
+        if (text[end - 1] == ' ' || text[end - 1] == '\n')
+            return end;
+    for (end = usual; end < size && text[end] != ' ' && text[end] != '\n'; end++)
+        ;
+    return end;
+}
+
+/* Normalizes text (size > 0) by BERT's rules in the encoder's memory, and encodes it from the second trie on. */
+static tfm_status tfm__bert_encode_normalized(tfm__encoder *encoder, const unsigned char *text, size_t size) {
+    const tfm__tokenizer *tokenizer = encoder->tokenizer;
+    tfm_status status = TFM_OK;
+    while (size > 0 && status == TFM_OK) {
+        size_t usual = encoder->n_words * sizeof *encoder->memory / TFM__GROWTH;
+        size_t piece = tfm__normalized_piece(tokenizer, text, size, usual), n;
+        if (piece > SIZE_MAX / TFM__GROWTH - 64)
+            return tfm__fail(encoder->error, TFM_ERROR_ARGUMENT, "tokenizer: a text of %zu bytes is too long", size);
+        status = tfm__encoder_reserve(encoder, piece * TFM__GROWTH / sizeof *encoder->memory + 1);
+        if (status != TFM_OK)
+            return status;
+        n = tfm__bert_normalize(&tokenizer->source, text, piece, (unsigned char *)encoder->memory);
+        if (n > 0)
+            status = tfm__encode_text(encoder, 1, (const unsigned char *)encoder->memory, n);
+        text += piece;
+        size -= piece;
+    }
+    return status;
+}
+
+/* What comes after looking for the added tokens of trie `root`: normalization after the first, words after the second. */
+static tfm_status tfm__encode_rest(tfm__encoder *encoder, unsigned root, const unsigned char *text, size_t size) {
+    if (root == 1)
+        return tfm__kind_encode(encoder, text, size);
+    switch (encoder->tokenizer->source.kind) {
+    case TFM__BYTE_BPE: break;
+    case TFM__WORDPIECE: return tfm__bert_encode_normalized(encoder, text, size);
+    case TFM__UNIGRAM:
+    case TFM__SPM_BPE: return tfm__spm_encode_normalized(encoder, text, size);
+    }
+    return tfm__encode_text(encoder, 1, text, size);
+}
 
 /* Encodes text (size > 0) in which the added tokens of the tries before `root` have been found already. As in Hugging
    Face's tokenizers, an added token that is found and not wanted (a special one in plain text, or a single_word within
@@ -7016,88 +7078,6 @@ static tfm_status tfm__encode_text(tfm__encoder *encoder, unsigned root, const u
     return done < size ? tfm__encode_rest(encoder, root, text + done, size - done) : TFM_OK;
 }
 
-/* How much of a text is normalized at once: all of it if it is not longer than `usual`, or if tokens are looked for in
-   what comes of it; else up to white space that separates words whatever the tokenizer does. */
-static size_t tfm__normalized_piece(const tfm__tokenizer *tokenizer, const unsigned char *text, size_t size,
-                                    size_t usual) {
-    size_t end;
-    if (size <= usual || tokenizer->n_added[1] > 0)
-        return size;
-    for (end = usual; end > 0; end--)
-        if (text[end - 1] == ' ' || text[end - 1] == '\n')
-            return end;
-    for (end = usual; end < size && text[end] != ' ' && text[end] != '\n'; end++)
-        ;
-    return end;
-}
-
-/* Normalizes text (size > 0) by SentencePiece's rules, and encodes it from the second trie on. The normalized text is in
-   the encoder's memory if that has room for it, ahead of the memory for the rest, else in memory of its own. */
-static tfm_status tfm__encode_spm(tfm__encoder *encoder, const unsigned char *text, size_t size) {
-    const tfm_allocator *allocator = &encoder->tokenizer->allocator;
-    tfm__normalized out = {NULL, 0};
-    tfm_status status = TFM_OK;
-    void *own = NULL;
-    size_t n_words;
-    tfm__normalize(encoder->tokenizer, text, size, &out);
-    n_words = out.size / sizeof(uint32_t) + 1;
-    if (!encoder->own && n_words <= encoder->n_words) {
-        out.bytes = (unsigned char *)encoder->memory;
-        encoder->memory += n_words;
-        encoder->n_words -= n_words;
-    } else {
-        own = tfm__tokenizer_allocate(allocator, n_words * sizeof(uint32_t), encoder->error);
-        if (!own)
-            return TFM_ERROR_MEMORY;
-        out.bytes = (unsigned char *)own;
-    }
-    out.size = 0;
-    tfm__normalize(encoder->tokenizer, text, size, &out);
-    encoder->normalized = out.bytes;
-    encoder->at_start = text == encoder->text;
-    if (out.size > 0)
-        status = tfm__encode_text(encoder, 1, out.bytes, out.size);
-    encoder->normalized = NULL;
-    if (own)
-        allocator->release(allocator->user, own);
-    else if (!encoder->own) {
-        encoder->memory -= n_words;
-        encoder->n_words += n_words;
-    }
-    return status;
-}
-
-/* Normalizes text in the encoder's memory, and encodes it from there. */
-static tfm_status tfm__encode_normalized(tfm__encoder *encoder, const unsigned char *text, size_t size) {
-    const tfm__tokenizer *tokenizer = encoder->tokenizer;
-    tfm_status status = TFM_OK;
-    while (size > 0 && status == TFM_OK) {
-        size_t usual = encoder->n_words * sizeof *encoder->memory / TFM__GROWTH;
-        size_t piece = tfm__normalized_piece(tokenizer, text, size, usual), n;
-        if (piece > SIZE_MAX / TFM__GROWTH - 64)
-            return tfm__fail(encoder->error, TFM_ERROR_ARGUMENT, "tokenizer: a text of %zu bytes is too long", size);
-        status = tfm__encoder_reserve(encoder, piece * TFM__GROWTH / sizeof *encoder->memory + 1);
-        if (status != TFM_OK)
-            return status;
-        n = tfm__kind_normalize(tokenizer, text, piece, (unsigned char *)encoder->memory);
-        if (n > 0)
-            status = tfm__encode_text(encoder, 1, (const unsigned char *)encoder->memory, n);
-        text += piece;
-        size -= piece;
-    }
-    return status;
-}
-
-/* What comes after looking for the added tokens of trie `root`: normalization after the first, words after the second. */
-static tfm_status tfm__encode_rest(tfm__encoder *encoder, unsigned root, const unsigned char *text, size_t size) {
-    if (root == 1)
-        return tfm__kind_encode(encoder, text, size);
-    if (encoder->tokenizer->source.types)
-        return tfm__encode_spm(encoder, text, size);
-    return tfm__kind_normalizes(encoder->tokenizer) ? tfm__encode_normalized(encoder, text, size)
-                                                    : tfm__encode_text(encoder, 1, text, size);
-}
-
 /* Begins a call: the tokenizer, flags, ids, types, capacity and error of the encoder are set, all else is 0. `stack` is
    the caller's, TFM__MERGE_STACK words; the scratch memory (may be NULL) is used instead if it is larger (it is aligned
    as a uint32_t is; tfm__kind_scratch says how much is enough), and if both are too small, memory from the allocator. */
@@ -7125,8 +7105,8 @@ static tfm_status tfm__encode(tfm__encoder *encoder, const char *a, size_t a_siz
     const tfm__tokenizer *tokenizer = encoder->tokenizer;
     const tfm__tokenizer_source *source = &tokenizer->source;
     tfm_status status = TFM_OK;
-    tfm__encode_ids(encoder, source->prefix_ids, source->n_prefix);
     encoder->text = (const unsigned char *)a;
+    tfm__encode_ids(encoder, source->prefix_ids, source->n_prefix);
     if (a_size > 0)
         status = tfm__encode_text(encoder, 0, (const unsigned char *)a, a_size);
     if (b) {
@@ -7141,6 +7121,30 @@ static tfm_status tfm__encode(tfm__encoder *encoder, const char *a, size_t a_siz
         tokenizer->allocator.release(tokenizer->allocator.user, encoder->own);
     *n_ids = encoder->n_ids;
     return status;
+}
+
+/* The text of ids; like snprintf, *size is its size, of which at most `capacity` bytes are written. */
+static tfm_status tfm__tokenizer_decode(const tfm__tokenizer *tokenizer, const int32_t *ids, size_t n_ids, char *text,
+                                        size_t capacity, size_t *size, tfm_error *error) {
+    unsigned char memory[TFM__MAX_PIECE_TEXT];
+    int dropped = 0;
+    size_t i;
+    *size = 0;
+    for (i = 0; i < n_ids; i++) {
+        size_t n;
+        const unsigned char *bytes = tfm__token_text(tokenizer, ids[i], &n);
+        if (!bytes)
+            return tfm__fail(error, TFM_ERROR_ARGUMENT, "%ld is not the id of a token", (long)ids[i]);
+        if (tokenizer->source.kind == TFM__WORDPIECE) {
+            n = tfm__wordpiece_decode(tokenizer, ids[i], i == 0, memory);
+            bytes = memory;
+        } else if (tokenizer->source.types)
+            bytes = tfm__spm_shown(tokenizer, ids[i], i, *size, &dropped, &n);
+        if (*size < capacity)
+            memcpy(text + *size, bytes, TFM__MIN(n, capacity - *size));
+        *size += n;
+    }
+    return TFM_OK;
 }
 
 /* Checks the tables of a model file and builds a tokenizer on them. On an error there is nothing to free. */
@@ -7780,31 +7784,17 @@ TFM_API tfm_status tfm_tokenize_pair(const tfm_model *model, const char *a, size
     return tfm__encode(&encoder, a, a_size, b, b_size, n_ids);
 }
 
-TFM_API tfm_status tfm_decode(const tfm_model *model, const int32_t *ids, size_t n_ids, char *text, size_t capacity,
-                              size_t *size, tfm_error *error) {
-    unsigned char memory[TFM__MAX_PIECE_TEXT];
-    tfm__decoder decoder;
-    size_t piece_size;
-    *size = 0;
-    if (!model->has_tokenizer)
-        return tfm__fail_no_tokenizer(model, error);
-    memset(&decoder, 0, sizeof decoder);
-    for (; decoder.n_ids < n_ids; decoder.n_ids++, decoder.size = *size) {
-        int32_t id = ids[decoder.n_ids];
-        const unsigned char *piece;
-        if (!tfm__token_bytes(&model->tokenizer, id, &piece_size))
-            return tfm__fail(error, TFM_ERROR_ARGUMENT, "%ld is not the id of a token", (long)id);
-        piece = tfm__kind_decode(&model->tokenizer, id, &decoder, memory, &piece_size);
-        if (text && *size < capacity && piece_size > 0)
-            memcpy(text + *size, piece, TFM__MIN(piece_size, capacity - *size));
-        *size += piece_size;
-    }
-    return TFM_OK;
-}
-
 TFM_API const char *tfm_token_text(const tfm_model *model, int32_t id, size_t *size) {
     *size = 0;
     return model->has_tokenizer ? (const char *)tfm__token_text(&model->tokenizer, id, size) : NULL;
+}
+
+TFM_API tfm_status tfm_detokenize(const tfm_model *model, const int32_t *ids, size_t n_ids, char *text, size_t capacity,
+                                  size_t *size, tfm_error *error) {
+    *size = 0;
+    if (!model->has_tokenizer)
+        return tfm__fail_no_tokenizer(model, error);
+    return tfm__tokenizer_decode(&model->tokenizer, ids, n_ids, text, capacity, size, error);
 }
 
 TFM_API int32_t tfm_token_id(const tfm_model *model, const char *text, size_t size) {

@@ -5,7 +5,8 @@ hard: all of Unicode, white space, contractions, emoji, marks, digits, added tok
     compare_tokenizer.py [--strings N] [--seed S] [--text FILE ...] [CHECKPOINT ...]
 
 Compares the tokenizers of the checkpoints (Hugging Face directories), and of tokenizers that it trains itself and
-changes in ways that a checkpoint may have: merges in an odd order, missing byte tokens, every kind of added token.
+changes in ways that a checkpoint may have: merges in an odd order, missing byte tokens, every kind of added token;
+RoBERTa's; and BERT's WordPiece with every kind of normalization. Pairs of texts, token types and decoding, too.
 Needs the Python packages tokenizers and transformers. The last line is `N passed, N failed`.
 """
 import argparse
@@ -22,7 +23,16 @@ import unicodedata
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ["RUST_BACKTRACE"] = "0"  # see wanted_ids()
 
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers  # noqa: E402
+from tokenizers import (  # noqa: E402
+    AddedToken,
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+    trainers,
+)
 
 SPACES = (
     "\t\n\v\f\r \x1c\x1d\x1e\x1f\x85\xa0\u1680\u180e\u2000\u2001\u2002\u2003\u2004\u2005\u2006\u2007\u2008\u2009\u200a"
@@ -37,6 +47,8 @@ EMOJI = [
 ]  # fmt: skip
 ALL = [c for c in range(0x110000) if not 0xD800 <= c < 0xE000]
 DIGITS, MARKS, LETTERS = ([chr(c) for c in ALL if unicodedata.category(chr(c)).startswith(x)] for x in "NML")
+# Marks that BERT keeps and sorts, and that it removes, to be mixed.
+KEPT_MARKS = [c for c in MARKS if unicodedata.combining(c) and ord(c) > 0x1d00] + ["\u0334", "\u0345", "\u034f", "\ufe0f"]
 PLANES = [(0, 0x7F), (0, 0x2FF), (0x300, 0x7FF), (0x800, 0xD7FF), (0xE000, 0xFFFF), (0x10000, 0x1FFFF)]
 PLANES += [(0x20000, 0x323FF), (0xE0000, 0xE01FF), (0, 0xD7FF), (0x10000, 0x10FFFF)]
 
@@ -135,7 +147,78 @@ def add_random_tokens(tokenizer, rng, n):
         )
 
 
+def roberta(vocab, merges, rng, prefix_space):
+    """A byte-level BPE in RoBERTa's clothes."""
+    vocab = dict(vocab)
+    special = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
+    for text in special:
+        vocab.setdefault(text, len(vocab))
+    tokenizer = new_tokenizer(models.BPE(vocab, merges), add_prefix_space=prefix_space)
+    normalized = rng.random() < 0.5
+    tokenizer.add_special_tokens([AddedToken(text, normalized=normalized) for text in special[:4]])
+    tokenizer.add_special_tokens([AddedToken("<mask>", lstrip=True, normalized=False)])
+    tokenizer.post_processor = processors.RobertaProcessing(
+        ("</s>", vocab["</s>"]), ("<s>", vocab["<s>"]), trim_offsets=True, add_prefix_space=prefix_space
+    )
+    return tokenizer
+
+
+BERT_TOKENS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+
+
+def bert(text, template=True, vocab_size=20000, prefix="##", max_word=100, cleanup=True, **normalizer):
+    tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    tokenizer.normalizer = normalizers.BertNormalizer(**normalizer) if normalizer else None
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    trainer = trainers.WordPieceTrainer(
+        vocab_size=vocab_size,
+        show_progress=False,
+        special_tokens=BERT_TOKENS,
+        continuing_subword_prefix=prefix,
+        initial_alphabet=[] if vocab_size < 5000 else LETTERS[::7],
+    )
+    tokenizer.train_from_iterator(text, trainer)
+    vocab = tokenizer.get_vocab()
+    tokenizer.model = models.WordPiece(
+        vocab, unk_token="[UNK]", continuing_subword_prefix=prefix, max_input_chars_per_word=max_word
+    )
+    tokenizer.decoder = decoders.WordPiece(prefix=prefix, cleanup=cleanup)
+    cls, sep = (("[" + name + "]", vocab["[" + name + "]"]) for name in ("CLS", "SEP"))
+    if template:
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=[cls, sep]
+        )
+    else:
+        tokenizer.post_processor = processors.BertProcessing(sep, cls)
+    return tokenizer
+
+
+BERT_ODD_TOKENS = ["Zürich", "ZURICH", "[x]", "\u00c9\u00c9", "the", "##ing", "[MASK", "a b", "ﬁ", "\u4e2d\u6587", "İx",
+                   "\u0300", "e\u0301", "don't do", "of", "OF", "\u1e9e"]  # fmt: skip
+
+
+def berts(text, rng):
+    """(name, tokenizer) pairs of WordPiece tokenizers."""
+    usual = {"clean_text": True, "handle_chinese_chars": True, "strip_accents": None, "lowercase": True}
+    yield BERT_UNCASED, bert(text, **usual)
+    yield "bert cased", bert(text, template=False, **{**usual, "lowercase": False})
+    yield "bert lower case with accents", bert(text, **{**usual, "strip_accents": False})
+    yield "bert cased without accents", bert(text, **{**usual, "lowercase": False, "strip_accents": True})
+    yield "bert, nothing cleaned", bert(text, **{**usual, "clean_text": False, "handle_chinese_chars": False})
+    yield "bert without normalizer", bert(text, cleanup=False)
+    yield "bert, short words and another prefix", bert(text, prefix="_", max_word=7, **usual)
+    yield "bert, no prefix", bert(text[:5000], vocab_size=3000, prefix="", **usual)
+    for i in range(4):
+        tokenizer = bert(text[:20000], vocab_size=6000, **{**usual, "lowercase": i % 2 == 0})
+        for content in rng.sample(BERT_ODD_TOKENS, rng.randrange(3, len(BERT_ODD_TOKENS))):
+            flags = {name: rng.random() < 0.3 for name in ("lstrip", "rstrip", "single_word")}
+            added = AddedToken(content, special=rng.random() < 0.3, normalized=rng.random() < 0.7, **flags)
+            tokenizer.add_tokens([added])
+        yield f"bert with added tokens {i}", tokenizer
+
+
 EVERY_PAIR = "every pair of bytes"
+BERT_UNCASED = "bert uncased"
 
 
 def variants(text, rng):
@@ -177,8 +260,14 @@ def variants(text, rng):
     around = new_tokenizer(models.BPE(vocab, merges))
     around.add_special_tokens(["<s>", "</s>"])
     ids = [(t, around.token_to_id(t)) for t in ("<s>", "</s>")]
-    around.post_processor = processors.TemplateProcessing(single="<s> $A </s>", special_tokens=ids)
+    around.post_processor = processors.TemplateProcessing(
+        single="<s> $A </s>", pair="<s> $A $B </s>", special_tokens=ids
+    )
     yield "prefix and suffix", around
+
+    yield "roberta", roberta(vocab, merges, rng, False)
+    yield "roberta, prefix space", roberta(vocab, merges, rng, True)
+    yield from berts(text, rng)
 
     for i in range(16):
         tokenizer = new_tokenizer(models.BPE(vocab, merges), add_prefix_space=i % 4 == 3)
@@ -196,8 +285,19 @@ def code_point(rng):
             return chr(c)
 
 
+def script_word(rng):
+    """Letters and marks that are neighbours in Unicode, as those of one script are."""
+    start = rng.randrange(len(LETTERS))
+    letters = LETTERS[start : start + 40]
+    return "".join(rng.choice(letters) + rng.choice(["", "", rng.choice(MARKS)]) for _ in range(rng.randrange(1, 9)))
+
+
 def part(rng, words, added):
-    kind = rng.randrange(14)
+    kind = rng.randrange(16)
+    if kind == 14:
+        return script_word(rng) + rng.choice([" ", "", ", ", "-"])
+    if kind == 15:
+        return "".join(rng.choices(KEPT_MARKS, k=rng.randrange(2, 9)))
     if kind <= 2:
         return rng.choice(words) + rng.choice(["", " ", " ", "\n"])
     if kind == 3:
@@ -249,19 +349,24 @@ class Counts:
             print(f"DIFFERENT: {what}\n  text   {ascii(text)}\n  wanted {wanted}\n  got    {got}")
 
 
-def wanted_ids(tokenizer, strings, special, plain):
+def encoded(tokenizer, texts, special, plain):
     """The right answers; None where the library panics, as it does when one added token takes with rstrip what another
     one takes with lstrip."""
-    if len(strings) > 1000:  # an Encoding takes much memory
-        half = len(strings) // 2
-        return [w for part in (strings[:half], strings[half:]) for w in wanted_ids(tokenizer, part, special, plain)]
     tokenizer.encode_special_tokens = not special
     try:
-        return [" ".join(map(str, e.ids)) for e in tokenizer.encode_batch(strings, add_special_tokens=not plain)]
+        return tokenizer.encode_batch(texts, add_special_tokens=not plain)
     except BaseException as error:  # a panic is no Exception
         if type(error).__name__ != "PanicException":
             raise
-    return [None] if len(strings) == 1 else [w for s in strings for w in wanted_ids(tokenizer, [s], special, plain)]
+    return [None] if len(texts) == 1 else [e for text in texts for e in encoded(tokenizer, [text], special, plain)]
+
+
+def wanted_ids(tokenizer, strings, special, plain):
+    wanted = []
+    for i in range(0, len(strings), 1000):  # an Encoding takes much memory
+        for encoding in encoded(tokenizer, strings[i : i + 1000], special, plain):
+            wanted.append(None if encoding is None else " ".join(map(str, encoding.ids)))
+    return wanted
 
 
 def options_of(special, plain, *more):
@@ -278,6 +383,34 @@ def compare_lines(arguments, model, name, tokenizer, strings, special, plain, co
     counts.add(len(got) == len(strings), f"{name} {options}: number of lines", "", len(strings), len(got))
     for s, w, g in zip(strings, wanted, got):
         counts.add(w in (g, None), f"{name} {options}", s, w, g)
+
+
+def compare_pairs(arguments, model, name, tokenizer, strings, plain, counts):
+    """Two strings in a line, with a tab between; ids and token types."""
+    strings = [s.replace("\n", "\u2028").replace("\t", " ").rstrip("\r") for s in strings]
+    pairs = list(zip(strings[::2], strings[1::2]))
+    encodings = encoded(tokenizer, pairs, False, plain)
+    text = "".join("\t".join(pair) + "\n" for pair in pairs).encode()
+    for key, option in (("ids", []), ("type_ids", ["--types"])):
+        got = run_tfm(arguments, model, text, ["--pair", *option, *options_of(False, plain)]).decode().split("\n")[:-1]
+        counts.add(len(got) == len(pairs), f"{name} pairs: number of lines", "", len(pairs), len(got))
+        for pair, encoding, g in zip(pairs, encodings, got):
+            wanted = None if encoding is None else " ".join(map(str, getattr(encoding, key)))
+            counts.add(wanted in (g, None), f"{name} pairs, {key}", pair, wanted, g)
+
+
+def compare_decoding(arguments, model, name, tokenizer, strings, rng, counts):
+    """The ids of strings, and any ids."""
+    tokens = sorted(tokenizer.get_vocab(with_added_tokens=True).values())
+    ids = [encoding.ids for encoding in encoded(tokenizer, strings, True, False) if encoding is not None]
+    ids += [rng.choices(tokens, k=rng.randrange(1, 12)) for _ in strings]
+    wanted = [tokenizer.decode(line, skip_special_tokens=False) for line in ids]
+    lines = [(line, text) for line, text in zip(ids, wanted) if "\n" not in text]
+    text = "".join(" ".join(map(str, line)) + "\n" for line, _ in lines).encode()
+    got = run_tfm(arguments, model, text, ["--decode"]).decode().split("\n")[:-1]
+    counts.add(len(got) == len(lines), f"{name} decoding: number of lines", "", len(lines), len(got))
+    for (line, text), g in zip(lines, got):
+        counts.add(text == g, f"{name} decoding", str(line), ascii(text), ascii(g))
 
 
 def compare_whole(arguments, model, name, tokenizer, text, special, plain, counts):
@@ -318,6 +451,11 @@ def compare(arguments, model, name, tokenizer, words, n, rng, counts):
         for i in range(0, len(strings), 5000):
             compare_whole(arguments, model, name, tokenizer, "".join(strings[i : i + 500]), special, plain, counts)
     compare_lines(arguments, model, name, tokenizer, ["", " ", "'", "a", "\u2028"], False, False, counts)
+    strings = [random_string(rng, words, added) for _ in range(1 + n // 8)]
+    for plain in (False, True):
+        compare_pairs(arguments, model, name, tokenizer, strings, plain, counts)
+    if isinstance(tokenizer.model, models.WordPiece):
+        compare_decoding(arguments, model, name, tokenizer, strings, rng, counts)
     compare_whole(arguments, model, name, tokenizer, "", False, False, counts)
     print(f"{name}: {n} strings, {counts.failed - before} failed", flush=True)
 
@@ -333,6 +471,11 @@ def training_text(files, rng):
     for name in files:
         with open(name, encoding="utf-8", newline="") as file:
             lines += file.read().splitlines(keepends=True)
+    for directory, _, names in os.walk("/usr/share/doc"):
+        for name in sorted(names)[:1]:
+            if name == "copyright" and len(lines) < 100000:
+                with open(os.path.join(directory, name), encoding="utf-8", errors="replace") as file:
+                    lines += file.readlines()[:50]
     for start in range(0, len(LETTERS), 40):
         script = LETTERS[start : start + 40]
         lines += ["".join(rng.choices(script + [" "], k=12)) + "\n" for _ in range(3)]
@@ -364,8 +507,9 @@ def main():
                 write_checkpoint(tokenizer, checkpoint)
             convert(arguments, checkpoint, model)
             compare(arguments, model, name, tokenizer, words, arguments.strings // len(tokenizers), rng, counts)
-            if name == EVERY_PAIR:
+            if name in (EVERY_PAIR, BERT_UNCASED):
                 compare_lines(arguments, model, name, tokenizer, every_character(), False, False, counts)
+            if name == EVERY_PAIR:
                 compare_round_trip(arguments, model, name, rng, counts)
     print(f"{counts.passed} passed, {counts.failed} failed")
     return 1 if counts.failed else 0

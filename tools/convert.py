@@ -1288,8 +1288,9 @@ def check_entry(entry):
 # ---------------------------------------------------------------------------------------------------------------------
 
 ADDED_FLAGS = {"special": 1, "lstrip": 2, "rstrip": 4, "single_word": 8, "normalized": 16}
+OUTSIDE = 32  # among those flags in the file: an added token that WordPiece's vocabulary has not
 # Files of tokenizers that are not supported yet: better named than passed over in silence.
-OTHER_TOKENIZERS = ("vocab.txt", "tiktoken.model", "tekken.json")
+OTHER_TOKENIZERS = ("tiktoken.model", "tekken.json")
 
 
 @dataclasses.dataclass
@@ -1306,6 +1307,11 @@ class Bpe:
     fuse_unk: bool = False  # one of them for a run of such bytes
     prefix_ids: List[int] = dataclasses.field(default_factory=list)  # what is put around a text by default
     suffix_ids: List[int] = dataclasses.field(default_factory=list)
+    pair_ids: Optional[List[int]] = None  # what stands between two texts; None: not known
+    pair_type: int = 0  # the token type of what comes after that
+
+    def set_around(self, before, between, after, pair_type=0):
+        self.prefix_ids, self.pair_ids, self.suffix_ids, self.pair_type = before, between, after, pair_type
 
     def id_of(self, text):
         return self.added[text][0] if text in self.added else self.vocab.get(text)
@@ -1333,7 +1339,7 @@ class Bpe:
             if owners.setdefault(number, text) != text:
                 raise ConvertError("%s: the tokens %s and %s have the same id, %d"
                                    % (self.where, quote(owners[number]), quote(text), number))
-        for number in self.prefix_ids + self.suffix_ids:
+        for number in self.prefix_ids + self.suffix_ids + (self.pair_ids or []):
             if number not in owners:
                 raise ConvertError("%s: the post-processor adds the id %s, which no token has"
                                    % (self.where, quote(number)))
@@ -1350,10 +1356,14 @@ def read_tokenizer(source, family, vocab_size):
     elif source.has("vocab.json") and source.has("merges.txt"):
         bpe = read_vocab_and_merges(source)
         read_special_tokens(source, bpe, family, vocab_size)
-        read_affixes(source, bpe)
+        read_affixes(source, bpe, family)
     elif source.has("vocab.json") or source.has("merges.txt"):
         raise ConvertError("%s: has only one of vocab.json and merges.txt, which belong together"
                            % (source.directory or "."))
+    elif source.has("vocab.txt"):
+        bpe = read_vocab_txt(source)
+        read_special_tokens(source, bpe, family, vocab_size)
+        read_affixes(source, bpe, family)
     else:
         others = [name for name in OTHER_TOKENIZERS if source.has(name)]
         source.notes.append("warning: converted without a tokenizer: there is %s" % (
@@ -1379,6 +1389,8 @@ def byte_alphabet():
 def read_tokenizer_json(source):
     path = source.beside("tokenizer.json")
     root = source.json(path)
+    if root.object("model").text("type", "BPE") == "WordPiece":
+        return read_wordpiece_json(source, root)
     normalizer = root.object("normalizer", None)
     if normalizer is not None and normalizer.values.get("normalizers") != []:
         raise ConvertError("%s: a normalizer (%s) is not supported yet" % (path, quote(normalizer.text("type"))))
@@ -1388,7 +1400,7 @@ def read_tokenizer_json(source):
     only_step(root, "decoder", "decoders")
     model = root.object("model")
     if model.text("type", "BPE") != "BPE":
-        raise ConvertError("%s: the tokenizer is of the type %s; only BPE is supported yet"
+        raise ConvertError("%s: the tokenizer is of the type %s; only BPE, WordPiece and Unigram are supported"
                            % (path, quote(model.text("type"))))
     merges = [parse_merge(merge, "%s: merge %d" % (path, i)) for i, merge in enumerate(model.list("merges"))]
     bpe = Bpe(path, parse_vocab(model.object("vocab")), merges)
@@ -1397,13 +1409,17 @@ def read_tokenizer_json(source):
     bpe.unk_token = model.text("unk_token", None)
     bpe.fuse_unk = model.flag("fuse_unk", False)
     check_bpe_options(model, bpe)
+    read_added_tokens(root, bpe)
+    read_post_processor(source, root, bpe)
+    return bpe
+
+
+def read_added_tokens(root, bpe):
     for token in root.list("added_tokens", []):
         if not isinstance(token, dict):
-            raise ConvertError("%s: 'added_tokens' should be a list of objects" % path)
-        fields = Fields(token, path + ": 'added_tokens'")
+            raise ConvertError("%s: 'added_tokens' should be a list of objects" % root.where)
+        fields = Fields(token, root.where + ": 'added_tokens'")
         bpe.add(fields.text("content"), added_flags(fields), fields.integer("id"))
-    bpe.prefix_ids, bpe.suffix_ids = template_ids(only_template(root))
-    return bpe
 
 
 def check_bpe_options(model, bpe):
@@ -1432,7 +1448,7 @@ def only_step(root, key, steps_key):
     return steps[0]
 
 
-def only_template(root):
+def only_processor(root):
     """The post-processor that adds tokens, or None. (ByteLevel ones only move offsets.)"""
     step = root.object("post_processor", None)
     if step is None:
@@ -1441,29 +1457,61 @@ def only_template(root):
     if step.text("type") == "Sequence":
         steps = [Fields(item, step.where) for item in step.list("processors") if isinstance(item, dict)]
     steps = [item for item in steps if item.text("type") != "ByteLevel"]
-    if len(steps) > 1 or steps and steps[0].text("type") != "TemplateProcessing":
+    known = ("TemplateProcessing", "BertProcessing", "RobertaProcessing")
+    if len(steps) > 1 or steps and steps[0].text("type") not in known:
         raise ConvertError("%s: the post-processor %s is not supported yet"
                            % (root.where, listing([item.text("type") for item in steps])))
     return steps[0] if steps else None
 
 
-def template_ids(template):
-    """The ids before and after the text itself in a template for a single text."""
-    before: List[int] = []
-    after: List[int] = []
-    if template is None:
-        return before, after
-    texts = 0
-    for item in template.list("single"):
-        piece = Fields(item if isinstance(item, dict) else {}, template.where + ": 'single'")
+def read_post_processor(source, root, bpe):
+    """What tokenizer.json puts around a text, and between two."""
+    step = only_processor(root)
+    if step is None:
+        bpe.set_around([], [], [], 1)
+    elif step.text("type") == "TemplateProcessing":
+        read_template(source, step, bpe)
+    else:
+        ends = step.list("sep"), step.list("cls")
+        if not all(len(end) == 2 and type(end[1]) is int for end in ends):
+            raise ConvertError("%s: 'sep' and 'cls' should be a token and its id each" % step.where)
+        sep, cls = [ends[0][1]], [ends[1][1]]
+        is_bert = step.text("type") == "BertProcessing"
+        bpe.set_around(cls, sep if is_bert else sep + sep, sep, 1 if is_bert else 0)
+
+
+def template_pieces(template, key):
+    """A template as parts before, between and after its texts: lists of (id, type); and the texts as (name, type)."""
+    parts: List[List[Tuple[int, int]]] = [[]]
+    texts = []
+    for item in template.list(key):
+        piece = Fields(item if isinstance(item, dict) else {}, "%s: %r" % (template.where, key))
         if "Sequence" in piece.values:
-            texts += 1
+            sequence = piece.object("Sequence")
+            texts.append((sequence.text("id", "A"), sequence.integer("type_id", 0)))
+            parts.append([])
             continue
-        token = template.object("special_tokens").object(piece.object("SpecialToken").text("id"))
-        (after if texts else before).extend(token.ids("ids"))
-    if texts != 1:
-        raise ConvertError("%s: the template has the text %d times, not once" % (template.where, texts))
-    return before, after
+        special = piece.object("SpecialToken")
+        token = template.object("special_tokens").object(special.text("id"))
+        parts[-1] += [(number, special.integer("type_id", 0)) for number in token.ids("ids")]
+    return parts, texts
+
+
+def read_template(source, template, bpe):
+    parts, texts = template_pieces(template, "single")
+    if len(texts) != 1:
+        raise ConvertError("%s: the template has the text %d times, not once" % (template.where, len(texts)))
+    bpe.prefix_ids, bpe.suffix_ids = [[number for number, _ in part] for part in parts]
+    single_types = {kind for _, kind in texts + parts[0] + parts[1]}
+    parts, texts = template_pieces(template, "pair") if template.list("pair", []) else ([], [])
+    ids = [[number for number, _ in part] for part in parts]
+    if [name for name, _ in texts] == ["A", "B"] and (ids[0], ids[2]) == (bpe.prefix_ids, bpe.suffix_ids):
+        first = {texts[0][1], *(kind for _, kind in parts[0] + parts[1])}
+        second = {texts[1][1], *(kind for _, kind in parts[2])}
+        if first | single_types == {0} and len(second) == 1 and min(second) >= 0:
+            bpe.pair_ids, bpe.pair_type = ids[1], second.pop()
+            return
+    source.notes.append("warning: the tokenizer's template for pairs of texts is not supported; single texts are")
 
 
 def parse_vocab(fields):
@@ -1499,13 +1547,96 @@ def read_vocab_and_merges(source):
     return Bpe(vocab_path, vocab, merges)
 
 
-def read_affixes(source, bpe):
-    """What tokenizer_config.json says for tokenizers without a tokenizer.json and its post-processor."""
+def read_affixes(source, bpe, family):
+    """What tokenizers put around a text that have no tokenizer.json with a post-processor."""
     config = source.optional_json("tokenizer_config.json")
+    kind = config.text("tokenizer_class", "") or usual_class(source, bpe, family)
+    cls, sep = bpe.named.get("cls_token"), bpe.named.get("sep_token")
+    if isinstance(bpe, WordPiece):
+        if cls is None or sep is None:
+            raise ConvertError("%s: there is no [CLS] or no [SEP] to put around a text" % bpe.where)
+        bpe.set_around([cls], [sep], [sep], 1)
+    elif kind.startswith("RobertaTokenizer") and cls is not None and sep is not None:
+        bpe.set_around([cls], [sep, sep], [sep])
+    else:
+        bpe.set_around([], [], [], 1)
     if config.flag("add_bos_token", False) and "bos_token" in bpe.named:
-        bpe.prefix_ids = [bpe.named["bos_token"]]
+        bpe.prefix_ids, bpe.pair_ids = [bpe.named["bos_token"]], None
     if config.flag("add_eos_token", False) and "eos_token" in bpe.named:
-        bpe.suffix_ids = [bpe.named["eos_token"]]
+        bpe.suffix_ids, bpe.pair_ids = [bpe.named["eos_token"]], None
+
+
+# --- WordPiece: tokenizer.json, or vocab.txt ---
+
+@dataclasses.dataclass
+class WordPiece(Bpe):
+    """BERT's tokenizer."""
+    unk_token: Optional[str] = "[UNK]"
+    continuing_prefix: str = "##"
+    max_word_chars: int = 100
+    clean_text: bool = True
+    chinese_chars: bool = True
+    lowercase: bool = True
+    strip_accents: Optional[bool] = None  # None: as `lowercase`
+    cleanup: bool = True  # decoding leaves out spaces before punctuation
+
+
+MAX_WORD_CHARS = 1024  # tfm.h's limit
+
+
+def read_wordpiece_json(source, root):
+    path, model = root.where, root.object("model")
+    pieces = WordPiece(path, parse_vocab(model.object("vocab")), [])
+    pieces.unk_token = model.text("unk_token", "[UNK]")
+    pieces.continuing_prefix = model.text("continuing_subword_prefix", "##")
+    pieces.max_word_chars = model.integer("max_input_chars_per_word", 100)
+    steps = json_steps(root, "normalizer", "normalizers")
+    splitters = [step.text("type") for step in json_steps(root, "pre_tokenizer", "pretokenizers")]
+    if [step.text("type") for step in steps] not in ([], ["BertNormalizer"]) or splitters != ["BertPreTokenizer"]:
+        raise ConvertError("%s: WordPiece is supported with BertNormalizer and BertPreTokenizer, not with %s"
+                           % (path, listing([step.text("type") for step in steps] + splitters) or "null"))
+    normalizer = steps[0] if steps else Fields({}, path)
+    pieces.clean_text = normalizer.flag("clean_text", bool(steps))
+    pieces.chinese_chars = normalizer.flag("handle_chinese_chars", bool(steps))
+    pieces.lowercase = normalizer.flag("lowercase", bool(steps))
+    pieces.strip_accents = normalizer.flag("strip_accents", None)
+    decoders = json_steps(root, "decoder", "decoders")
+    if [step.text("type") for step in decoders] != ["WordPiece"] or (
+            decoders[0].text("prefix", "##") != pieces.continuing_prefix):
+        source.notes.append("warning: the tokenizer's decoder is not WordPiece's; `tfm tokenize --decode` takes that")
+    else:
+        pieces.cleanup = decoders[0].flag("cleanup", True)
+    read_added_tokens(root, pieces)
+    read_post_processor(source, root, pieces)
+    read_bert_options(source, pieces)
+    return pieces
+
+
+def read_vocab_txt(source):
+    path = source.beside("vocab.txt")
+    # Lines end as in Python's text files. U+0085, U+2028 and their like are characters of tokens.
+    lines = source.text(path).replace("\r\n", "\n").replace("\r", "\n").split("\n")
+    if not lines[-1]:
+        lines.pop()
+    pieces = WordPiece(path, {text: number for number, text in enumerate(lines)}, [])
+    unknown = special_tokens(source.optional_json("tokenizer_config.json"))
+    pieces.unk_token = next((text for key, text, _ in unknown if key == "unk_token"), "[UNK]")
+    read_bert_options(source, pieces)
+    return pieces
+
+
+def read_bert_options(source, pieces):
+    """What tokenizer_config.json says of the normalizer, which transformers puts above tokenizer.json."""
+    config = source.optional_json("tokenizer_config.json")
+    pieces.lowercase = config.flag("do_lower_case", pieces.lowercase)
+    pieces.chinese_chars = config.flag("tokenize_chinese_chars", pieces.chinese_chars)
+    pieces.strip_accents = config.flag("strip_accents", pieces.strip_accents)
+    if pieces.unk_token not in pieces.vocab:
+        raise ConvertError("%s: the vocabulary lacks the token of what has no other, %s"
+                           % (pieces.where, quote(pieces.unk_token)))
+    if not 1 <= pieces.max_word_chars <= MAX_WORD_CHARS:
+        raise ConvertError("%s: 'max_input_chars_per_word' is %d; 1 to %d are supported"
+                           % (pieces.where, pieces.max_word_chars, MAX_WORD_CHARS))
 
 
 # --- SentencePiece: tokenizer.json, or a model file of its own ---
@@ -1539,7 +1670,7 @@ def read_sentencepiece(source):
         if not is_sentencepiece_json(root):
             return None
         try:
-            pieces = read_sentencepiece_json(root)
+            pieces = read_sentencepiece_json(source, root)
         except ConvertError as error:
             if not models:
                 raise
@@ -1757,6 +1888,8 @@ def around_text(source, pieces, kind):
         with_eos = config.flag("add_eos_token", False)
     pieces.prefix_ids = [bos] if with_bos and bos is not None else []
     pieces.suffix_ids = [eos] if with_eos and eos is not None else []
+    if with_eos and eos is not None and not kind.startswith(("Llama", "Gemma", "CodeLlama")):
+        pieces.pair_ids = [eos, eos] if with_bos else [eos]
 
 
 def name_special_tokens(source, pieces):
@@ -1808,7 +1941,7 @@ def pattern_of(step):
     return next(((kind, pattern.text(kind)) for kind in ("String", "Regex") if kind in pattern.values), ("", ""))
 
 
-def read_sentencepiece_json(root):
+def read_sentencepiece_json(source, root):
     path = root.where
     model = root.object("model")
     is_unigram = model.text("type", "BPE") == "Unigram"
@@ -1823,11 +1956,8 @@ def read_sentencepiece_json(root):
     for token in root.list("added_tokens", []):
         fields = Fields(token if isinstance(token, dict) else {}, path + ": 'added_tokens'")
         text, flags = fields.text("content"), added_flags(fields)
-        if flags & ADDED_FLAGS["normalized"] and (pieces.rules.get("prepend") or not text.isascii() or " " in text):
-            raise ConvertError("%s: the added token %s is 'normalized', which is not supported with this normalizer"
-                               % (path, quote(text)))
         pieces.add(text, flags, fields.integer("id"))
-    pieces.prefix_ids, pieces.suffix_ids = template_ids(only_template(root))
+    read_post_processor(source, root, pieces)
     return pieces
 
 
@@ -1968,7 +2098,7 @@ def read_special_tokens(source, bpe, family, vocab_size):
         added = source.optional_json("added_tokens.json")
         for text in added.values:
             bpe.add(text, ADDED_FLAGS["special" if text in texts else "normalized"], added.integer(text))
-    for key, text, flags in special + default_special_tokens(bpe, family, names, vocab_size):
+    for key, text, flags in special + default_special_tokens(source, bpe, family, names, vocab_size):
         if text in bpe.added:
             bpe.added[text][1] |= ADDED_FLAGS["special"]
         else:
@@ -1996,16 +2126,32 @@ def special_tokens(names):
     return special
 
 
-def default_special_tokens(bpe, family, names, vocab_size):
-    """The roles that the family's tokenizer class gives to one token where the files are silent."""
-    text = family.special_token
-    if not names.text("tokenizer_class", family.tokenizer_class).startswith(family.tokenizer_class):
-        return []
-    # A vocabulary of its own, without that token, would get it as an id that the model hasn't.
-    if bpe.id_of(text) is None and bpe.next_id() >= vocab_size:
-        return []
-    return [(key, text, ADDED_FLAGS["special"]) for key in ("bos_token", "eos_token", "unk_token")
-            if key not in names.values]
+BERT_TOKENS = {key + "_token": "[%s]" % key.upper() for key in ("unk", "sep", "pad", "cls", "mask")}
+ROBERTA_TOKENS = {"bos_token": "<s>", "eos_token": "</s>", "sep_token": "</s>", "cls_token": "<s>",
+                  "unk_token": "<unk>", "pad_token": "<pad>", "mask_token": "<mask>"}
+CLASS_TOKENS = {"BertTokenizer": BERT_TOKENS, "DistilBertTokenizer": BERT_TOKENS, "ElectraTokenizer": BERT_TOKENS,
+                "RobertaTokenizer": ROBERTA_TOKENS}
+
+
+def default_special_tokens(source, bpe, family, names, vocab_size):
+    """The roles that the tokenizer's class gives to tokens where the files are silent."""
+    kind = names.text("tokenizer_class", "") or usual_class(source, bpe, family)
+    kind = kind[:-4] if kind.endswith("Fast") else kind
+    roles = CLASS_TOKENS.get(kind, {})
+    if kind and kind == family.tokenizer_class:
+        roles = dict.fromkeys(("bos_token", "eos_token", "unk_token"), family.special_token)
+    # A vocabulary of its own, without such a token, would get it as an id that the model hasn't.
+    return [(key, text, ADDED_FLAGS["special"] | (ADDED_FLAGS["lstrip"] if text == "<mask>" else 0))
+            for key, text in roles.items()
+            if key not in names.values and (bpe.id_of(text) is not None or bpe.next_id() < vocab_size)]
+
+
+def usual_class(source, bpe, family):
+    """The tokenizer's class where no file names it."""
+    if isinstance(bpe, WordPiece):
+        return "BertTokenizer"
+    is_roberta = source.optional_json("config.json").text("model_type", "") == "roberta"
+    return "RobertaTokenizer" if is_roberta else family.tokenizer_class
 
 
 def added_flags(fields, is_special=False):
@@ -2112,6 +2258,24 @@ def put_sentencepiece(metadata, pieces):
     put_around(metadata, pieces)
 
 
+def put_wordpiece(metadata, pieces):
+    tokens = token_bytes(pieces, {})
+    metadata.text("tokenizer.kind", "wordpiece")
+    metadata.bytes("tokenizer.tokens", b"".join(tokens))
+    metadata.i32("tokenizer.token_sizes", [len(token) for token in tokens])
+    metadata.text("tokenizer.continuing_prefix", pieces.continuing_prefix)
+    metadata.i64("tokenizer.max_word_chars", pieces.max_word_chars)
+    for key in ("clean_text", "chinese_chars", "lowercase", "cleanup"):
+        metadata.i64("tokenizer." + key, getattr(pieces, key))
+    metadata.i64("tokenizer.strip_accents",
+                 pieces.lowercase if pieces.strip_accents is None else pieces.strip_accents)
+    metadata.i64("tokenizer.unk_id", pieces.vocab[pieces.unk_token])
+    for text in pieces.added:
+        if text not in pieces.vocab:
+            pieces.added[text][1] |= OUTSIDE
+    put_around(metadata, pieces)
+
+
 def put_around(metadata, bpe):
     """What every kind of tokenizer may have."""
     metadata.i32("tokenizer.added", list(itertools.chain(*sorted(bpe.added.values()))))
@@ -2119,6 +2283,9 @@ def put_around(metadata, bpe):
         metadata.i32("tokenizer.prefix_ids", bpe.prefix_ids)
     if bpe.suffix_ids:
         metadata.i32("tokenizer.suffix_ids", bpe.suffix_ids)
+    if bpe.pair_ids is not None:
+        metadata.i32("tokenizer.pair_ids", bpe.pair_ids)
+        metadata.i64("tokenizer.pair_type", bpe.pair_type)
     for role in ("bos", "eos", "pad", "mask"):
         if role + "_token" in bpe.named:
             metadata.i64("tokenizer.%s_id" % role, bpe.named[role + "_token"])
@@ -2128,6 +2295,9 @@ def put_tokenizer(metadata, bpe):
     if isinstance(bpe, SentencePiece):
         put_sentencepiece(metadata, bpe)
         return
+    if isinstance(bpe, WordPiece):
+        put_wordpiece(metadata, bpe)
+        return
     alphabet = byte_alphabet()
     tokens = token_bytes(bpe, alphabet)
     metadata.text("tokenizer.kind", "byte_bpe")
@@ -2135,18 +2305,11 @@ def put_tokenizer(metadata, bpe):
     metadata.bytes("tokenizer.tokens", b"".join(tokens))
     metadata.i32("tokenizer.token_sizes", [len(token) for token in tokens])
     metadata.i32("tokenizer.merges", merge_ids(bpe))
-    metadata.i32("tokenizer.added", list(itertools.chain(*sorted(bpe.added.values()))))
     ids = {byte: bpe.vocab.get(character, -1) for character, byte in alphabet.items()}
     metadata.i32("tokenizer.byte_ids", [ids[byte] for byte in range(256)])
     metadata.i64("tokenizer.add_prefix_space", bpe.add_prefix_space)
     metadata.i64("tokenizer.ignore_merges", bpe.ignore_merges)
-    if bpe.prefix_ids:
-        metadata.i32("tokenizer.prefix_ids", bpe.prefix_ids)
-    if bpe.suffix_ids:
-        metadata.i32("tokenizer.suffix_ids", bpe.suffix_ids)
-    for role in ("bos", "eos", "pad"):
-        if role + "_token" in bpe.named:
-            metadata.i64("tokenizer.%s_id" % role, bpe.named[role + "_token"])
+    put_around(metadata, bpe)
     # Not the unk_token that the Python classes name: BPE itself knows none unless its model says so.
     if bpe.vocab.get(bpe.unk_token) is not None:
         metadata.i64("tokenizer.unk_id", bpe.vocab[bpe.unk_token])

@@ -3,10 +3,14 @@
  *   tfm info MODEL [--verify]
  *   tfm quantize IN.tfm OUT.tfm [--type int8|f16|bf16|f32] [--threads N]
  *   tfm dump MODEL --ids 1,2,3 [--what logits|hidden] [--isa NAME] [--threads N] -o OUT.npy
- *   tfm tokenize MODEL [--decode] [--special] [--whole] [--plain] < text
+ *   tfm tokenize MODEL [--decode] [--special] [--whole] [--plain] [--pair] [--types] < text
  *   tfm perplexity MODEL TEXTFILE [--context N] [--stride N] [--isa NAME] [--threads N]
  *   tfm bench MODEL [--type f32,f16,int8] [--threads N] [--isa NAME] [--prompt 512] [--gen 64] [--batch 1]
  *       [--json FILE] [--svg FILE]
+ *
+ * tokenize: ids for each line, or for all of the input (--whole), with what the tokenizer adds by default (not with
+ * --plain); special tokens in the text are text unless --special is given. --pair: where a line has a tab, it is two texts.
+ * --types: the token types instead of the ids. --decode: the text of ids.
  *
  * Exit status: 0, 1 for errors, 2 for wrong usage.
  */
@@ -35,7 +39,7 @@ static const char usage_text[] =
     "usage: tfm info MODEL [--verify]\n"
     "       tfm quantize IN.tfm OUT.tfm [--type int8|f16|bf16|f32] [--threads N]\n"
     "       tfm dump MODEL --ids 1,2,3 [--what logits|hidden] [--isa NAME] [--threads N] -o OUT.npy\n"
-    "       tfm tokenize MODEL [--decode] [--special] [--whole] [--plain] < text\n"
+    "       tfm tokenize MODEL [--decode] [--special] [--whole] [--plain] [--pair] [--types] < text\n"
     "       tfm perplexity MODEL TEXTFILE [--context N] [--stride N] [--isa NAME] [--threads N]\n"
     "       tfm bench MODEL [--type f32,f16,int8] [--threads N] [--isa NAME] [--prompt 512] [--gen 64] [--batch 1]\n"
     "                 [--json FILE] [--svg FILE]\n";
@@ -62,7 +66,7 @@ typedef struct arguments {
     const char *paths[2];
     int n_paths;
     const char *ids, *what, *isa, *output, *type, *json, *svg;
-    int verify, decode, special, whole, plain;
+    int verify, decode, special, whole, plain, pair, types;
     long threads, context, stride, prompt, gen, batch;
 } arguments;
 
@@ -93,6 +97,7 @@ static int parse(int argc, char **argv, int n_paths, const char *allowed, argume
         {"--plain", NULL, NULL, &args->plain},     {"--json", &args->json, NULL, NULL},
         {"--svg", &args->svg, NULL, NULL},         {"--prompt", NULL, &args->prompt, NULL},
         {"--gen", NULL, &args->gen, NULL},         {"--batch", NULL, &args->batch, NULL},
+        {"--pair", NULL, NULL, &args->pair},       {"--types", NULL, NULL, &args->types},
     };
     int i;
     size_t k;
@@ -404,33 +409,41 @@ static char *read_all(FILE *file, size_t *size) {
 
 /* ---- tokenize */
 
-/* The ids of a text, as many as there are. The caller frees them. */
-static int32_t *tokenize_text(const tfm_model *model, const char *text, size_t size, unsigned flags, size_t *n,
-                              tfm_error *error) {
+/* The ids of a text, or of the two that a tab separates if `pair`, or their types, as many as there are. The caller frees
+   them. */
+static int32_t *tokenize_text(const tfm_model *model, const char *text, size_t size, unsigned flags, int pair,
+                              int types, size_t *n, tfm_error *error) {
+    const char *tab = pair ? (const char *)memchr(text, '\t', size) : NULL;
+    size_t first = tab ? (size_t)(tab - text) : size;
     size_t capacity = size + 64; /* no token is shorter than a byte; what the tokenizer adds may be more */
     int32_t *ids = NULL;
     for (;;) {
         free(ids);
-        ids = (int32_t *)malloc(capacity * sizeof *ids);
+        ids = (int32_t *)malloc(2 * capacity * sizeof *ids);
         if (!ids) {
             error->status = TFM_ERROR_MEMORY;
             snprintf(error->message, sizeof error->message, "out of memory");
             return NULL;
         }
-        if (tfm_tokenize(model, text, size, flags, ids, capacity, n, error) != TFM_OK) {
+        if (tfm_tokenize_pair(model, text, first, tab ? tab + 1 : NULL, tab ? size - first - 1 : 0, flags, ids,
+                              ids + capacity, capacity, n, error) != TFM_OK) {
             free(ids);
             return NULL;
         }
         if (*n <= capacity)
-            return ids;
+            break;
         capacity = *n;
     }
+    if (types)
+        memmove(ids, ids + capacity, *n * sizeof *ids);
+    return ids;
 }
 
-static int encode_line(const tfm_model *model, const char *text, size_t size, unsigned flags) {
+static int encode_line(const tfm_model *model, const char *text, size_t size, const arguments *args) {
     tfm_error error = {TFM_OK, ""};
+    unsigned flags = (args->special ? TFM_TOKENIZE_SPECIAL : 0u) | (args->plain ? TFM_TOKENIZE_PLAIN : 0u);
     size_t n, i;
-    int32_t *ids = tokenize_text(model, text, size, flags, &n, &error);
+    int32_t *ids = tokenize_text(model, text, size, flags, args->pair, args->types, &n, &error);
     if (!ids)
         return fail(error.message);
     for (i = 0; i < n; i++)
@@ -474,14 +487,14 @@ static int decode_line(const tfm_model *model, const char *text, size_t size, in
     int32_t *ids = read_ids(text, size, &n);
     char *bytes = NULL;
     int status = ids == NULL;
-    if (!status && tfm_decode(model, ids, n, NULL, 0, &n_bytes, &error) != TFM_OK)
+    if (!status && tfm_detokenize(model, ids, n, NULL, 0, &n_bytes, &error) != TFM_OK)
         status = fail(error.message);
     if (!status) {
         room = n_bytes;
         bytes = (char *)malloc(room + 1);
         status = bytes ? 0 : fail("out of memory");
     }
-    if (!status && tfm_decode(model, ids, n, bytes, room, &n_bytes, &error) != TFM_OK)
+    if (!status && tfm_detokenize(model, ids, n, bytes, room, &n_bytes, &error) != TFM_OK)
         status = fail(error.message);
     if (!status) {
         fwrite(bytes, 1, n_bytes, stdout);
@@ -498,12 +511,10 @@ static int tokenize(int argc, char **argv) {
     tfm_error error = {TFM_OK, ""};
     tfm_model *model;
     size_t size, start, end;
-    unsigned flags;
     char *text;
-    int status = parse(argc, argv, 1, " --decode --special --whole --plain ", &args);
+    int status = parse(argc, argv, 1, " --decode --special --whole --plain --pair --types ", &args);
     if (status)
         return status;
-    flags = (args.special ? TFM_TOKENIZE_SPECIAL : 0u) | (args.plain ? TFM_TOKENIZE_PLAIN : 0u);
     model = tfm_load(args.paths[0], NULL, &error);
     if (!model)
         return fail(error.message);
@@ -519,7 +530,7 @@ static int tokenize(int argc, char **argv) {
         const char *line_end = args.whole ? NULL : (const char *)memchr(text + start, '\n', size - start);
         end = line_end ? (size_t)(line_end - text) : size;
         status = args.decode ? decode_line(model, text + start, end - start, !args.whole)
-                             : encode_line(model, text + start, end - start, flags);
+                             : encode_line(model, text + start, end - start, &args);
         if (args.whole)
             break;
     }
@@ -623,7 +634,7 @@ static int perplexity(int argc, char **argv) {
         return fail_system(args.paths[1]);
     model = tfm_load(args.paths[0], NULL, &error);
     if (model)
-        ids = tokenize_text(model, text, size, TFM_TOKENIZE_PLAIN, &n, &error);
+        ids = tokenize_text(model, text, size, TFM_TOKENIZE_PLAIN, 0, 0, &n, &error);
     status = ids ? perplexity_of(model, &args, ids, n) : fail(error.message);
     free(ids);
     free(text);
