@@ -6960,8 +6960,9 @@ static tfm_status tfm__spm_encode_normalized(tfm__encoder *encoder, const unsign
     const tfm_allocator *allocator = &encoder->tokenizer->allocator;
     tfm__normalized out = {NULL, 0};
     tfm_status status = TFM_OK;
+    uint32_t *memory = encoder->memory;
+    size_t all_words = encoder->n_words, n_words;
     void *own = NULL;
-    size_t n_words;
     tfm__normalize(encoder->tokenizer, text, size, &out);
     n_words = out.size / sizeof(uint32_t) + 1;
     if (!encoder->own && n_words <= encoder->n_words) {
@@ -6984,8 +6985,8 @@ static tfm_status tfm__spm_encode_normalized(tfm__encoder *encoder, const unsign
     if (own)
         allocator->release(allocator->user, own);
     else if (!encoder->own) {
-        encoder->memory -= n_words;
-        encoder->n_words += n_words;
+        encoder->memory = memory;
+        encoder->n_words = all_words;
     }
     return status;
 }
