@@ -305,17 +305,19 @@ typedef struct tfm_block {
  * panels that the matrix kernels read. Make one with tfm_kv_create, or let a session manage them. */
 #define TFM_KV_PAGE 128
 typedef struct tfm_kv {
+    tfm_dtype dtype; /* TFM_F32 or TFM_F16 */
     size_t n_layers, n_kv_heads, head_dim;
     size_t capacity;       /* tokens that there are pages for */
     size_t n_tokens;       /* tokens that are in it. The caller moves it on, after the last block of a step. */
     const uint32_t *pages; /* which page of the pool holds tokens [i * TFM_KV_PAGE, ...); NULL: page i */
     size_t n_pool_pages;
-    float *pool; /* [n_layers][n_pool_pages][2: keys, values][n_kv_heads][TFM_KV_PAGE * head_dim rounded up to 16] */
+    void *pool; /* [n_layers][n_pool_pages][2: keys, values][n_kv_heads][TFM_KV_PAGE * head_dim rounded up to 16] */
 } tfm_kv;
 
-/* Makes an empty cache with its own pool. Free with tfm_kv_free and the same allocator (NULL: the default one). */
-TFM_API tfm_status tfm_kv_create(tfm_kv *kv, size_t n_layers, size_t n_kv_heads, size_t head_dim, size_t capacity,
-                                 const tfm_allocator *allocator, tfm_error *error);
+/* Makes an empty cache with its own pool. dtype TFM_F32, or TFM_F16 for half the memory: keys and values are rounded to
+ * 11 bits, and held to +-65504. Free with tfm_kv_free and the same allocator (NULL: the default one). */
+TFM_API tfm_status tfm_kv_create(tfm_kv *kv, tfm_dtype dtype, size_t n_layers, size_t n_kv_heads, size_t head_dim,
+                                 size_t capacity, const tfm_allocator *allocator, tfm_error *error);
 TFM_API void tfm_kv_free(tfm_kv *kv, const tfm_allocator *allocator);
 
 /* Consecutive rows of x that are consecutive tokens of one sequence; one step may run several spans, and tokens attend
@@ -411,7 +413,7 @@ TFM_API tfm_status tfm_file_verify(const tfm_file *file, tfm_error *error);
 typedef int (*tfm_progress)(void *user, uint64_t done, uint64_t total);
 
 typedef struct tfm_quantize_options {
-    tfm_dtype dtype; /* what the matrices become; 0: each keeps its own */
+    tfm_dtype dtype; /* what the matrices become; 0: TFM_I8 */
     int threads;     /* as in tfm_engine_options */
     tfm_progress progress;
     void *progress_user;
@@ -497,6 +499,14 @@ TFM_API tfm_status tfm_tokenize_pair(const tfm_model *model, const char *a, size
                                      unsigned flags, int32_t *ids, int32_t *types, size_t capacity, size_t *n_ids,
                                      tfm_error *error);
 
+/* The text of ids, special tokens included, as the tokenizer itself writes it: WordPiece joins "##" tokens to those before
+ * them and others by spaces; SentencePiece shows no control tokens, and drops the space that it put in front of a text;
+ * byte-level tokenizers have all of the text's bytes in the tokens (tfm_token_text). Like snprintf: *size is how many
+ * bytes the text has, of which at most `capacity` are written (text may be NULL if that is 0); not terminated. Allocates
+ * nothing. */
+TFM_API tfm_status tfm_decode(const tfm_model *model, const int32_t *ids, size_t n_ids, char *text, size_t capacity,
+                              size_t *size, tfm_error *error);
+
 /* The id of the token that the vocabulary has with exactly this text, its marks ("##", U+2581) included; of several, an
  * added one first; or -1. Looks at all tokens. */
 TFM_API int32_t tfm_token_id(const tfm_model *model, const char *text, size_t size);
@@ -507,15 +517,8 @@ TFM_API int32_t tfm_mask_token(const tfm_model *model);
 /* The bytes of a token, not terminated; perhaps half a UTF-8 character. NULL and *size = 0 for an id that has none.
  * One after another they are the text that the tokens stand for, as it goes on from what was before them: a token that
  * begins a word begins with the space before it. (SentencePiece's tokenizers put such a space before the first word of a
- * text, too; tfm_detokenize takes it away.) */
+ * text, too; tfm_decode takes it away.) */
 TFM_API const char *tfm_token_text(const tfm_model *model, int32_t id, size_t *size);
-
-/* The text that the ids stand for, from its beginning, as the tokenizer's own decoder writes it: WordPiece joins its "##"
- * tokens to those before them, puts spaces between others, and shows its special tokens; for the others see
- * tfm_token_text. Like snprintf: *size is how many bytes it has, of which at most `capacity` are written (text may be
- * NULL if that is 0); not terminated. Allocates nothing. */
-TFM_API tfm_status tfm_detokenize(const tfm_model *model, const int32_t *ids, size_t n_ids, char *text, size_t capacity,
-                                  size_t *size, tfm_error *error);
 
 /* 1 if the token ends a text. */
 TFM_API int tfm_is_end_token(const tfm_model *model, int32_t id);
@@ -526,6 +529,7 @@ typedef struct tfm_session_options {
     size_t context;     /* tokens that a sequence may have; 0: the model's n_positions */
     size_t n_sequences; /* independent sequences; 0: 1 */
     size_t max_rows;    /* tokens evaluated in one pass; longer input is cut into passes. 0: 512 */
+    tfm_dtype kv_dtype; /* of the KV cache, as in tfm_kv_create; 0: TFM_F16 if the weights are i8, else TFM_F32 */
     tfm_engine_options engine;
 } tfm_session_options;
 
@@ -722,6 +726,13 @@ TFM_API tfm_status tfm_generate_ids(tfm_session *session, const int32_t *prompt,
 
 #if defined(__BYTE_ORDER__) && __BYTE_ORDER__ == __ORDER_BIG_ENDIAN__
 #error "tfm.h needs a little-endian CPU"
+#endif
+
+/* Hint: this cache line will be written soon. */
+#if defined(__GNUC__) || defined(__clang__)
+#define TFM__FETCH_TO_WRITE(address) __builtin_prefetch(address, 1, 2)
+#else
+#define TFM__FETCH_TO_WRITE(address) (void)(address)
 #endif
 
 #define TFM__MIN(a, b) ((a) < (b) ? (a) : (b))
@@ -1435,8 +1446,16 @@ static void tfm__matrix_row(const tfm_tensor *matrix, size_t index, size_t colum
         tfm__to_floats(matrix->dtype, tfm__at(data, matrix->dtype, first + column * stride), stride, n, row);
 }
 
+/* Powers of two that a tensor is multiplied by when it is packed: see tfm__folding. */
+typedef struct tfm__factors {
+    const float *rows;    /* [out] of a matrix, [n] of a vector; NULL: none */
+    const float *columns; /* [in]; NULL: none */
+    float offset;         /* what a vector stands for is its numbers + this */
+} tfm__factors;
+
 typedef struct tfm__pack_job {
     const tfm_tensor *from; /* [out, in] */
+    tfm__factors factors;   /* only for i8 */
     tfm_dtype dtype;
     char *panels; /* [ceil(out / 16)] panels */
 } tfm__pack_job;
@@ -1473,6 +1492,20 @@ static void tfm__pack_panel(void *argument, size_t panel) {
     }
 }
 
+/* The same as tfm__read_part, times the factors. */
+static void tfm__read_factored(const tfm__pack_job *job, size_t panel, size_t first, size_t n, float *part) {
+    size_t base = panel * TFM__PANEL, lanes = TFM__MIN(TFM__PANEL, job->from->shape[0] - base), k, lane;
+    tfm__read_part(job->from, panel, first, n, part);
+    if (job->factors.columns)
+        for (k = 0; k < n; k++)
+            for (lane = 0; lane < lanes; lane++)
+                part[k * TFM__PANEL + lane] *= job->factors.columns[first + k];
+    if (job->factors.rows)
+        for (k = 0; k < n; k++)
+            for (lane = 0; lane < lanes; lane++)
+                part[k * TFM__PANEL + lane] *= job->factors.rows[base + lane];
+}
+
 /* The bits of the smallest scale with which `largest` is at most 127. */
 static uint32_t tfm__scale_bits(float largest) {
     return tfm__float_bits(largest / 127);
@@ -1482,14 +1515,14 @@ static uint32_t tfm__scale_bits(float largest) {
 #define TFM__NOT_FINITE INT32_MIN
 
 /* The bases: the largest scale of an output gets the code 255. */
-static void tfm__quantize_bases(const tfm_tensor *from, size_t panel, int32_t *bases) {
+static void tfm__quantize_bases(const tfm__pack_job *job, size_t panel, int32_t *bases) {
     const uint32_t step = (uint32_t)1 << TFM__CODE_STEP, reach = 255 * step;
     float part[TFM__GROUP * TFM__PANEL], largest[16] = {0};
-    size_t in = from->shape[1], first, n, i;
+    size_t in = job->from->shape[1], first, n, i;
     uint32_t bits, not_finite = 0;
     for (first = 0; first < in; first += n) {
         n = TFM__MIN(TFM__GROUP, in - first);
-        tfm__read_part(from, panel, first, n, part);
+        tfm__read_factored(job, panel, first, n, part);
         for (i = 0; i < n * TFM__PANEL; i++) {
             float size = fabsf(part[i]);
             largest[i % TFM__PANEL] = size > largest[i % TFM__PANEL] ? size : largest[i % TFM__PANEL];
@@ -1532,7 +1565,7 @@ static void tfm__quantize_panel(void *argument, size_t panel) {
     unsigned char *codes = target + TFM__CACHE_LINE, *integers = target + tfm__integers_at(groups);
     float part[TFM__GROUP * TFM__PANEL];
     int32_t bases[16];
-    tfm__quantize_bases(job->from, panel, bases);
+    tfm__quantize_bases(job, panel, bases);
     memset(target, 0, tfm__integers_at(groups));
     memcpy(target, bases, sizeof bases);
     for (g = 0; g < TFM__PANEL; g++)
@@ -1541,7 +1574,7 @@ static void tfm__quantize_panel(void *argument, size_t panel) {
     for (g = 0; g < groups; g++) {
         n = TFM__MIN(TFM__GROUP, in - g * TFM__GROUP);
         memset(part, 0, sizeof part);
-        tfm__read_part(job->from, panel, g * TFM__GROUP, n, part);
+        tfm__read_factored(job, panel, g * TFM__GROUP, n, part);
         tfm__quantize_group(part, bases, codes + g * TFM__PANEL, integers + g * TFM__GROUP * TFM__PANEL);
     }
 }
@@ -1565,10 +1598,12 @@ static void tfm__copy_panel(void *argument, size_t panel) {
 }
 
 /* Packs a matrix into memory of tfm_tensor_bytes(the panels). See tfm__is_not_finite. */
-static tfm_tensor tfm__pack_into(tfm__threads *threads, const tfm_tensor *matrix, tfm_dtype dtype, void *memory) {
+static tfm_tensor tfm__pack_into(tfm__threads *threads, const tfm_tensor *matrix, tfm__factors factors, tfm_dtype dtype,
+                                 void *memory) {
     int same = matrix->layout == TFM_PANELS && matrix->dtype == dtype;
     tfm__pack_job job;
     job.from = matrix;
+    job.factors = factors;
     job.dtype = dtype;
     job.panels = (char *)memory;
     tfm__parallel(threads, tfm__divide_up(matrix->shape[0], TFM__PANEL),
@@ -1577,6 +1612,11 @@ static tfm_tensor tfm__pack_into(tfm__threads *threads, const tfm_tensor *matrix
                                     : tfm__pack_panel,
                   &job);
     return tfm__tensor(dtype, TFM_PANELS, matrix->shape[0], matrix->shape[1], memory);
+}
+
+static tfm__factors tfm__no_factors(void) {
+    tfm__factors factors = {NULL, NULL, 0};
+    return factors;
 }
 
 TFM_API void tfm_unpack(tfm_tensor *packed, const tfm_allocator *allocator) {
@@ -1602,7 +1642,7 @@ TFM_API tfm_status tfm_pack(const tfm_tensor *matrix, tfm_dtype dtype, const tfm
     panels = tfm__allocate_aligned(&memory, size, TFM__CACHE_LINE);
     if (!panels)
         return tfm__fail_memory(error, size);
-    *packed = tfm__pack_into(&alone, matrix, dtype, panels);
+    *packed = tfm__pack_into(&alone, matrix, tfm__no_factors(), dtype, panels);
     if (tfm__is_not_finite(packed)) {
         tfm_unpack(packed, allocator);
         return tfm__fail(error, TFM_ERROR_ARGUMENT, "tfm_pack: a weight is not finite, and so can't be quantized");
@@ -1670,6 +1710,8 @@ typedef struct tfm__kernels {
     /* Turns the n scores of a block into exp(score * scale + mask - new max), adds them to the running softmax, and
      * returns the factor exp(old max - new max) for what was summed before. mask [n] or NULL. */
     float (*softmax_block)(tfm__softmax *softmax, float *scores, size_t n, float scale, const float *mask);
+    /* x[n] as 16-bit floats, those beyond +-65504 as that */
+    void (*to_f16)(const float *x, size_t n, uint16_t *halves);
     /* x[n] *= by */
     void (*scale)(float *x, size_t n, float by);
     /* gate[n] = gate[n] * up[n] */
@@ -1824,6 +1866,12 @@ static float tfm__scalar_softmax_block(tfm__softmax *softmax, float *scores, siz
     return correction;
 }
 
+static void tfm__scalar_to_f16(const float *x, size_t n, uint16_t *halves) {
+    size_t i;
+    for (i = 0; i < n; i++)
+        halves[i] = tfm__to_f16(x[i] > 65504.0f ? 65504.0f : x[i] < -65504.0f ? -65504.0f : x[i]);
+}
+
 static void tfm__scalar_scale(float *x, size_t n, float by) {
     size_t i;
     for (i = 0; i < n; i++)
@@ -1843,6 +1891,7 @@ static const tfm__kernels tfm__scalar_kernels = {
     tfm__scalar_finish,
     {tfm__scalar_layer_norm, tfm__scalar_rms_norm},
     tfm__scalar_softmax_block,
+    tfm__scalar_to_f16,
     tfm__scalar_scale,
     tfm__scalar_multiply,
 };
@@ -1923,6 +1972,7 @@ static const tfm__kernels tfm__scalar_kernels = {
 #define vf_load_f16(p) _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(p)))
 #define vf_load_bf16(p)                                                                                                \
     _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)(p))), 16))
+#define vf_store_f16(p, a) _mm_storeu_si128((__m128i *)(p), _mm256_cvtps_ph(a, _MM_FROUND_TO_NEAREST_INT))
 #define vf_abs(a) _mm256_andnot_ps(_mm256_set1_ps(-0.0f), a)
 /* the larger of two floats that are not negative, by their bits: NaN is the largest */
 #define vf_max_bits(a, b) _mm256_castsi256_ps(_mm256_max_epi32(_mm256_castps_si256(a), _mm256_castps_si256(b)))
@@ -1933,6 +1983,7 @@ static const tfm__kernels tfm__scalar_kernels = {
     _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(a), _mm256_slli_epi32(_mm256_castps_si256(t), 23)))
 #define TFM__ROWS_I8 3
 #define TFM__PANELS_I8 1
+#define TFM__TALL_I8 3
 #define vi __m256i
 #define vi_load(p) _mm256_loadu_si256((const __m256i *)(p))
 #define vi_set1 _mm256_set1_epi32
@@ -1969,6 +2020,7 @@ static const tfm__kernels tfm__scalar_kernels = {
 #define vf_load_f16(p) _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)(p)))
 #define vf_load_bf16(p)                                                                                                \
     _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)(p))), 16))
+#define vf_store_f16(p, a) _mm256_storeu_si256((__m256i *)(p), _mm512_cvtps_ph(a, _MM_FROUND_TO_NEAREST_INT))
 #define vf_abs(a) _mm512_abs_ps(a)
 #define vf_max_bits(a, b) _mm512_castsi512_ps(_mm512_max_epi32(_mm512_castps_si512(a), _mm512_castps_si512(b)))
 #define vf_if_less(a, b, yes, no) _mm512_mask_blend_ps(_mm512_cmp_ps_mask(a, b, _CMP_LT_OQ), no, yes)
@@ -1976,6 +2028,7 @@ static const tfm__kernels tfm__scalar_kernels = {
     _mm512_castsi512_ps(_mm512_add_epi32(_mm512_castps_si512(a), _mm512_slli_epi32(_mm512_castps_si512(t), 23)))
 #define TFM__ROWS_I8 4
 #define TFM__PANELS_I8 3
+#define TFM__TALL_I8 8
 #define vi __m512i
 #define vi_load(p) _mm512_loadu_si512(p)
 #define vi_set1 _mm512_set1_epi32
@@ -2014,6 +2067,7 @@ static const tfm__kernels tfm__scalar_kernels = {
 #define vf_fma(a, b, c) vfmaq_f32(c, a, b)
 #define vf_load_f16(p) vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16((const uint16_t *)(p))))
 #define vf_load_bf16(p) vreinterpretq_f32_u32(vshll_n_u16(vld1_u16((const uint16_t *)(p)), 16))
+#define vf_store_f16(p, a) vst1_u16((uint16_t *)(p), vreinterpret_u16_f16(vcvt_f16_f32(a)))
 #define vf_abs vabsq_f32
 #define vf_max_bits(a, b) vreinterpretq_f32_s32(vmaxq_s32(vreinterpretq_s32_f32(a), vreinterpretq_s32_f32(b)))
 #define vf_if_less(a, b, yes, no) vbslq_f32(vcltq_f32(a, b), yes, no)
@@ -2021,6 +2075,7 @@ static const tfm__kernels tfm__scalar_kernels = {
     vreinterpretq_f32_s32(vaddq_s32(vreinterpretq_s32_f32(a), vshlq_n_s32(vreinterpretq_s32_f32(t), 23)))
 #define TFM__ROWS_I8 3
 #define TFM__PANELS_I8 1
+#define TFM__TALL_I8 3
 #define vi int32x4_t
 #define vi_load(p) vld1q_s32((const int32_t *)(const void *)(p))
 #define vi_set1 vdupq_n_s32
@@ -2176,15 +2231,25 @@ static TFM__TARGET TFM__INLINE void TFM__FN(store16)(float *p, v16 a) {
 
 /* The first n lanes from memory, the rest `fill`; and back. */
 static TFM__TARGET TFM__INLINE v16 TFM__FN(load_part)(const float *p, size_t n, float fill) {
+#if TFM__LANES == 16
+    v16 result;
+    const __mmask16 mask = n < 16 ? (__mmask16)((1u << n) - 1) : (__mmask16)0xFFFF;
+    result.part[0] = _mm512_mask_loadu_ps(_mm512_set1_ps(fill), mask, p);
+    return result;
+#else
     float side[16];
     if (n >= 16)
         return TFM__FN(load16)(p);
     TFM__FN(store16)(side, TFM__FN(set16)(fill));
     memcpy(side, p, n * sizeof *p);
     return TFM__FN(load16)(side);
+#endif
 }
 
 static TFM__TARGET TFM__INLINE void TFM__FN(store_part)(float *p, v16 a, size_t n) {
+#if TFM__LANES == 16
+    _mm512_mask_storeu_ps(p, n < 16 ? (__mmask16)((1u << n) - 1) : (__mmask16)0xFFFF, a.part[0]);
+#else
     float side[16];
     if (n >= 16) {
         TFM__FN(store16)(p, a);
@@ -2192,6 +2257,7 @@ static TFM__TARGET TFM__INLINE void TFM__FN(store_part)(float *p, v16 a, size_t 
     }
     TFM__FN(store16)(side, a);
     memcpy(p, side, n * sizeof *p);
+#endif
 }
 
 /* The sum of the lanes: lane i and lane i + 8, of the eight sums i and i + 4, and so on: one order everywhere. */
@@ -2425,6 +2491,22 @@ static TFM__TARGET float TFM__FN(softmax_block)(tfm__softmax *softmax, float *sc
     return correction;
 }
 
+/* NaN stays NaN: max and min return their second argument then. */
+static TFM__TARGET void TFM__FN(to_f16)(const float *x, size_t n, uint16_t *halves) {
+    const vf low = vf_set1(-65504.0f), high = vf_set1(65504.0f);
+    float side[TFM__LANES];
+    uint16_t side_halves[TFM__LANES];
+    size_t i;
+    for (i = 0; i + TFM__LANES <= n; i += TFM__LANES)
+        vf_store_f16(halves + i, vf_min(high, vf_max(low, vf_load(x + i))));
+    if (i < n) {
+        memset(side, 0, sizeof side);
+        memcpy(side, x + i, (n - i) * sizeof *x);
+        vf_store_f16(side_halves, vf_min(high, vf_max(low, vf_load(side))));
+        memcpy(halves + i, side_halves, (n - i) * sizeof *halves);
+    }
+}
+
 static TFM__TARGET void TFM__FN(scale)(float *x, size_t n, float by) {
     size_t i;
     for (i = 0; i < n; i += 16)
@@ -2561,7 +2643,7 @@ static TFM__TARGET TFM__INLINE void TFM__FN(tile_i8)(const int rows, const int p
     const int8_t *q = job->quantized.q + row * q_stride;
     const float *scales = job->quantized.scales + row * groups;
     const int32_t *offsets = job->quantized.offsets + row * groups;
-    vf sum[TFM__ROWS_I8][TFM__PANELS_I8 * TFM__PARTS];
+    vf sum[TFM__TALL_I8][TFM__PANELS_I8 * TFM__PARTS];
     size_t g;
     int r, c, step;
     TFM__UNROLL
@@ -2570,7 +2652,7 @@ static TFM__TARGET TFM__INLINE void TFM__FN(tile_i8)(const int rows, const int p
     for (c = 0; c < columns; c++)
         sum[r][c] = part_of_k.first ? vf_load(y + (size_t)r * y_stride + c * TFM__LANES) : vf_set1(0);
     for (g = part_of_k.first; g < part_of_k.end; g++) {
-        vi part[TFM__ROWS_I8][TFM__PANELS_I8 * TFM__PARTS], weights[TFM__PANELS_I8 * TFM__PARTS];
+        vi part[TFM__TALL_I8][TFM__PANELS_I8 * TFM__PARTS], weights[TFM__PANELS_I8 * TFM__PARTS];
         TFM__UNROLL
         for (r = 0; r < rows; r++)
             TFM__UNROLL
@@ -2620,18 +2702,24 @@ static TFM__TARGET TFM__INLINE void TFM__FN(tile_rows_i8)(size_t rows, const int
 #if TFM__ROWS_I8 == 4
     case 3: TFM__FN(tile_i8)(3, panels, job, row, part_of_k, w, y, y_stride); break;
 #endif
+#if TFM__TALL_I8 == 8
+    case 5: TFM__FN(tile_i8)(5, 1, job, row, part_of_k, w, y, y_stride); break;
+    case 6: TFM__FN(tile_i8)(6, 1, job, row, part_of_k, w, y, y_stride); break;
+    case 7: TFM__FN(tile_i8)(7, 1, job, row, part_of_k, w, y, y_stride); break;
+    case 8: TFM__FN(tile_i8)(8, 1, job, row, part_of_k, w, y, y_stride); break;
+#endif
     default: TFM__FN(tile_i8)(TFM__ROWS_I8, panels, job, row, part_of_k, w, y, y_stride);
     }
 }
 
-/* All rows of y from the column on, in one tile's width: `step` columns. */
+/* All rows of y, `at_once` a time, from the column on, in one tile's width: `step` columns. */
 static TFM__TARGET TFM__INLINE void TFM__FN(columns_i8)(const tfm__matmul *job, size_t column, size_t step,
-                                                        TFM__FN(groups) part_of_k) {
+                                                        size_t at_once, TFM__FN(groups) part_of_k) {
     const unsigned char *w = (const unsigned char *)job->w + column / 16 * job->panel_bytes;
     size_t row, r, lanes = TFM__MIN(job->n - column, (size_t)16);
-    for (row = 0; row < job->n_rows; row += TFM__ROWS_I8) {
-        float *y = job->y + row * job->y_stride + column, side[TFM__ROWS_I8 * 16];
-        size_t rows = TFM__MIN(job->n_rows - row, (size_t)TFM__ROWS_I8);
+    for (row = 0; row < job->n_rows; row += at_once) {
+        float *y = job->y + row * job->y_stride + column, side[TFM__TALL_I8 * 16];
+        size_t rows = TFM__MIN(job->n_rows - row, at_once);
         if (step > 16)
             TFM__FN(tile_rows_i8)(rows, TFM__PANELS_I8, job, row, part_of_k, w, y, job->y_stride);
         else if (lanes == 16)
@@ -2648,19 +2736,20 @@ static TFM__TARGET TFM__INLINE void TFM__FN(columns_i8)(const tfm__matmul *job, 
 }
 
 /* With many rows, a tile's weights are taken in parts of 12 KiB, that all rows pass over while the first-level cache has
- * them; the float sums wait in y meanwhile. */
+ * them; the float sums wait in y meanwhile. With few, as in batched decoding, the weights come from memory, and most of
+ * the time with them: all rows go in one tall, narrow tile, so that reading never pauses for rows that come after. */
 static TFM__TARGET void TFM__FN(matmul_i8)(const tfm__matmul *job) {
-    const size_t groups = tfm__groups(job->k);
-    const size_t at_once = job->n_rows > 2 * TFM__ROWS_I8 ? 12 / TFM__PANELS_I8 : groups;
+    const int few = job->n_rows <= TFM__TALL_I8, tall = few && job->n_rows > TFM__ROWS_I8;
+    const size_t groups = tfm__groups(job->k), groups_at_once = few ? groups : 12 / TFM__PANELS_I8;
     size_t column = 0, step;
-    TFM__FN(groups) part_of_k;
     for (; column < job->n; column += step) {
-        step = TFM__PANELS_I8 > 1 && column + 16 * TFM__PANELS_I8 <= job->n ? 16 * TFM__PANELS_I8 : 16;
+        TFM__FN(groups) part_of_k;
+        step = !tall && column + 16 * TFM__PANELS_I8 <= job->n ? 16 * TFM__PANELS_I8 : 16;
         part_of_k.end = 0;
         do {
             part_of_k.first = part_of_k.end;
-            part_of_k.end = TFM__MIN(part_of_k.first + at_once, groups);
-            TFM__FN(columns_i8)(job, column, step, part_of_k);
+            part_of_k.end = TFM__MIN(part_of_k.first + groups_at_once, groups);
+            TFM__FN(columns_i8)(job, column, step, tall ? job->n_rows : TFM__ROWS_I8, part_of_k);
         } while (part_of_k.end < groups);
     }
 }
@@ -2672,6 +2761,7 @@ static const tfm__kernels TFM__FN(kernels) = {
     TFM__BASE(finish),
     {TFM__BASE(layer_norm), TFM__BASE(rms_norm)},
     TFM__BASE(softmax_block),
+    TFM__BASE(to_f16),
     TFM__BASE(scale),
     TFM__BASE(multiply),
 };
@@ -2697,6 +2787,7 @@ static const tfm__kernels TFM__FN(kernels) = {
 #undef vf_min
 #undef vf_fma
 #undef vf_load_f16
+#undef vf_store_f16
 #undef vf_load_bf16
 #undef vf_abs
 #undef vf_max_bits
@@ -2704,6 +2795,7 @@ static const tfm__kernels TFM__FN(kernels) = {
 #undef vf_times_2_to
 #undef TFM__ROWS_I8
 #undef TFM__PANELS_I8
+#undef TFM__TALL_I8
 #undef TFM__BIASED
 #undef vi
 #undef vi_load
@@ -2949,7 +3041,7 @@ static void tfm__linear_piece(void *argument, size_t index) {
     const tfm__kernels *kernels = job->engine->kernels;
     const tfm_tensor *weight = &job->linear->weight, *bias = &job->linear->bias;
     const float *x = job->input.norm ? job->normed : job->input.x;
-    size_t out = weight->shape[0], in = weight->shape[1], r;
+    size_t out = weight->shape[0], in = weight->shape[1], r, c;
     size_t column = index / job->row_blocks * job->columns, row = index % job->row_blocks * job->rows;
     size_t end = TFM__MIN(row + job->rows, job->input.n_rows);
     float block[TFM__LINEAR_ROWS * TFM__LINEAR_COLUMNS]; /* [rows][columns] */
@@ -2970,6 +3062,10 @@ static void tfm__linear_piece(void *argument, size_t index) {
         product.n_rows = finish.n_rows = TFM__MIN(TFM__LINEAR_ROWS, end - row);
         product.x = x ? x + row * in : NULL;
         product.quantized = tfm__quantized_at(&job->quantized, in, row, 0);
+        if (!job->result.quantized.q)
+            for (r = 0; r < product.n_rows; r++)
+                for (c = 0; c < finish.n; c += TFM__CACHE_LINE / sizeof(float))
+                    TFM__FETCH_TO_WRITE(job->result.y + (row + r) * out + column + c);
         kernels->matmul[weight->dtype](&product);
         finish.y = job->result.quantized.q ? block : job->result.y + row * out + column;
         finish.y_stride = job->result.quantized.q ? job->columns : out;
@@ -3102,34 +3198,38 @@ TFM_API tfm_status tfm_activation_forward(tfm_engine *engine, tfm_activation act
  * keys lie in panels of 16 tokens [tokens / 16][head_dim][16] (outputs: tokens) and values in panels of 16 dimensions
  * [head_dim / 16][tokens][16] (outputs: dimensions). So that is how the cache stores them. */
 
-/* Floats of one head's keys, or values, in one page. */
-static size_t tfm__kv_head_floats(size_t head_dim) {
-    return tfm__product(TFM_KV_PAGE, tfm__round_up(head_dim, TFM__PANEL));
+/* Bytes of one head's keys, or values, in one page. */
+static size_t tfm__kv_head_bytes(tfm_dtype dtype, size_t head_dim) {
+    return tfm__product(TFM_KV_PAGE * tfm__dtype_sizes[dtype], tfm__round_up(head_dim, TFM__PANEL));
 }
 
-static size_t tfm__kv_floats(size_t n_layers, size_t n_pages, size_t n_kv_heads, size_t head_dim) {
-    return tfm__product(tfm__product(n_layers, n_pages), tfm__product(2 * n_kv_heads, tfm__kv_head_floats(head_dim)));
+static size_t tfm__kv_bytes(tfm_dtype dtype, size_t n_layers, size_t n_pages, size_t n_kv_heads, size_t head_dim) {
+    return tfm__product(tfm__product(n_layers, n_pages),
+                        tfm__product(2 * n_kv_heads, tfm__kv_head_bytes(dtype, head_dim)));
 }
 
 /* Keys (what = 0) or values (1) of a head in the page that holds the tokens [page * TFM_KV_PAGE, ...). */
-static float *tfm__kv_at(const tfm_kv *kv, size_t layer, size_t page, size_t what, size_t head) {
+static char *tfm__kv_at(const tfm_kv *kv, size_t layer, size_t page, size_t what, size_t head) {
     size_t in_pool = kv->pages ? kv->pages[page] : page;
-    return kv->pool + (((layer * kv->n_pool_pages + in_pool) * 2 + what) * kv->n_kv_heads + head) *
-                          tfm__kv_head_floats(kv->head_dim);
+    return (char *)kv->pool + (((layer * kv->n_pool_pages + in_pool) * 2 + what) * kv->n_kv_heads + head) *
+                                  tfm__kv_head_bytes(kv->dtype, kv->head_dim);
 }
 
-TFM_API tfm_status tfm_kv_create(tfm_kv *kv, size_t n_layers, size_t n_kv_heads, size_t head_dim, size_t capacity,
-                                 const tfm_allocator *allocator, tfm_error *error) {
+TFM_API tfm_status tfm_kv_create(tfm_kv *kv, tfm_dtype dtype, size_t n_layers, size_t n_kv_heads, size_t head_dim,
+                                 size_t capacity, const tfm_allocator *allocator, tfm_error *error) {
     tfm_allocator memory = tfm__allocator(allocator);
     size_t size;
     memset(kv, 0, sizeof *kv);
+    if (dtype != TFM_F32 && dtype != TFM_F16)
+        return tfm__fail(error, TFM_ERROR_ARGUMENT, "tfm_kv_create: keys and values can be f32 or f16");
+    kv->dtype = dtype;
     kv->n_layers = n_layers;
     kv->n_kv_heads = n_kv_heads;
     kv->head_dim = head_dim;
     kv->capacity = capacity;
     kv->n_pool_pages = tfm__divide_up(capacity, TFM_KV_PAGE);
-    size = tfm__product(tfm__kv_floats(n_layers, kv->n_pool_pages, n_kv_heads, head_dim), sizeof *kv->pool);
-    kv->pool = (float *)tfm__allocate_aligned(&memory, size, TFM__CACHE_LINE);
+    size = tfm__kv_bytes(dtype, n_layers, kv->n_pool_pages, n_kv_heads, head_dim);
+    kv->pool = tfm__allocate_aligned(&memory, size, TFM__CACHE_LINE);
     return kv->pool ? TFM_OK : tfm__fail_memory(error, size);
 }
 
@@ -3147,79 +3247,126 @@ typedef struct tfm__attention_job {
     size_t layer;
     const tfm_span *spans;
     size_t n_spans;
+    const size_t *wanted; /* [n_spans]: how many of each span's rows, the last ones, are to attend; NULL: all of them */
     const tfm_kv *uncached; /* where spans without a cache put their keys and values: [n_spans], or NULL */
     const float *qkv;       /* [rows][(n_heads + 2 n_kv_heads) head_dim] */
-    float *context;         /* [rows][n_heads head_dim]: the heads' results */
+    float *context;         /* [wanted rows][n_heads head_dim]: the heads' results */
 } tfm__attention_job;
 
-/* One span of a job: its cache, its first row, and the tokens before it. */
+static size_t tfm__wanted_rows(const tfm__attention_job *job, size_t span) {
+    return job->wanted ? job->wanted[span] : job->spans[span].n_rows;
+}
+
+/* One span of a job: its cache, its rows, and the tokens before it. */
 typedef struct tfm__span_view {
     const tfm_span *span;
     const tfm_kv *kv;
-    size_t row, past;
+    size_t past;
+    size_t row;     /* of x, the first */
+    size_t wanted;  /* rows that attend */
+    size_t context; /* row of the context, the first */
 } tfm__span_view;
 
-/* The span that piece number *index belongs to, when each span has pieces_of(span) pieces; *index becomes the number
+/* The span that piece number *index belongs to, when span i has pieces_of(job, i) pieces; *index becomes the number
  * within the span. */
 static tfm__span_view tfm__find_span(const tfm__attention_job *job, size_t *index,
-                                     size_t (*pieces_of)(const tfm_attention *attention, size_t n_rows)) {
+                                     size_t (*pieces_of)(const tfm__attention_job *job, size_t span)) {
     tfm__span_view view;
-    size_t i;
-    view.row = 0;
-    for (i = 0; i + 1 < job->n_spans; i++) {
-        size_t pieces = pieces_of(job->attention, job->spans[i].n_rows);
-        if (*index < pieces)
-            break;
+    size_t i, pieces;
+    view.row = view.context = 0;
+    for (i = 0; *index >= (pieces = pieces_of(job, i)); i++) {
         *index -= pieces;
         view.row += job->spans[i].n_rows;
+        view.context += tfm__wanted_rows(job, i);
     }
     view.span = job->spans + i;
     view.kv = view.span->kv ? view.span->kv : job->uncached + i;
     view.past = view.span->kv ? view.span->kv->n_tokens : 0;
+    view.wanted = tfm__wanted_rows(job, i);
     return view;
+}
+
+static size_t tfm__all_pieces(const tfm__attention_job *job,
+                              size_t (*pieces_of)(const tfm__attention_job *job, size_t span)) {
+    size_t pieces = 0, i;
+    for (i = 0; i < job->n_spans; i++)
+        pieces += pieces_of(job, i);
+    return pieces;
 }
 
 static size_t tfm__qkv_width(const tfm_attention *attention) {
     return (attention->n_heads + 2 * attention->n_kv_heads) * attention->head_dim;
 }
 
-static size_t tfm__store_pieces(const tfm_attention *attention, size_t n_rows) {
-    (void)n_rows;
-    return attention->n_kv_heads;
-}
-
-/* A piece: one head's keys and values of one span go into its cache. */
-static void tfm__store_piece(void *argument, size_t index) {
-    const tfm__attention_job *job = (const tfm__attention_job *)argument;
-    const tfm_attention *attention = job->attention;
-    const tfm__span_view view = tfm__find_span(job, &index, tfm__store_pieces);
-    size_t width = tfm__qkv_width(attention), dim = attention->head_dim, i, d;
-    for (i = 0; i < view.span->n_rows; i++) {
-        const float *row = job->qkv + (view.row + i) * width;
-        const float *key = row + (attention->n_heads + index) * dim, *value = key + attention->n_kv_heads * dim;
-        size_t page = (view.past + i) / TFM_KV_PAGE, at = (view.past + i) % TFM_KV_PAGE;
-        float *keys = tfm__kv_at(view.kv, job->layer, page, 0, index);
-        float *values = tfm__kv_at(view.kv, job->layer, page, 1, index);
-        keys += at / TFM__PANEL * dim * TFM__PANEL + at % TFM__PANEL;
-        values += at * TFM__PANEL;
-        for (d = 0; d < dim; d++) {
-            keys[d * TFM__PANEL] = key[d];
-            values[d / TFM__PANEL * TFM_KV_PAGE * TFM__PANEL + d % TFM__PANEL] = value[d];
-        }
-    }
-}
-
 /* Query rows that one piece takes through the keys together: a multiple of every tile's rows, and few enough that their
  * scores for a page (12 KiB) stay in the first-level cache. */
 #define TFM__QUERIES ((size_t)24)
 
-/* A span of one token is cut by KV heads: the queries that share a head are the rows of the product. A longer one is
- * cut by heads and by TFM__QUERIES tokens. */
-static size_t tfm__attend_pieces(const tfm_attention *attention, size_t n_rows) {
-    size_t group = attention->n_heads / attention->n_kv_heads;
-    if (n_rows == 1)
-        return attention->n_kv_heads * tfm__divide_up(group, TFM__QUERIES);
-    return attention->n_heads * tfm__divide_up(n_rows, TFM__QUERIES);
+/* A span of one token is cut by KV heads, and who attends with a head stores the token's keys and values for it first:
+ * the cache lines that both need come from memory once. */
+static int tfm__stores_itself(const tfm__attention_job *job, size_t span) {
+    return job->spans[span].n_rows == 1 && tfm__wanted_rows(job, span) == 1 &&
+           job->attention->n_heads / job->attention->n_kv_heads <= TFM__QUERIES;
+}
+
+static size_t tfm__store_pieces(const tfm__attention_job *job, size_t span) {
+    return tfm__stores_itself(job, span) ? 0 : job->attention->n_kv_heads;
+}
+
+/* One head's keys and values of one token go into their panels: numbers `distance` apart, and runs of 16. */
+static void tfm__store_f32(const float *key, const float *value, size_t dim, float *keys, float *values) {
+    size_t d;
+    for (d = 0; d < dim; d++)
+        keys[d * TFM__PANEL] = key[d];
+    for (d = 0; d < dim; d += TFM__PANEL)
+        memcpy(values + d * TFM_KV_PAGE, value + d, TFM__MIN(TFM__PANEL, dim - d) * sizeof *value);
+}
+
+static void tfm__store_f16(const tfm__kernels *kernels, const float *key, const float *value, size_t dim,
+                           uint16_t *keys, uint16_t *values) {
+    uint16_t halves[TFM__PANEL];
+    size_t d, i, n;
+    for (d = 0; d < dim; d += n) {
+        n = TFM__MIN(TFM__PANEL, dim - d);
+        kernels->to_f16(key + d, n, halves);
+        for (i = 0; i < n; i++)
+            keys[(d + i) * TFM__PANEL] = halves[i];
+        kernels->to_f16(value + d, n, values + d * TFM_KV_PAGE);
+    }
+}
+
+/* One head's keys and values of one span go into its cache. */
+static void tfm__store(const tfm__attention_job *job, const tfm__span_view *view, size_t head) {
+    const tfm_attention *attention = job->attention;
+    size_t dim = attention->head_dim, size = tfm__dtype_sizes[view->kv->dtype], i;
+    for (i = 0; i < view->span->n_rows; i++) {
+        const float *row = job->qkv + (view->row + i) * tfm__qkv_width(attention);
+        const float *key = row + (attention->n_heads + head) * dim, *value = key + attention->n_kv_heads * dim;
+        size_t page = (view->past + i) / TFM_KV_PAGE, at = (view->past + i) % TFM_KV_PAGE;
+        char *keys = tfm__kv_at(view->kv, job->layer, page, 0, head);
+        char *values = tfm__kv_at(view->kv, job->layer, page, 1, head) + at * TFM__PANEL * size;
+        keys += (at / TFM__PANEL * dim * TFM__PANEL + at % TFM__PANEL) * size;
+        if (view->kv->dtype == TFM_F16)
+            tfm__store_f16(job->engine->kernels, key, value, dim, (uint16_t *)(void *)keys, (uint16_t *)(void *)values);
+        else
+            tfm__store_f32(key, value, dim, (float *)(void *)keys, (float *)(void *)values);
+    }
+}
+
+static void tfm__store_piece(void *argument, size_t index) {
+    const tfm__attention_job *job = (const tfm__attention_job *)argument;
+    const tfm__span_view view = tfm__find_span(job, &index, tfm__store_pieces);
+    tfm__store(job, &view, index);
+}
+
+/* Where one token attends, the queries that share a KV head are the rows of the product. Where more do, each head's are,
+ * TFM__QUERIES tokens at a time. */
+static size_t tfm__attend_pieces(const tfm__attention_job *job, size_t span) {
+    size_t n_heads = job->attention->n_heads, n_kv_heads = job->attention->n_kv_heads;
+    size_t wanted = tfm__wanted_rows(job, span);
+    if (wanted == 1)
+        return n_kv_heads * tfm__divide_up(n_heads / n_kv_heads, TFM__QUERIES);
+    return n_heads * tfm__divide_up(wanted, TFM__QUERIES);
 }
 
 /* Queries that go through one head's keys and values together. */
@@ -3245,6 +3392,7 @@ static void tfm__attend(const tfm__attention_job *job, const tfm__span_view *vie
     size_t n_keys = view->past + view->span->n_rows, dim = attention->head_dim, start, i;
     size_t end = tfm__visible(queries, attention->causal, n_keys, queries->n - 1); /* of the query that sees most */
     float scores[TFM__QUERIES * TFM_KV_PAGE];                                      /* [n][TFM_KV_PAGE] */
+    const tfm_dtype dtype = view->kv->dtype;
     tfm__softmax softmax[TFM__QUERIES];
     tfm__matmul product;
     for (i = 0; i < queries->n; i++) {
@@ -3257,13 +3405,13 @@ static void tfm__attend(const tfm__attention_job *job, const tfm__span_view *vie
         product.x = queries->query; /* scores [n][keys] = queries [n][head_dim] keys^T */
         product.x_stride = queries->query_stride;
         product.w = tfm__kv_at(view->kv, job->layer, start / TFM_KV_PAGE, 0, queries->kv_head);
-        product.panel_bytes = TFM__PANEL * dim * sizeof(float);
+        product.panel_bytes = TFM__PANEL * dim * tfm__dtype_sizes[dtype];
         product.n = tfm__round_up(keys, TFM__PANEL); /* the scores past the last key are not looked at */
         product.k = dim;
         product.y = scores;
         product.y_stride = TFM_KV_PAGE;
         product.add = 0;
-        kernels->matmul[TFM_F32](&product);
+        kernels->matmul[dtype](&product);
         for (i = 0; i < queries->n; i++) {
             size_t limit = tfm__visible(queries, attention->causal, n_keys, i);
             size_t visible = limit <= start ? 0 : TFM__MIN(limit - start, keys);
@@ -3279,13 +3427,13 @@ static void tfm__attend(const tfm__attention_job *job, const tfm__span_view *vie
         product.x = scores; /* context [n][head_dim] += probabilities [n][keys] values */
         product.x_stride = TFM_KV_PAGE;
         product.w = tfm__kv_at(view->kv, job->layer, start / TFM_KV_PAGE, 1, queries->kv_head);
-        product.panel_bytes = TFM__PANEL * TFM_KV_PAGE * sizeof(float);
+        product.panel_bytes = TFM__PANEL * TFM_KV_PAGE * tfm__dtype_sizes[dtype];
         product.n = dim;
         product.k = keys;
         product.y = queries->context;
         product.y_stride = queries->context_stride;
         product.add = start > 0;
-        kernels->matmul[TFM_F32](&product);
+        kernels->matmul[dtype](&product);
     }
     for (i = 0; i < queries->n; i++)
         kernels->scale(queries->context + i * queries->context_stride, dim,
@@ -3297,28 +3445,29 @@ static void tfm__attend_piece(void *argument, size_t index) {
     const tfm_attention *attention = job->attention;
     const tfm__span_view view = tfm__find_span(job, &index, tfm__attend_pieces);
     size_t group = attention->n_heads / attention->n_kv_heads, dim = attention->head_dim;
-    size_t rows = view.span->n_rows == 1 ? group : view.span->n_rows, blocks = tfm__divide_up(rows, TFM__QUERIES);
-    size_t block = index % blocks * TFM__QUERIES, head, row;
+    size_t rows = view.wanted == 1 ? group : view.wanted, blocks = tfm__divide_up(rows, TFM__QUERIES);
+    size_t block = index % blocks * TFM__QUERIES, unwanted = view.span->n_rows - view.wanted, head, row;
     tfm__queries queries;
     queries.n = TFM__MIN(TFM__QUERIES, rows - block);
-    if (view.span->n_rows == 1) { /* rows are the heads of a group */
+    if (view.wanted == 1) { /* rows are the heads of a group */
         queries.kv_head = index / blocks;
         head = queries.kv_head * group + block;
-        row = view.row;
+        row = 0;
         queries.query_stride = queries.context_stride = dim;
-        queries.first = view.past;
         queries.step = 0;
     } else { /* rows are tokens */
         head = index / blocks;
         queries.kv_head = head / group;
-        row = view.row + block;
+        row = block;
         queries.query_stride = tfm__qkv_width(attention);
         queries.context_stride = attention->n_heads * dim;
-        queries.first = view.past + block;
         queries.step = 1;
     }
-    queries.query = job->qkv + row * tfm__qkv_width(attention) + head * dim;
-    queries.context = job->context + row * attention->n_heads * dim + head * dim;
+    if (tfm__stores_itself(job, (size_t)(view.span - job->spans)))
+        tfm__store(job, &view, queries.kv_head);
+    queries.first = view.past + unwanted + row;
+    queries.query = job->qkv + (view.row + unwanted + row) * tfm__qkv_width(attention) + head * dim;
+    queries.context = job->context + (view.context + row) * attention->n_heads * dim + head * dim;
     tfm__attend(job, &view, &queries);
 }
 
@@ -3334,6 +3483,11 @@ static size_t tfm__uncached_pages(const tfm_span *span) {
     return span->kv ? 0 : tfm__divide_up(span->n_rows, TFM_KV_PAGE);
 }
 
+static size_t tfm__uncached_floats(const tfm_attention *attention, const tfm_span *span) {
+    size_t bytes = tfm__kv_bytes(TFM_F32, 1, tfm__uncached_pages(span), attention->n_kv_heads, attention->head_dim);
+    return tfm__scratch_floats(1, bytes / sizeof(float));
+}
+
 static size_t tfm__kv_struct_floats(size_t n_spans) {
     return tfm__scratch_floats(n_spans, tfm__divide_up(sizeof(tfm_kv), sizeof(float)));
 }
@@ -3343,8 +3497,7 @@ static size_t tfm__attention_scratch(const tfm_attention *attention, const tfm_s
     floats = tfm__scratch_floats(rows, tfm__qkv_width(attention)) +
              tfm__scratch_floats(rows, attention->n_heads * attention->head_dim) + tfm__kv_struct_floats(n_spans);
     for (i = 0; i < n_spans; i++)
-        floats += tfm__scratch_floats(
-            1, tfm__kv_floats(1, tfm__uncached_pages(spans + i), attention->n_kv_heads, attention->head_dim));
+        floats += tfm__uncached_floats(attention, spans + i);
     return floats + TFM__MAX(tfm__linear_scratch(&attention->qkv, rows), tfm__linear_scratch(&attention->out, rows));
 }
 
@@ -3359,39 +3512,45 @@ static const tfm_kv *tfm__take_uncached(tfm_engine *engine, const tfm__attention
         if (!pages)
             continue;
         memset(kvs + i, 0, sizeof *kvs);
+        kvs[i].dtype = TFM_F32;
         kvs[i].n_kv_heads = attention->n_kv_heads;
         kvs[i].head_dim = attention->head_dim;
         kvs[i].capacity = pages * TFM_KV_PAGE;
-        kvs[i].pool = tfm__take(engine, 1, tfm__kv_floats(1, pages, attention->n_kv_heads, attention->head_dim));
+        kvs[i].pool = tfm__take(engine, 1, tfm__uncached_floats(attention, job->spans + i));
     }
     return kvs;
 }
 
-/* y[rows][d_model] (+)= attention(input [rows][d_model]) */
+/* result [wanted rows][d_model] (+)= attention(input [rows][d_model]). wanted [n_spans]: only the last so many rows of
+ * each span; NULL: all. */
 static void tfm__attention(tfm_engine *engine, const tfm_attention *attention, size_t layer, tfm__input input,
-                           const tfm_span *spans, size_t n_spans, tfm__result result) {
-    size_t mark = engine->scratch_used, rows = input.n_rows, pieces = 0, keys = 0, i;
-    float *qkv = tfm__take(engine, rows, tfm__qkv_width(attention));
-    float *context = tfm__take(engine, rows, attention->n_heads * attention->head_dim);
+                           const tfm_span *spans, size_t n_spans, const size_t *wanted, tfm__result result) {
+    size_t mark = engine->scratch_used, n_wanted = 0, keys = 0, pieces, i;
+    float *qkv = tfm__take(engine, input.n_rows, tfm__qkv_width(attention));
+    float *context = tfm__take(engine, input.n_rows, attention->n_heads * attention->head_dim);
     tfm__attention_job job;
     job.engine = engine;
     job.attention = attention;
     job.spans = spans;
     job.n_spans = n_spans;
+    job.wanted = wanted;
     job.qkv = qkv;
     job.context = context;
     job.layer = layer;
     job.uncached = tfm__take_uncached(engine, &job);
     for (i = 0; i < n_spans; i++) {
-        pieces += tfm__attend_pieces(attention, spans[i].n_rows);
-        keys += ((spans[i].kv ? spans[i].kv->n_tokens : 0) + spans[i].n_rows) * spans[i].n_rows;
+        n_wanted += tfm__wanted_rows(&job, i);
+        keys += ((spans[i].kv ? spans[i].kv->n_tokens : 0) + spans[i].n_rows) * tfm__wanted_rows(&job, i);
     }
     tfm__linear(engine, &attention->qkv, input, TFM_NO_ACTIVATION, tfm__result_in(qkv, 0));
-    tfm__run(engine, n_spans * attention->n_kv_heads, 4 * attention->head_dim * tfm__divide_up(rows, n_spans),
-             tfm__store_piece, &job);
-    tfm__run(engine, pieces, 2 * attention->head_dim * tfm__divide_up(keys * attention->n_heads, pieces),
-             tfm__attend_piece, &job);
-    tfm__linear(engine, &attention->out, tfm__input_of(context, rows, NULL), TFM_NO_ACTIVATION, result);
+    tfm__run(engine, tfm__all_pieces(&job, tfm__store_pieces),
+             4 * attention->head_dim * tfm__divide_up(input.n_rows, n_spans), tfm__store_piece, &job);
+    pieces = tfm__all_pieces(&job, tfm__attend_pieces);
+    if (pieces)
+        tfm__run(engine, pieces, 2 * attention->head_dim * tfm__divide_up(keys * attention->n_heads, pieces),
+                 tfm__attend_piece, &job);
+    if (n_wanted)
+        tfm__linear(engine, &attention->out, tfm__input_of(context, n_wanted, NULL), TFM_NO_ACTIVATION, result);
     engine->scratch_used = mark;
 }
 
@@ -3419,7 +3578,8 @@ static tfm_status tfm__check_spans(const tfm_attention *attention, size_t layer,
             return tfm__fail(error, TFM_ERROR_ARGUMENT, "span %lu has no tokens", (unsigned long)i);
         if (!kv)
             continue;
-        if (kv->n_kv_heads != attention->n_kv_heads || kv->head_dim != attention->head_dim || layer >= kv->n_layers)
+        if ((kv->dtype != TFM_F32 && kv->dtype != TFM_F16) || kv->n_kv_heads != attention->n_kv_heads ||
+            kv->head_dim != attention->head_dim || layer >= kv->n_layers)
             return tfm__fail(error, TFM_ERROR_ARGUMENT, "the cache of span %lu was made for other layers",
                              (unsigned long)i);
         if (kv->n_tokens > kv->capacity || spans[i].n_rows > kv->capacity - kv->n_tokens)
@@ -3440,7 +3600,7 @@ TFM_API tfm_status tfm_attention_forward(tfm_engine *engine, const tfm_attention
         status = tfm__reserve(engine, tfm__attention_scratch(attention, spans, n_spans), error);
     if (status == TFM_OK && n_spans)
         tfm__attention(engine, attention, layer, tfm__input_of(x, tfm__count_rows(spans, n_spans), NULL), spans,
-                       n_spans, tfm__result_in(y, 0));
+                       n_spans, NULL, tfm__result_in(y, 0));
     return status;
 }
 
@@ -3540,20 +3700,40 @@ static size_t tfm__block_scratch(const tfm_block *block, const tfm_span *spans, 
     return TFM__MAX(attention, ffn);
 }
 
-/* Pre-norm: x += attention(norm(x)), x += ffn(norm(x)). Post-norm: x = norm(x + attention(x)), x = norm(x + ffn(x)). */
+/* The last of each span's rows, wanted[span] of them: from x [rows][width] to selected [wanted rows][width]. */
+static size_t tfm__keep_rows(const float *x, size_t width, const tfm_span *spans, size_t n_spans, const size_t *wanted,
+                             float *selected) {
+    size_t row = 0, n_selected = 0, i;
+    for (i = 0; i < n_spans; i++) {
+        row += spans[i].n_rows;
+        memcpy(selected + n_selected * width, x + (row - wanted[i]) * width, wanted[i] * width * sizeof *x);
+        n_selected += wanted[i];
+    }
+    return n_selected;
+}
+
+/* Pre-norm: x += attention(norm(x)), x += ffn(norm(x)). Post-norm: x = norm(x + attention(x)), x = norm(x + ffn(x)).
+ * If not all rows are wanted (NULL: they are), x is given up after the attention, and the rest of the block is done for
+ * the selected rows alone. */
 static void tfm__block(tfm_engine *engine, const tfm_block *block, size_t layer, float *x, const tfm_span *spans,
-                       size_t n_spans) {
-    size_t rows = tfm__count_rows(spans, n_spans);
+                       size_t n_spans, const size_t *wanted, float *selected) {
+    size_t rows = tfm__count_rows(spans, n_spans), n_selected = rows;
     const int pre = block->norm_place == TFM_PRE_NORM;
     const tfm_norm *attention_norm = &block->attention_norm, *ffn_norm = &block->ffn_norm;
-    const tfm__result add_to_x = tfm__result_in(x, 1);
+    if (wanted)
+        n_selected = tfm__keep_rows(x, attention_norm->weight.shape[0], spans, n_spans, wanted, selected);
+    else
+        selected = x;
     tfm__attention(engine, &block->attention, layer, tfm__input_of(x, rows, pre ? attention_norm : NULL), spans,
-                   n_spans, add_to_x);
+                   n_spans, wanted, tfm__result_in(selected, 1));
+    if (!n_selected)
+        return;
     if (!pre)
-        tfm__norm(engine, attention_norm, x, rows, x);
-    tfm__ffn(engine, &block->ffn, tfm__input_of(x, rows, pre ? ffn_norm : NULL), add_to_x);
+        tfm__norm(engine, attention_norm, selected, n_selected, selected);
+    tfm__ffn(engine, &block->ffn, tfm__input_of(selected, n_selected, pre ? ffn_norm : NULL),
+             tfm__result_in(selected, 1));
     if (!pre)
-        tfm__norm(engine, ffn_norm, x, rows, x);
+        tfm__norm(engine, ffn_norm, selected, n_selected, selected);
 }
 
 static tfm_status tfm__check_block(const tfm_block *block, const char *name, tfm_error *error) {
@@ -3579,7 +3759,7 @@ TFM_API tfm_status tfm_block_forward(tfm_engine *engine, const tfm_block *block,
     if (status == TFM_OK)
         status = tfm__reserve(engine, tfm__block_scratch(block, spans, n_spans), error);
     if (status == TFM_OK && n_spans)
-        tfm__block(engine, block, layer, x, spans, n_spans);
+        tfm__block(engine, block, layer, x, spans, n_spans, NULL, NULL);
     return status;
 }
 
@@ -3955,6 +4135,293 @@ TFM_API tfm_status tfm_file_verify(const tfm_file *file, tfm_error *error) {
     return TFM_OK;
 }
 
+/* No size in a description is larger. */
+#define TFM__MAX_SIZE 0x7FFFFFFF
+
+/* ---- folding: outlier channels moved from activations into weights, before both are quantized
+ * Some channels of a real model's activations are 20 to 100 times larger than the rest, and take the precision of the 63
+ * others of their group. Where a channel i comes out of something linear, a factor can move: activation / c_i, and weights
+ * of that input * c_i, is the same product (Xiao et al. 2023, SmoothQuant). c_i = sqrt(size of the activation / size of the
+ * weights), rounded to a power of two, so that nothing changes but exponents. The sizes need no data: after a norm,
+ * channel i has the size sqrt(gain_i^2 + bias_i^2); after a matrix, channel j sqrt(sum_i (w_ji size_i)^2 + bias_j^2).
+ * Three pairs in each block: norm -> matrix (pre-norm only: the residual stream of post-norm is the norm's own result),
+ * values -> out, and, in a gated FFN, up -> down (the gate is not linear). */
+
+typedef struct tfm__folding {
+    tfm__factors *of; /* [n_entries] of the file */
+    float *floats;
+    size_t size, used; /* floats */
+} tfm__folding;
+
+/* The shape of a stack, as far as folding needs it, and its weights in one block. */
+typedef struct tfm__foldable {
+    size_t n_heads, n_kv_heads, head_dim;
+    int pre_norm, gated;
+    float offset;                                                                   /* that is added to norm weights */
+    const tfm_entry *attention_norm[2], *qkv[2], *out, *ffn_norm[2], *up[2], *down; /* [weight, bias] */
+} tfm__foldable;
+
+static const tfm_meta *tfm__stack_meta(const tfm_file *file, const char *stack, const char *key) {
+    char full[64];
+    snprintf(full, sizeof full, "%s.%s", stack, key);
+    return tfm_file_find_meta(file, full);
+}
+
+static size_t tfm__stack_size(const tfm_file *file, const char *stack, const char *key) {
+    const tfm_meta *meta = tfm__stack_meta(file, stack, key);
+    int64_t value = meta && meta->type == TFM_META_I64 && meta->count == 1 ? *(const int64_t *)meta->values : 0;
+    return value > 0 && value < TFM__MAX_SIZE ? (size_t)value : 0;
+}
+
+static int tfm__stack_says(const tfm_file *file, const char *stack, const char *key, const char *word) {
+    const tfm_meta *meta = tfm__stack_meta(file, stack, key);
+    return meta && meta->type == TFM_META_TEXT && meta->count == strlen(word) &&
+           !memcmp(meta->values, word, meta->count);
+}
+
+/* A tensor of a block that can take part: a matrix of floats, or a vector. */
+static const tfm_entry *tfm__block_entry(const tfm_file *file, const char *stack, size_t layer, const char *part) {
+    const tfm_entry *entry;
+    char name[96];
+    snprintf(name, sizeof name, "%s.blocks.%lu.%s", stack, (unsigned long)layer, part);
+    entry = tfm_file_find(file, name);
+    return entry && tfm__is_float(entry->tensor.dtype) && entry->tensor.n_dims <= 2 ? entry : NULL;
+}
+
+static tfm__foldable tfm__find_foldable(const tfm_file *file, const char *stack, size_t layer) {
+    const tfm_meta *offset = tfm__stack_meta(file, stack, "norm_weight_offset");
+    tfm__foldable f;
+    memset(&f, 0, sizeof f);
+    f.n_heads = tfm__stack_size(file, stack, "n_heads");
+    f.n_kv_heads = tfm__stack_size(file, stack, "n_kv_heads");
+    f.head_dim = tfm__stack_size(file, stack, "head_dim");
+    f.pre_norm = !tfm__stack_says(file, stack, "norm_place", "post") && !tfm__stack_size(file, stack, "parallel");
+    f.gated = tfm__stack_says(file, stack, "ffn", "gated");
+    if (offset && offset->type == TFM_META_F64 && offset->count == 1)
+        f.offset = (float)*(const double *)offset->values;
+    f.attention_norm[0] = tfm__block_entry(file, stack, layer, "attention_norm.weight");
+    f.attention_norm[1] = tfm__block_entry(file, stack, layer, "attention_norm.bias");
+    f.qkv[0] = tfm__block_entry(file, stack, layer, "attention.qkv.weight");
+    f.qkv[1] = tfm__block_entry(file, stack, layer, "attention.qkv.bias");
+    f.out = tfm__block_entry(file, stack, layer, "attention.out.weight");
+    f.ffn_norm[0] = tfm__block_entry(file, stack, layer, "ffn_norm.weight");
+    f.ffn_norm[1] = tfm__block_entry(file, stack, layer, "ffn_norm.bias");
+    f.up[0] = tfm__block_entry(file, stack, layer, "ffn.up.weight");
+    f.up[1] = tfm__block_entry(file, stack, layer, "ffn.up.bias");
+    f.down = tfm__block_entry(file, stack, layer, "ffn.down.weight");
+    return f;
+}
+
+static int tfm__is_matrix_of(const tfm_entry *entry, size_t out, size_t in) {
+    return entry && entry->tensor.n_dims == 2 && entry->tensor.shape[0] == out && entry->tensor.shape[1] == in;
+}
+
+static int tfm__is_vector_of(const tfm_entry *entry, size_t n, int optional) {
+    return entry ? entry->tensor.n_dims == 1 && entry->tensor.shape[0] == n : optional;
+}
+
+/* Are these shapes what the description says? If not, nothing is folded: loading will say what is wrong. */
+static int tfm__foldable_fits(const tfm__foldable *f) {
+    size_t inner = f->n_heads * f->head_dim, kv = f->n_kv_heads * f->head_dim, d_model, d_ff;
+    if (!f->qkv[0] || !f->down || f->qkv[0]->tensor.n_dims != 2 || f->down->tensor.n_dims != 2 || !f->n_kv_heads ||
+        !f->head_dim || f->n_heads % f->n_kv_heads)
+        return 0;
+    d_model = f->qkv[0]->tensor.shape[1];
+    d_ff = f->down->tensor.shape[1];
+    return tfm__is_matrix_of(f->qkv[0], inner + 2 * kv, d_model) && tfm__is_vector_of(f->qkv[1], inner + 2 * kv, 1) &&
+           tfm__is_matrix_of(f->out, d_model, inner) &&
+           tfm__is_matrix_of(f->up[0], (f->gated ? 2 : 1) * d_ff, d_model) &&
+           tfm__is_vector_of(f->up[1], (f->gated ? 2 : 1) * d_ff, 1) && f->down->tensor.shape[0] == d_model &&
+           tfm__is_vector_of(f->attention_norm[0], d_model, !f->pre_norm) &&
+           tfm__is_vector_of(f->attention_norm[1], d_model, 1) &&
+           tfm__is_vector_of(f->ffn_norm[0], d_model, !f->pre_norm) && tfm__is_vector_of(f->ffn_norm[1], d_model, 1);
+}
+
+static float tfm__entry_float(const tfm_entry *entry, size_t i) {
+    float value = 0;
+    if (entry)
+        tfm__to_floats(entry->tensor.dtype, tfm__at(entry->tensor.data, entry->tensor.dtype, i), 1, 1, &value);
+    return value;
+}
+
+/* Squares of the sizes of a norm's results. */
+static void tfm__norm_powers(const tfm__foldable *f, const tfm_entry *const norm[2], size_t n, float *powers) {
+    size_t i;
+    for (i = 0; i < n; i++) {
+        float gain = tfm__entry_float(norm[0], i) + f->offset, bias = tfm__entry_float(norm[1], i);
+        powers[i] = f->pre_norm ? gain * gain + bias * bias : 1;
+    }
+}
+
+/* columns[in]: the sums of the squares of a matrix's columns. rows[out], or NULL: squares of the sizes of its results, for
+ * inputs with the squares in_powers. */
+static void tfm__measure(const tfm_entry *const linear[2], const float *in_powers, float *columns, float *rows) {
+    const tfm_tensor *w = &linear[0]->tensor;
+    size_t out = w->shape[0], in = w->shape[1], panel, first, n, k, lane;
+    float part[TFM__PACK_STEP * TFM__PANEL];
+    memset(columns, 0, in * sizeof *columns);
+    for (panel = 0; panel < out; panel += TFM__PANEL) {
+        float sums[16] = {0};
+        for (first = 0; first < in; first += n) {
+            n = TFM__MIN(TFM__PACK_STEP, in - first);
+            tfm__read_part(w, panel / TFM__PANEL, first, n, part);
+            for (k = 0; k < n; k++)
+                for (lane = 0; lane < TFM__PANEL; lane++) {
+                    float square = part[k * TFM__PANEL + lane] * part[k * TFM__PANEL + lane];
+                    columns[first + k] += square;
+                    if (rows)
+                        sums[lane] += square * in_powers[first + k];
+                }
+        }
+        for (lane = 0; rows && lane < TFM__MIN(TFM__PANEL, out - panel); lane++) {
+            float bias = tfm__entry_float(linear[1], panel + lane);
+            rows[panel + lane] = sums[lane] + bias * bias;
+        }
+    }
+}
+
+/* From the squares of activations and weights: their common factors c and, in place of the activations, 1 / c. */
+static void tfm__balance(float *activations, float *weights, size_t n) {
+    float mean = 0;
+    size_t counted = 0, i;
+    for (i = 0; i < n; i++) {
+        float ratio = weights[i] > 0 && activations[i] > 0 ? activations[i] / weights[i] : 0;
+        weights[i] = ratio > 0 && ratio <= FLT_MAX ? log2f(ratio) / 4 : NAN; /* of c, which is sqrt(sqrt(ratio)) */
+        if (!isnan(weights[i]))
+            mean += weights[i], counted++;
+    }
+    mean /= (float)TFM__MAX(counted, 1);
+    for (i = 0; i < n; i++) {
+        float exponent = isnan(weights[i]) ? 0 : rintf(weights[i] - mean);
+        exponent = TFM__MAX(-16, TFM__MIN(16, exponent));
+        weights[i] = ldexpf(1, (int)exponent);
+        activations[i] = ldexpf(1, -(int)exponent);
+    }
+}
+
+/* Room in the folding's memory; an address only on the second run. */
+static float *tfm__fold_take(tfm__folding *folding, size_t n) {
+    float *floats = folding->floats ? folding->floats + folding->used : NULL;
+    folding->used += n;
+    return floats;
+}
+
+static void tfm__set_factors(tfm__folding *folding, const tfm_file *file, const tfm_entry *entry, const float *rows,
+                             const float *columns) {
+    tfm__factors *of = entry ? folding->of + (entry - file->entries) : NULL;
+    if (of && rows)
+        of->rows = rows;
+    if (of && columns)
+        of->columns = columns;
+}
+
+/* One block. rows: of qkv and up, first squares of sizes and then factors; columns: of all four. */
+static void tfm__fold_block(tfm__folding *folding, const tfm_file *file, const tfm__foldable *f) {
+    size_t d_model = f->qkv[0]->tensor.shape[1], d_ff = f->down->tensor.shape[1], inner = f->n_heads * f->head_dim;
+    size_t kv = f->n_kv_heads * f->head_dim, up = f->up[0]->tensor.shape[0], group = f->n_heads / f->n_kv_heads, i;
+    float *qkv_rows = tfm__fold_take(folding, inner + 2 * kv), *qkv_columns = tfm__fold_take(folding, d_model);
+    float *out_columns = tfm__fold_take(folding, inner), *values = tfm__fold_take(folding, kv);
+    float *up_rows = tfm__fold_take(folding, up), *up_columns = tfm__fold_take(folding, d_model);
+    float *down_columns = tfm__fold_take(folding, d_ff);
+    float *norms[2];
+    const tfm_entry *out[2] = {NULL, NULL}, *down[2] = {NULL, NULL};
+    norms[0] = tfm__fold_take(folding, d_model);
+    norms[1] = tfm__fold_take(folding, d_model);
+    if (!folding->floats)
+        return;
+    out[0] = f->out;
+    down[0] = f->down;
+    tfm__norm_powers(f, f->attention_norm, d_model, norms[0]);
+    tfm__measure(f->qkv, norms[0], qkv_columns, qkv_rows);
+    tfm__measure(out, NULL, out_columns, NULL);
+    memset(values, 0, kv * sizeof *values);
+    for (i = 0; i < inner; i++) /* heads of a group share values */
+        values[i / f->head_dim / group * f->head_dim + i % f->head_dim] += out_columns[i];
+    tfm__balance(qkv_rows + inner + kv, values, kv);
+    for (i = 0; i < inner; i++)
+        out_columns[i] = values[i / f->head_dim / group * f->head_dim + i % f->head_dim];
+    for (i = 0; i < inner + kv; i++)
+        qkv_rows[i] = 1;
+    tfm__set_factors(folding, file, f->qkv[0], qkv_rows, NULL);
+    tfm__set_factors(folding, file, f->qkv[1], qkv_rows, NULL);
+    tfm__set_factors(folding, file, f->out, NULL, out_columns);
+    tfm__norm_powers(f, f->ffn_norm, d_model, norms[1]);
+    tfm__measure(f->up, norms[1], up_columns, up_rows);
+    if (f->gated) {
+        tfm__measure(down, NULL, down_columns, NULL);
+        for (i = 0; i < d_ff; i++) {
+            up_rows[d_ff + i] *= up_rows[i]; /* the product of gate and up */
+            up_rows[i] = 1;
+        }
+        tfm__balance(up_rows + d_ff, down_columns, d_ff);
+        tfm__set_factors(folding, file, f->up[0], up_rows, NULL);
+        tfm__set_factors(folding, file, f->up[1], up_rows, NULL);
+        tfm__set_factors(folding, file, f->down, NULL, down_columns);
+    }
+    if (!f->pre_norm)
+        return;
+    tfm__balance(norms[0], qkv_columns, d_model);
+    tfm__balance(norms[1], up_columns, d_model);
+    tfm__set_factors(folding, file, f->qkv[0], NULL, qkv_columns);
+    tfm__set_factors(folding, file, f->up[0], NULL, up_columns);
+    for (i = 0; i < 2; i++) {
+        tfm__set_factors(folding, file, f->attention_norm[i], norms[0], NULL);
+        tfm__set_factors(folding, file, f->ffn_norm[i], norms[1], NULL);
+    }
+    folding->of[f->attention_norm[0] - file->entries].offset = f->offset;
+    folding->of[f->ffn_norm[0] - file->entries].offset = f->offset;
+}
+
+static void tfm__fold_stack(tfm__folding *folding, const tfm_file *file, const char *stack) {
+    size_t n_layers = TFM__MIN(tfm__stack_size(file, stack, "n_layers"), file->n_entries), layer;
+    for (layer = 0; layer < n_layers; layer++) {
+        tfm__foldable f = tfm__find_foldable(file, stack, layer);
+        if (tfm__foldable_fits(&f))
+            tfm__fold_block(folding, file, &f);
+    }
+}
+
+static void tfm__fold_free(tfm__folding *folding, const tfm_allocator *allocator) {
+    tfm__release(allocator, folding->of);
+    tfm__release(allocator, folding->floats);
+    memset(folding, 0, sizeof *folding);
+}
+
+/* The factors for all of a file's tensors. */
+static tfm_status tfm__fold(const tfm_file *file, tfm__folding *folding, const tfm_allocator *allocator,
+                            tfm_error *error) {
+    size_t of_size = tfm__product(file->n_entries, sizeof *folding->of), run;
+    memset(folding, 0, sizeof *folding);
+    folding->of = (tfm__factors *)tfm__allocate_zeroed(allocator, of_size);
+    if (!folding->of)
+        return tfm__fail_memory(error, of_size);
+    for (run = 0; run < 2; run++) { /* how much memory; then the factors */
+        folding->used = 0;
+        tfm__fold_stack(folding, file, "encoder");
+        tfm__fold_stack(folding, file, "decoder");
+        if (run || !folding->used)
+            break;
+        folding->floats = (float *)tfm__allocate(allocator, tfm__product(folding->used, sizeof *folding->floats));
+        if (!folding->floats) {
+            tfm__fold_free(folding, allocator);
+            return tfm__fail_memory(error, tfm__product(folding->used, sizeof *folding->floats));
+        }
+    }
+    return TFM_OK;
+}
+
+static tfm__factors tfm__factors_of(const tfm__folding *folding, const tfm_file *file, const tfm_entry *entry) {
+    return folding->of ? folding->of[entry - file->entries] : tfm__no_factors();
+}
+
+/* A vector times its factors, in fp32. */
+static void tfm__factored_vector(const tfm_tensor *from, const tfm__factors *factors, float *to) {
+    size_t n = from->shape[0], i;
+    tfm__to_floats(from->dtype, from->data, 1, n, to);
+    for (i = 0; factors->rows && i < n; i++)
+        to[i] = (to[i] + factors->offset) * factors->rows[i] - factors->offset;
+}
+
 /* ---- writing */
 
 #ifndef TFM_NO_STDIO
@@ -3975,6 +4442,7 @@ static void tfm__put_u64(unsigned char *p, uint64_t value) {
 typedef struct tfm__rewrite {
     const tfm_file *from;
     const tfm_quantize_options *options;
+    tfm__folding folding; /* for i8 */
     tfm_allocator allocator;
     tfm__threads threads;
     FILE *to;
@@ -3984,10 +4452,15 @@ typedef struct tfm__rewrite {
     uint64_t read, total; /* progress, in bytes of the old file's tensors */
 } tfm__rewrite;
 
-/* What the tensor becomes: matrices panels, of the wanted dtype; vectors stay. */
-static tfm_tensor tfm__rewritten(const tfm__rewrite *rewrite, const tfm_tensor *tensor) {
-    tfm_dtype dtype = rewrite->options->dtype ? rewrite->options->dtype : tensor->dtype;
-    return tensor->n_dims == 2 ? tfm__tensor(dtype, TFM_PANELS, tensor->shape[0], tensor->shape[1], NULL) : *tensor;
+/* What the tensor becomes: matrices panels, of the wanted dtype; vectors stay, or are fp32 if they take part in folding. */
+static tfm_tensor tfm__rewritten(const tfm__rewrite *rewrite, const tfm_entry *entry) {
+    const tfm_dtype dtype = rewrite->options->dtype ? rewrite->options->dtype : TFM_I8;
+    const tfm_tensor *tensor = &entry->tensor;
+    if (tensor->n_dims == 2)
+        return tfm__tensor(dtype, TFM_PANELS, tensor->shape[0], tensor->shape[1], NULL);
+    if (tfm__factors_of(&rewrite->folding, rewrite->from, entry).rows)
+        return tfm__tensor(TFM_F32, TFM_ROWS, tensor->shape[0], 0, NULL);
+    return *tensor;
 }
 
 static tfm_status tfm__write(const tfm__rewrite *rewrite, const void *data, size_t size, tfm_error *error) {
@@ -4005,17 +4478,23 @@ static tfm_status tfm__write_padding(const tfm__rewrite *rewrite, size_t to, tfm
 static tfm_status tfm__rewrite_tensor(tfm__rewrite *rewrite, const tfm__crc_tables *crc, const tfm_entry *entry,
                                       unsigned char *directory, tfm_error *error) {
     const tfm_tensor *tensor = &entry->tensor;
-    tfm_tensor target = tfm__rewritten(rewrite, tensor);
+    tfm_tensor target = tfm__rewritten(rewrite, entry);
     size_t offset = (size_t)tfm__u64(directory + 48), size = tfm_tensor_bytes(&target);
     const tfm_quantize_options *options = rewrite->options;
+    const tfm__factors factors = tfm__factors_of(&rewrite->folding, rewrite->from, entry);
     void *memory = NULL;
     tfm_status status;
-    if (tensor->n_dims == 2) {
+    if (!target.data) {
         memory = tfm__allocate_aligned(&rewrite->allocator, size, TFM__CACHE_LINE);
         if (!memory)
             return tfm__fail_memory(error, size);
-        target = tfm__pack_into(&rewrite->threads, tensor, target.dtype, memory);
-        if (tfm__is_not_finite(&target)) {
+        if (tensor->n_dims == 2)
+            target = tfm__pack_into(&rewrite->threads, tensor, factors, target.dtype, memory);
+        else {
+            tfm__factored_vector(tensor, &factors, (float *)memory);
+            target.data = memory;
+        }
+        if (tensor->n_dims == 2 && tfm__is_not_finite(&target)) {
             tfm__release_aligned(&rewrite->allocator, memory);
             return tfm__fail(error, TFM_ERROR_FORMAT,
                              "%s: a weight of tensor '%.*s' is not finite, and can't be quantized", rewrite->from->name,
@@ -4042,7 +4521,7 @@ static void tfm__plan_rewrite(tfm__rewrite *rewrite) {
     size_t end = rewrite->head_size, i;
     for (i = 0; i < rewrite->from->n_entries; i++) {
         const tfm_entry *entry = rewrite->from->entries + i;
-        tfm_tensor target = tfm__rewritten(rewrite, &entry->tensor);
+        tfm_tensor target = tfm__rewritten(rewrite, entry);
         end = tfm__round_up(end, TFM__CACHE_LINE);
         tfm__put_u32(directory + 4, (uint32_t)target.dtype);
         tfm__put_u32(directory + 8, (uint32_t)target.layout);
@@ -4122,7 +4601,12 @@ TFM_API tfm_status tfm_quantize(const char *in_path, const char *out_path, const
         strcpy(path, out_path);
         strcat(path, ".part");
         rewrite.path = path;
-        status = tfm__rewrite_to(&rewrite, out_path, error);
+        status = TFM_OK;
+        if (!rewrite.options->dtype || rewrite.options->dtype == TFM_I8)
+            status = tfm__fold(from, &rewrite.folding, &rewrite.allocator, error);
+        if (status == TFM_OK)
+            status = tfm__rewrite_to(&rewrite, out_path, error);
+        tfm__fold_free(&rewrite.folding, &rewrite.allocator);
     } else
         status = tfm__fail_memory(error, rewrite.head_size);
     tfm__release(&rewrite.allocator, path);
@@ -4920,7 +5404,6 @@ typedef struct tfm__spm {
     unsigned char *texts;       /* what the tokens read as: with spaces, and bytes for the pieces of bytes */
     uint32_t *text_offsets;     /* [n_tokens + 1] */
     int32_t byte_ids[256];      /* the piece of each byte, or -1 */
-    size_t longest;             /* bytes of the longest piece that a text can have */
     int has_unused;             /* whether there are pieces of that type */
     const unsigned char *units; /* the charsmap's trie, */
     size_t n_units;
@@ -5043,12 +5526,13 @@ static tfm_status tfm__check_ids(const tfm__tokenizer *tokenizer, const int32_t 
 #define TFM__MAX_ADDED_SIZE 1024 /* looking for added tokens takes that many steps for a byte of text, at worst */
 #define TFM__GROWTH 3            /* normalization makes a text longer by no more than this factor */
 
-static size_t tfm__bert_normalize(const tfm__tokenizer_source *rules, const unsigned char *text, size_t size,
+/* What a tokenizer does to a text before it looks for normalized tokens and cuts it into words: see below. */
+static int tfm__kind_normalizes(const tfm__tokenizer *tokenizer);
+static size_t tfm__kind_normalize(const tfm__tokenizer *tokenizer, const unsigned char *text, size_t size,
                                   unsigned char *out);
-static size_t tfm__spm_normalize_token(const tfm__tokenizer *tokenizer, const unsigned char *text, size_t size,
-                                       unsigned char *bytes);
 
-/* Enters one added token into a trie. Of several that normalization makes equal the first is found. */
+/* Enters one added token into a trie. Of several that normalization makes equal the first is found
+   (`tokenizers` finds any). */
 static tfm_status tfm__build_added_token(tfm__tokenizer *tokenizer, unsigned root, int32_t id, uint32_t *n_nodes,
                                          tfm_error *error) {
     unsigned char normalized[TFM__GROWTH * TFM__MAX_ADDED_SIZE];
@@ -5059,18 +5543,15 @@ static tfm_status tfm__build_added_token(tfm__tokenizer *tokenizer, unsigned roo
         return tfm__fail(error, TFM_ERROR_FORMAT, "tokenizer: the added token %ld has %zu bytes, not 1 to %d", (long)id,
                          size, TFM__MAX_ADDED_SIZE);
     }
-    if (root == 1 && tokenizer->source.kind == TFM__WORDPIECE) {
-        size = tfm__bert_normalize(&tokenizer->source, bytes, size, normalized);
-        bytes = normalized;
-    } else if (root == 1 && tokenizer->source.types) {
-        size = tfm__spm_normalize_token(tokenizer, bytes, size, normalized);
+    if (root == 1 && tfm__kind_normalizes(tokenizer)) {
+        size = tfm__kind_normalize(tokenizer, bytes, size, normalized);
         bytes = normalized;
         if (size > sizeof normalized)
             return tfm__fail(error, TFM_ERROR_UNSUPPORTED,
                              "tokenizer: normalization makes the added token %ld too long", (long)id);
+        if (size == 0)
+            return TFM_OK; /* no text has it */
     }
-    if (size == 0)
-        return TFM_OK; /* normalization has left nothing: no text has it */
     for (i = 0; i < size; i++) {
         uint64_t *slot = tfm__pairs_slot(&tokenizer->added, node, bytes[i]);
         if (!slot) {
@@ -5101,7 +5582,7 @@ static int tfm__is_user_piece(const tfm__tokenizer *tokenizer, size_t id) {
 /* The flags of every token, and how many nodes the tries of added tokens have at most. */
 static tfm_status tfm__build_flags(tfm__tokenizer *tokenizer, size_t *max_nodes, tfm_error *error) {
     const int32_t *added = tokenizer->source.added;
-    size_t growth = tokenizer->source.kind == TFM__BYTE_BPE ? 1 : TFM__GROWTH, i;
+    size_t growth = tfm__kind_normalizes(tokenizer) ? TFM__GROWTH : 1, i;
     *max_nodes = TFM__ADDED_TRIES;
     tokenizer->token_flags =
         (unsigned char *)tfm__tokenizer_allocate(&tokenizer->allocator, tokenizer->source.n_tokens, error);
@@ -5132,10 +5613,8 @@ static tfm_status tfm__build_flags(tfm__tokenizer *tokenizer, size_t *max_nodes,
     return TFM_OK;
 }
 
-/* Both tries. Special tokens come first, as where `tokenizers` finds several that are equal. */
 static tfm_status tfm__build_added(tfm__tokenizer *tokenizer, tfm_error *error) {
-    const int32_t *added = tokenizer->source.added;
-    size_t n = tokenizer->source.n_added, max_nodes, i;
+    size_t max_nodes, i;
     uint32_t n_nodes = TFM__ADDED_TRIES;
     tfm_status status = tfm__build_flags(tokenizer, &max_nodes, error);
     if (status == TFM_OK)
@@ -5148,11 +5627,10 @@ static tfm_status tfm__build_added(tfm__tokenizer *tokenizer, tfm_error *error) 
         return TFM_ERROR_MEMORY;
     for (i = 0; i < TFM__ADDED_TRIES; i++)
         tokenizer->added_ids[i] = -1;
-    for (i = 0; i < 2 * n && status == TFM_OK; i++) {
-        int32_t id = added[2 * (i % n)], flags = added[2 * (i % n) + 1];
-        unsigned root = flags & TFM__ADDED_NORMALIZED ? 1 : 0;
-        if (!(flags & TFM__ADDED_SPECIAL) == (i >= n))
-            status = tfm__build_added_token(tokenizer, root, id, &n_nodes, error);
+    for (i = 0; i < tokenizer->source.n_added && status == TFM_OK; i++) {
+        int32_t id = tokenizer->source.added[2 * i];
+        unsigned root = tokenizer->token_flags[id] & TFM__ADDED_NORMALIZED ? 1 : 0;
+        status = tfm__build_added_token(tokenizer, root, id, &n_nodes, error);
     }
     for (i = 0; i < tokenizer->source.n_tokens && status == TFM_OK; i++)
         if (tfm__is_user_piece(tokenizer, i))
@@ -5189,8 +5667,8 @@ static uint32_t tfm__hash(uint32_t hash, const unsigned char *bytes, size_t size
 
 /* The slot of a word (a prefix and text; hash is that of both) in the table of whole tokens, or the empty one where it
    belongs; NULL as for pairs. */
-static uint32_t *tfm__hashed_slot(const tfm__tokenizer *tokenizer, uint32_t hash, const void *prefix,
-                                  size_t prefix_size, const unsigned char *text, size_t size) {
+static uint32_t *tfm__word_slot(const tfm__tokenizer *tokenizer, uint32_t hash, const void *prefix, size_t prefix_size,
+                                const unsigned char *text, size_t size) {
     size_t probes;
     for (probes = 0; probes < TFM__MAX_PROBES; probes++) {
         uint32_t *slot = &tokenizer->words[(hash + probes) & tokenizer->words_mask];
@@ -5206,25 +5684,23 @@ static uint32_t *tfm__hashed_slot(const tfm__tokenizer *tokenizer, uint32_t hash
     return NULL;
 }
 
-/* The same for a piece of text, perhaps with a space that is not in it in front. */
-static uint32_t *tfm__word_slot(const tfm__tokenizer *tokenizer, const unsigned char *text, size_t size, int lead) {
-    static const unsigned char space[1] = {' '};
-    uint32_t hash = tfm__hash(lead ? tfm__hash(TFM__HASH_SEED, space, 1) : TFM__HASH_SEED, text, size);
-    return tfm__hashed_slot(tokenizer, hash, space, lead ? 1 : 0, text, size);
+/* The token that is this text, or TFM__NONE. */
+static uint32_t tfm__find_word(const tfm__tokenizer *tokenizer, const unsigned char *text, size_t size) {
+    const uint32_t *slot = tfm__word_slot(tokenizer, tfm__hash(TFM__HASH_SEED, text, size), NULL, 0, text, size);
+    return slot ? *slot : TFM__NONE;
 }
 
-/* Whether the token is one of those that tfm__word_slot() finds. In byte-level BPE added tokens are not: they are
-   found by their own rules. Of SentencePiece's, those are that a text can have. */
-static int tfm__is_word(const tfm__tokenizer *tokenizer, size_t id) {
+/* Whether a token may be a word that is looked up: if it has none of the flags; of SentencePiece's, if a text can have
+   it. */
+static int tfm__is_word(const tfm__tokenizer *tokenizer, size_t id, unsigned without_flags) {
     const int32_t *types = tokenizer->source.types;
-    unsigned outside = tokenizer->source.kind == TFM__WORDPIECE ? TFM__ADDED_OUTSIDE : TFM__ADDED;
     if (!types)
-        return !(tokenizer->token_flags[id] & outside);
+        return !(tokenizer->token_flags[id] & without_flags);
     return types[id] == TFM__PIECE_NORMAL || types[id] == TFM__PIECE_USER || types[id] == TFM__PIECE_UNUSED;
 }
 
-/* The table of whole tokens. */
-static tfm_status tfm__build_words(tfm__tokenizer *tokenizer, tfm_error *error) {
+/* The table of whole tokens, but those that have one of the flags. */
+static tfm_status tfm__build_words(tfm__tokenizer *tokenizer, unsigned without_flags, tfm_error *error) {
     size_t n_slots = tfm__table_slots(tokenizer->source.n_tokens), id;
     tokenizer->words =
         (uint32_t *)tfm__tokenizer_allocate(&tokenizer->allocator, n_slots * sizeof *tokenizer->words, error);
@@ -5235,8 +5711,8 @@ static tfm_status tfm__build_words(tfm__tokenizer *tokenizer, tfm_error *error) 
     for (id = 0; id < tokenizer->source.n_tokens; id++) {
         size_t size;
         const unsigned char *bytes = tfm__token_bytes(tokenizer, (int32_t)id, &size);
-        if (size > 0 && tfm__is_word(tokenizer, id)) {
-            uint32_t *slot = tfm__word_slot(tokenizer, bytes, size, 0);
+        if (size > 0 && tfm__is_word(tokenizer, id, without_flags)) {
+            uint32_t *slot = tfm__word_slot(tokenizer, tfm__hash(TFM__HASH_SEED, bytes, size), NULL, 0, bytes, size);
             if (!slot)
                 return tfm__fail(error, TFM_ERROR_FORMAT, "tokenizer: token %zu collides with too many others", id);
             if (*slot == TFM__NONE)
@@ -5411,7 +5887,7 @@ static tfm_status tfm__bpe_build(tfm__tokenizer *tokenizer, tfm_error *error) {
     if (status == TFM_OK)
         status = tfm__bpe_build_merges(tokenizer, error);
     if (status == TFM_OK && tokenizer->source.ignore_merges) /* added tokens are found by their own rules */
-        status = tfm__build_words(tokenizer, error);
+        status = tfm__build_words(tokenizer, TFM__ADDED, error);
     return status;
 }
 
@@ -5495,17 +5971,16 @@ static size_t tfm__merge_lowest(const tfm__merge_state *state) {
    is not used, how it came about is noted. */
 static uint32_t tfm__spm_rank(const tfm__tokenizer *tokenizer, const tfm__merge_state *state, size_t left) {
     size_t right = left + state->lengths[left], size = (size_t)state->lengths[left] + state->lengths[right];
-    const uint32_t *word;
-    uint32_t bits;
+    uint32_t id, bits;
     float score;
-    if (size > tokenizer->spm.longest || state->ids[left] == TFM__FROZEN || state->ids[right] == TFM__FROZEN)
+    if (size > tokenizer->longest_word || state->ids[left] == TFM__FROZEN || state->ids[right] == TFM__FROZEN)
         return TFM__NONE;
-    word = tfm__word_slot(tokenizer, state->text + left, size, 0);
-    if (!word || *word == TFM__NONE)
+    id = tfm__find_word(tokenizer, state->text + left, size);
+    if (id == TFM__NONE)
         return TFM__NONE;
-    if (tokenizer->source.types[*word] == TFM__PIECE_UNUSED)
-        state->splits[*word] = state->lengths[left];
-    score = tokenizer->source.scores[*word] + 0.0f; /* no negative zero */
+    if (tokenizer->source.types[id] == TFM__PIECE_UNUSED)
+        state->splits[id] = state->lengths[left];
+    score = tokenizer->source.scores[id] + 0.0f; /* no negative zero */
     memcpy(&bits, &score, sizeof bits);
     return bits >> 31 ? bits : ~bits & 0x7FFFFFFFu;
 }
@@ -5562,10 +6037,12 @@ static size_t tfm__bpe_symbols(const tfm__tokenizer *tokenizer, const unsigned c
 /* Encodes one piece of text; with `lead`, one that begins with a space that is not in the text. */
 static tfm_status tfm__bpe_encode_piece(tfm__encoder *encoder, const unsigned char *text, size_t size, int lead) {
     const tfm__tokenizer *tokenizer = encoder->tokenizer;
+    static const unsigned char space[1] = {' '};
     tfm__merge_state state;
     size_t n = size + (lead ? 1u : 0u), i;
     if (tokenizer->words) {
-        const uint32_t *word = tfm__word_slot(tokenizer, text, size, lead);
+        uint32_t hash = tfm__hash(lead ? tfm__hash(TFM__HASH_SEED, space, 1) : TFM__HASH_SEED, text, size);
+        const uint32_t *word = tfm__word_slot(tokenizer, hash, space, lead ? 1 : 0, text, size);
         if (word && *word != TFM__NONE) {
             tfm__emit(encoder, (int32_t)*word);
             return TFM_OK;
@@ -5764,7 +6241,7 @@ static tfm_status tfm__wordpiece_build(tfm__tokenizer *tokenizer, tfm_error *err
             return tfm__fail(error, TFM_ERROR_UNSUPPORTED, "tokenizer: token %zu has %zu bytes, more than %d", i, size,
                              TFM__MAX_ADDED_SIZE);
     }
-    return tfm__build_words(tokenizer, error);
+    return tfm__build_words(tokenizer, TFM__ADDED_OUTSIDE, error);
 }
 
 /* The longest token at the start of text, which continues a word or does not: its id, or -1, and its size there. */
@@ -5785,7 +6262,7 @@ static int32_t tfm__longest_piece(const tfm__tokenizer *tokenizer, const unsigne
         ends[n++] = (uint16_t)end;
     }
     while (n-- > 0) {
-        const uint32_t *slot = tfm__hashed_slot(tokenizer, hashes[n], prefix, prefix_size, text, ends[n]);
+        const uint32_t *slot = tfm__word_slot(tokenizer, hashes[n], prefix, prefix_size, text, ends[n]);
         *piece_size = ends[n];
         if (slot && *slot != TFM__NONE)
             return (int32_t)*slot;
@@ -5834,8 +6311,6 @@ static void tfm__wordpiece_encode_plain(tfm__encoder *encoder, const unsigned ch
     if (size > start)
         tfm__wordpiece_word(encoder, text + start, size - start);
 }
-
-#define TFM__MAX_PIECE_TEXT (TFM__GROWTH * TFM__MAX_ADDED_SIZE + 1) /* and a space */
 
 /* ---- WordPiece: decoding ----------------------------------------------------------------------------------------- */
 
@@ -6006,11 +6481,10 @@ static tfm_status tfm__spm_check_pieces(tfm__tokenizer *tokenizer, tfm_error *er
             if (byte < 0)
                 return tfm__fail(error, TFM_ERROR_FORMAT, "tokenizer: token %zu is no byte like <0x41>", i);
             spm->byte_ids[byte] = (int32_t)i;
-        } else if (tfm__is_word(tokenizer, i)) {
+        } else if (tfm__is_word(tokenizer, i, 0)) {
             if (size > TFM__MAX_PIECE_SIZE)
                 return tfm__fail(error, TFM_ERROR_UNSUPPORTED, "tokenizer: token %zu has %zu bytes, more than %d", i,
                                  size, TFM__MAX_PIECE_SIZE);
-            spm->longest = TFM__MAX(spm->longest, size);
             spm->has_unused |= type == TFM__PIECE_UNUSED;
         }
     }
@@ -6417,8 +6891,7 @@ static void tfm__normalize(const tfm__tokenizer *tokenizer, const unsigned char 
         tfm__spm_normalize(tokenizer, text, size, out);
 }
 
-/* An added token, normalized as a text is; its size, or more than TFM__GROWTH * size if
-   that is too much. */
+/* An added token, normalized as a text is; see tfm__kind_normalize(). */
 static size_t tfm__spm_normalize_token(const tfm__tokenizer *tokenizer, const unsigned char *text, size_t size,
                                        unsigned char *bytes) {
     tfm__normalized out = {NULL, 0};
@@ -6674,20 +7147,20 @@ static void tfm__spm_symbols(const tfm__tokenizer *tokenizer, tfm__merge_state *
                              size_t size) {
     size_t at, used, unknown = SIZE_MAX, i; /* where the unknown symbol before this place begins */
     for (at = 0; at < size; at += used) {
-        const uint32_t *word = NULL;
+        uint32_t id = TFM__NONE;
         state->ids[at] = TFM__NONE;
         if (state->text && tokenizer->added_first[2][text[at]] &&
             tfm__added_at(tokenizer, 2, text + at, size - at, &used) >= 0) {
             state->ids[at] = TFM__FROZEN;
         } else {
             tfm__utf8_decode(text + at, size - at, &used);
-            word = state->text ? NULL : tfm__word_slot(tokenizer, text + at, used, 0);
+            id = state->text ? TFM__NONE : tfm__find_word(tokenizer, text + at, used);
         }
         state->lengths[at] = state->lengths[at + used - 1] = (uint32_t)used;
         if (state->text)
             continue;
-        if (word && *word != TFM__NONE) {
-            state->ids[at] = *word;
+        if (id != TFM__NONE) {
+            state->ids[at] = id;
             unknown = SIZE_MAX;
         } else if (tokenizer->source.rules.byte_fallback) {
             for (i = at; i < at + used; i++) {
@@ -6708,18 +7181,17 @@ static void tfm__spm_emit_symbols(tfm__encoder *encoder, tfm__merge_state *state
     const tfm__tokenizer *tokenizer = encoder->tokenizer;
     size_t at = 0, known = 0;
     while (at < size) {
-        const uint32_t *word = tfm__word_slot(tokenizer, state->text + at, state->lengths[at], 0);
-        if (word && *word != TFM__NONE && tokenizer->source.types[*word] == TFM__PIECE_UNUSED &&
-            state->splits[*word] < state->lengths[at] && state->splits[*word] > 0) {
-            uint32_t split = state->splits[*word];
-            state->lengths[at + split] = state->lengths[at] - split;
-            state->lengths[at] = split;
+        uint32_t id = tfm__find_word(tokenizer, state->text + at, state->lengths[at]);
+        if (id != TFM__NONE && tokenizer->source.types[id] == TFM__PIECE_UNUSED && state->splits[id] > 0 &&
+            state->splits[id] < state->lengths[at]) {
+            state->lengths[at + state->splits[id]] = state->lengths[at] - state->splits[id];
+            state->lengths[at] = state->splits[id];
             continue;
         }
-        if (word && *word != TFM__NONE) {
+        if (id != TFM__NONE) {
             if (at > known)
                 tfm__spm_emit_unknown(encoder, state->text + known, at - known);
-            tfm__emit(encoder, (int32_t)*word);
+            tfm__emit(encoder, (int32_t)id);
             known = at + state->lengths[at];
         }
         at += state->lengths[at];
@@ -6841,7 +7313,7 @@ static tfm_status tfm__spm_build(tfm__tokenizer *tokenizer, tfm_error *error) {
     if (status == TFM_OK && source->kind == TFM__UNIGRAM)
         return tfm__unigram_build(tokenizer, error);
     if (status == TFM_OK)
-        status = tfm__build_words(tokenizer, error);
+        status = tfm__build_words(tokenizer, 0, error);
     return status == TFM_OK && source->n_merges ? tfm__bpe_build_merges(tokenizer, error) : status;
 }
 
@@ -6865,22 +7337,29 @@ static const unsigned char *tfm__token_text(const tfm__tokenizer *tokenizer, int
     return spm->texts + spm->text_offsets[id];
 }
 
-/* What of a token's text is shown where the text before it has `before` bytes: not all of the spaces that were put in
-   front of a text, and nothing of a control piece. `dropped` is 0 at first, and then what this function leaves there. */
-static const unsigned char *tfm__spm_shown(const tfm__tokenizer *tokenizer, int32_t id, size_t index, size_t before,
-                                           int *dropped, size_t *size) {
+/* How far a text is decoded. */
+typedef struct tfm__decoder {
+    size_t n_ids;
+    size_t size; /* bytes of text */
+    int dropped; /* SentencePiece: the space that was put in front of the text has been left out */
+} tfm__decoder;
+
+/* What of a token's text is shown: not all of the spaces that were put in front of a text, and nothing of a control
+   piece. */
+static const unsigned char *tfm__spm_decode(const tfm__tokenizer *tokenizer, int32_t id, tfm__decoder *decoder,
+                                            size_t *size) {
     const tfm__decode_lead lead = tokenizer->source.rules.decode_lead;
     const unsigned char *text = tfm__token_text(tokenizer, id, size);
     int32_t type = tokenizer->source.types[id];
     if (type == TFM__PIECE_CONTROL)
         *size = 0;
-    if (before > 0 || *dropped || *size == 0 || type == TFM__PIECE_BYTE)
+    if (decoder->size > 0 || decoder->dropped || *size == 0 || type == TFM__PIECE_BYTE)
         return text;
-    if (lead == TFM__LEAD_TOKEN && index == 0) {
+    if (lead == TFM__LEAD_TOKEN && decoder->n_ids == 0) {
         for (; *size > 0 && *text == ' '; text++)
             --*size;
     } else if ((lead == TFM__LEAD_DROPPED || lead == TFM__LEADS_DROPPED) && *text == ' ') {
-        *dropped = lead == TFM__LEAD_DROPPED;
+        decoder->dropped = lead == TFM__LEAD_DROPPED;
         text++;
         --*size;
     }
@@ -6905,6 +7384,25 @@ static tfm_status tfm__kind_build(tfm__tokenizer *tokenizer, tfm_error *error) {
     return TFM_OK;
 }
 
+/* Whether text is normalized before it is encoded. */
+static int tfm__kind_normalizes(const tfm__tokenizer *tokenizer) {
+    return tokenizer->source.kind != TFM__BYTE_BPE;
+}
+
+/* Normalizes text; returns the size of what was written, at most TFM__GROWTH * size. (Where SentencePiece makes it longer
+   than that, nothing is written.) */
+static size_t tfm__kind_normalize(const tfm__tokenizer *tokenizer, const unsigned char *text, size_t size,
+                                  unsigned char *out) {
+    switch (tokenizer->source.kind) {
+    case TFM__BYTE_BPE: break;
+    case TFM__WORDPIECE: return tfm__bert_normalize(&tokenizer->source, text, size, out);
+    case TFM__UNIGRAM:
+    case TFM__SPM_BPE: return tfm__spm_normalize_token(tokenizer, text, size, out);
+    }
+    memcpy(out, text, size);
+    return size;
+}
+
 /* Encodes text (size > 0) without added tokens; normalized text lies in the encoder's memory. */
 static tfm_status tfm__kind_encode(tfm__encoder *encoder, const unsigned char *text, size_t size) {
     switch (encoder->tokenizer->source.kind) {
@@ -6925,6 +7423,21 @@ static size_t tfm__kind_scratch(const tfm__tokenizer *tokenizer, size_t size) {
     case TFM__SPM_BPE: return tfm__spm_scratch(tokenizer, size);
     }
     return 0;
+}
+
+#define TFM__MAX_PIECE_TEXT (TFM__GROWTH * TFM__MAX_ADDED_SIZE + 1) /* normalized, and a space */
+
+/* The text of a token (one that there is) as the next of a decoded text: in place, or in `memory`, TFM__MAX_PIECE_TEXT
+   bytes. */
+static const unsigned char *tfm__kind_decode(const tfm__tokenizer *tokenizer, int32_t id, tfm__decoder *decoder,
+                                             unsigned char *memory, size_t *size) {
+    switch (tokenizer->source.kind) {
+    case TFM__BYTE_BPE: break;
+    case TFM__WORDPIECE: *size = tfm__wordpiece_decode(tokenizer, id, decoder->n_ids == 0, memory); return memory;
+    case TFM__UNIGRAM:
+    case TFM__SPM_BPE: return tfm__spm_decode(tokenizer, id, decoder, size);
+    }
+    return tfm__token_bytes(tokenizer, id, size);
 }
 
 /* ---- Added tokens, and a whole text ---------------------------------------------------------------------------------- */
@@ -6952,93 +7465,7 @@ static int tfm__touches_word(const unsigned char *text, size_t size, size_t star
            (end < size && (tfm__class_at(text + end, size - end, &used) & TFM__WORD));
 }
 
-static tfm_status tfm__encode_text(tfm__encoder *encoder, unsigned root, const unsigned char *text, size_t size);
-
-/* Normalizes text (size > 0) by SentencePiece's rules, and encodes it from the second trie on. The normalized text is in
-   the encoder's memory if that has room for it, ahead of the memory for the rest, else in memory of its own. */
-static tfm_status tfm__spm_encode_normalized(tfm__encoder *encoder, const unsigned char *text, size_t size) {
-    const tfm_allocator *allocator = &encoder->tokenizer->allocator;
-    tfm__normalized out = {NULL, 0};
-    tfm_status status = TFM_OK;
-    uint32_t *memory = encoder->memory;
-    size_t all_words = encoder->n_words, n_words;
-    void *own = NULL;
-    tfm__normalize(encoder->tokenizer, text, size, &out);
-    n_words = out.size / sizeof(uint32_t) + 1;
-    if (!encoder->own && n_words <= encoder->n_words) {
-        out.bytes = (unsigned char *)encoder->memory;
-        encoder->memory += n_words;
-        encoder->n_words -= n_words;
-    } else {
-        own = tfm__tokenizer_allocate(allocator, n_words * sizeof(uint32_t), encoder->error);
-        if (!own)
-            return TFM_ERROR_MEMORY;
-        out.bytes = (unsigned char *)own;
-    }
-    out.size = 0;
-    tfm__normalize(encoder->tokenizer, text, size, &out);
-    encoder->normalized = out.bytes;
-    encoder->at_start = text == encoder->text;
-    if (out.size > 0)
-        status = tfm__encode_text(encoder, 1, out.bytes, out.size);
-    encoder->normalized = NULL;
-    if (own)
-        allocator->release(allocator->user, own);
-    else if (!encoder->own) {
-        encoder->memory = memory;
-        encoder->n_words = all_words;
-    }
-    return status;
-}
-
-/* How much of a text is normalized at once: all of it if it is not longer than `usual`, or if tokens are looked for in
-   what comes of it; else up to white space that separates words whatever the tokenizer does. */
-static size_t tfm__normalized_piece(const tfm__tokenizer *tokenizer, const unsigned char *text, size_t size,
-                                    size_t usual) {
-    size_t end;
-    if (size <= usual || tokenizer->n_added[1] > 0)
-        return size;
-    for (end = usual; end > 0; end--)
-        if (text[end - 1] == ' ' || text[end - 1] == '\n')
-            return end;
-    for (end = usual; end < size && text[end] != ' ' && text[end] != '\n'; end++)
-        ;
-    return end;
-}
-
-/* Normalizes text (size > 0) by BERT's rules in the encoder's memory, and encodes it from the second trie on. */
-static tfm_status tfm__bert_encode_normalized(tfm__encoder *encoder, const unsigned char *text, size_t size) {
-    const tfm__tokenizer *tokenizer = encoder->tokenizer;
-    tfm_status status = TFM_OK;
-    while (size > 0 && status == TFM_OK) {
-        size_t usual = encoder->n_words * sizeof *encoder->memory / TFM__GROWTH;
-        size_t piece = tfm__normalized_piece(tokenizer, text, size, usual), n;
-        if (piece > SIZE_MAX / TFM__GROWTH - 64)
-            return tfm__fail(encoder->error, TFM_ERROR_ARGUMENT, "tokenizer: a text of %zu bytes is too long", size);
-        status = tfm__encoder_reserve(encoder, piece * TFM__GROWTH / sizeof *encoder->memory + 1);
-        if (status != TFM_OK)
-            return status;
-        n = tfm__bert_normalize(&tokenizer->source, text, piece, (unsigned char *)encoder->memory);
-        if (n > 0)
-            status = tfm__encode_text(encoder, 1, (const unsigned char *)encoder->memory, n);
-        text += piece;
-        size -= piece;
-    }
-    return status;
-}
-
-/* What comes after looking for the added tokens of trie `root`: normalization after the first, words after the second. */
-static tfm_status tfm__encode_rest(tfm__encoder *encoder, unsigned root, const unsigned char *text, size_t size) {
-    if (root == 1)
-        return tfm__kind_encode(encoder, text, size);
-    switch (encoder->tokenizer->source.kind) {
-    case TFM__BYTE_BPE: break;
-    case TFM__WORDPIECE: return tfm__bert_encode_normalized(encoder, text, size);
-    case TFM__UNIGRAM:
-    case TFM__SPM_BPE: return tfm__spm_encode_normalized(encoder, text, size);
-    }
-    return tfm__encode_text(encoder, 1, text, size);
-}
+static tfm_status tfm__encode_rest(tfm__encoder *encoder, unsigned root, const unsigned char *text, size_t size);
 
 /* Encodes text (size > 0) in which the added tokens of the tries before `root` have been found already. As in Hugging
    Face's tokenizers, an added token that is found and not wanted (a special one in plain text, or a single_word within
@@ -7079,6 +7506,89 @@ static tfm_status tfm__encode_text(tfm__encoder *encoder, unsigned root, const u
     return done < size ? tfm__encode_rest(encoder, root, text + done, size - done) : TFM_OK;
 }
 
+/* How much of a text is normalized at once: all of it if it is not longer than `usual`, or if tokens are looked for in
+   what comes of it; else up to white space that separates words whatever the tokenizer does. */
+static size_t tfm__normalized_piece(const tfm__tokenizer *tokenizer, const unsigned char *text, size_t size,
+                                    size_t usual) {
+    size_t end;
+    if (size <= usual || tokenizer->n_added[1] > 0)
+        return size;
+    for (end = usual; end > 0; end--)
+        if (text[end - 1] == ' ' || text[end - 1] == '\n')
+            return end;
+    for (end = usual; end < size && text[end] != ' ' && text[end] != '\n'; end++)
+        ;
+    return end;
+}
+
+/* Normalizes text (size > 0) by SentencePiece's rules, and encodes it from the second trie on. The normalized text is in
+   the encoder's memory if that has room for it, ahead of the memory for the rest, else in memory of its own. */
+static tfm_status tfm__encode_spm(tfm__encoder *encoder, const unsigned char *text, size_t size) {
+    const tfm_allocator *allocator = &encoder->tokenizer->allocator;
+    tfm__normalized out = {NULL, 0};
+    tfm_status status = TFM_OK;
+    uint32_t *memory = encoder->memory;
+    size_t all_words = encoder->n_words, n_words;
+    void *own = NULL;
+    tfm__normalize(encoder->tokenizer, text, size, &out);
+    n_words = out.size / sizeof(uint32_t) + 1;
+    if (!encoder->own && n_words <= encoder->n_words) {
+        out.bytes = (unsigned char *)encoder->memory;
+        encoder->memory += n_words;
+        encoder->n_words -= n_words;
+    } else {
+        own = tfm__tokenizer_allocate(allocator, n_words * sizeof(uint32_t), encoder->error);
+        if (!own)
+            return TFM_ERROR_MEMORY;
+        out.bytes = (unsigned char *)own;
+    }
+    out.size = 0;
+    tfm__normalize(encoder->tokenizer, text, size, &out);
+    encoder->normalized = out.bytes;
+    encoder->at_start = text == encoder->text;
+    if (out.size > 0)
+        status = tfm__encode_text(encoder, 1, out.bytes, out.size);
+    encoder->normalized = NULL;
+    if (own)
+        allocator->release(allocator->user, own);
+    else if (!encoder->own) {
+        encoder->memory = memory;
+        encoder->n_words = all_words;
+    }
+    return status;
+}
+
+/* Normalizes text in the encoder's memory, and encodes it from there. */
+static tfm_status tfm__encode_normalized(tfm__encoder *encoder, const unsigned char *text, size_t size) {
+    const tfm__tokenizer *tokenizer = encoder->tokenizer;
+    tfm_status status = TFM_OK;
+    while (size > 0 && status == TFM_OK) {
+        size_t usual = encoder->n_words * sizeof *encoder->memory / TFM__GROWTH;
+        size_t piece = tfm__normalized_piece(tokenizer, text, size, usual), n;
+        if (piece > SIZE_MAX / TFM__GROWTH - 64)
+            return tfm__fail(encoder->error, TFM_ERROR_ARGUMENT, "tokenizer: a text of %zu bytes is too long", size);
+        status = tfm__encoder_reserve(encoder, piece * TFM__GROWTH / sizeof *encoder->memory + 1);
+        if (status != TFM_OK)
+            return status;
+        n = tfm__kind_normalize(tokenizer, text, piece, (unsigned char *)encoder->memory);
+        if (n > 0)
+            status = tfm__encode_text(encoder, 1, (const unsigned char *)encoder->memory, n);
+        text += piece;
+        size -= piece;
+    }
+    return status;
+}
+
+/* What comes after looking for the added tokens of trie `root`: normalization after the first, words after the second. */
+static tfm_status tfm__encode_rest(tfm__encoder *encoder, unsigned root, const unsigned char *text, size_t size) {
+    if (root == 1)
+        return tfm__kind_encode(encoder, text, size);
+    if (encoder->tokenizer->source.types)
+        return tfm__encode_spm(encoder, text, size);
+    return tfm__kind_normalizes(encoder->tokenizer) ? tfm__encode_normalized(encoder, text, size)
+                                                    : tfm__encode_text(encoder, 1, text, size);
+}
+
 /* Begins a call: the tokenizer, flags, ids, types, capacity and error of the encoder are set, all else is 0. `stack` is
    the caller's, TFM__MERGE_STACK words; the scratch memory (may be NULL) is used instead if it is larger (it is aligned
    as a uint32_t is; tfm__kind_scratch says how much is enough), and if both are too small, memory from the allocator. */
@@ -7106,8 +7616,8 @@ static tfm_status tfm__encode(tfm__encoder *encoder, const char *a, size_t a_siz
     const tfm__tokenizer *tokenizer = encoder->tokenizer;
     const tfm__tokenizer_source *source = &tokenizer->source;
     tfm_status status = TFM_OK;
-    encoder->text = (const unsigned char *)a;
     tfm__encode_ids(encoder, source->prefix_ids, source->n_prefix);
+    encoder->text = (const unsigned char *)a;
     if (a_size > 0)
         status = tfm__encode_text(encoder, 0, (const unsigned char *)a, a_size);
     if (b) {
@@ -7122,30 +7632,6 @@ static tfm_status tfm__encode(tfm__encoder *encoder, const char *a, size_t a_siz
         tokenizer->allocator.release(tokenizer->allocator.user, encoder->own);
     *n_ids = encoder->n_ids;
     return status;
-}
-
-/* The text of ids; like snprintf, *size is its size, of which at most `capacity` bytes are written. */
-static tfm_status tfm__tokenizer_decode(const tfm__tokenizer *tokenizer, const int32_t *ids, size_t n_ids, char *text,
-                                        size_t capacity, size_t *size, tfm_error *error) {
-    unsigned char memory[TFM__MAX_PIECE_TEXT];
-    int dropped = 0;
-    size_t i;
-    *size = 0;
-    for (i = 0; i < n_ids; i++) {
-        size_t n;
-        const unsigned char *bytes = tfm__token_text(tokenizer, ids[i], &n);
-        if (!bytes)
-            return tfm__fail(error, TFM_ERROR_ARGUMENT, "%ld is not the id of a token", (long)ids[i]);
-        if (tokenizer->source.kind == TFM__WORDPIECE) {
-            n = tfm__wordpiece_decode(tokenizer, ids[i], i == 0, memory);
-            bytes = memory;
-        } else if (tokenizer->source.types)
-            bytes = tfm__spm_shown(tokenizer, ids[i], i, *size, &dropped, &n);
-        if (*size < capacity)
-            memcpy(text + *size, bytes, TFM__MIN(n, capacity - *size));
-        *size += n;
-    }
-    return TFM_OK;
 }
 
 /* Checks the tables of a model file and builds a tokenizer on them. On an error there is nothing to free. */
@@ -7277,8 +7763,6 @@ static const char *const tfm__ffn_words[] = {"plain", "gated", NULL};
 static const char *const tfm__activation_words[] = {"none",       "relu", "gelu", "gelu_tanh",
                                                     "quick_gelu", "silu", "tanh", NULL};
 
-#define TFM__MAX_SIZE 0x7FFFFFFF
-
 static void tfm__read_description(tfm__reader *reader, tfm_description *d) {
     tfm__read_word(reader, "model.kind", tfm__kind_words, 1);
     d->vocab_size = tfm__read_size(reader, "vocab_size", 1, TFM__MAX_SIZE, -1);
@@ -7314,10 +7798,11 @@ static void tfm__read_description(tfm__reader *reader, tfm_description *d) {
 typedef struct tfm__loader {
     tfm__reader reader;
     tfm__threads threads;
-    tfm_dtype dtype; /* of the matrices; 0: as in the file */
-    int copy;        /* 1: nothing is used where it lies */
-    int fill;        /* 0: first run */
-    char *memory;    /* for what can't be used where it lies */
+    tfm_dtype dtype;      /* of the matrices; 0: as in the file */
+    tfm__folding folding; /* if that is i8 */
+    int copy;             /* 1: nothing is used where it lies */
+    int fill;             /* 0: first run */
+    char *memory;         /* for what can't be used where it lies */
     size_t used;
     uint64_t parameters;
 } tfm__loader;
@@ -7368,7 +7853,8 @@ static void tfm__load_matrix(tfm__loader *loader, const char *name, size_t out, 
     if (loader->copy || entry->tensor.layout != TFM_PANELS || entry->tensor.dtype != dtype) {
         char *memory = tfm__loader_take(loader, tfm_tensor_bytes(matrix));
         if (loader->fill) {
-            *matrix = tfm__pack_into(&loader->threads, &entry->tensor, dtype, memory);
+            *matrix = tfm__pack_into(&loader->threads, &entry->tensor,
+                                     tfm__factors_of(&loader->folding, reader->file, entry), dtype, memory);
             tfm__file_forget(loader->reader.file, &entry->tensor);
         }
         if (loader->fill && tfm__is_not_finite(matrix) && reader->status == TFM_OK)
@@ -7388,13 +7874,15 @@ static void tfm__load_table(tfm__loader *loader, const char *name, size_t rows, 
 /* A vector, in fp32. */
 static void tfm__load_vector(tfm__loader *loader, const char *name, size_t n, int optional, tfm_tensor *vector) {
     const tfm_entry *entry = tfm__load_entry(loader, name, n, 0, optional);
+    tfm__factors factors;
     if (!entry)
         return;
+    factors = tfm__factors_of(&loader->folding, loader->reader.file, entry);
     *vector = tfm__tensor(TFM_F32, TFM_ROWS, n, 0, entry->tensor.data);
-    if (entry->tensor.dtype != TFM_F32) {
+    if (entry->tensor.dtype != TFM_F32 || factors.rows) {
         float *memory = (float *)(void *)tfm__loader_take(loader, n * sizeof *memory);
         if (loader->fill) {
-            tfm__to_floats(entry->tensor.dtype, entry->tensor.data, 1, n, memory);
+            tfm__factored_vector(&entry->tensor, &factors, memory);
             vector->data = memory;
         }
     }
@@ -7639,43 +8127,53 @@ TFM_API void tfm_free(tfm_model *model) {
     tfm__release(&allocator, model);
 }
 
-static tfm_status tfm__load_model(tfm_model *model, const tfm_load_options *options, tfm_error *error) {
+static tfm_status tfm__load_with(tfm__loader *loader, tfm_model *model, const tfm_load_options *options,
+                                 tfm_error *error) {
     const tfm_description *d = &model->description;
-    tfm__loader loader;
-    memset(&loader, 0, sizeof loader);
-    loader.reader.file = model->file;
-    loader.reader.error = error;
-    loader.threads.count = tfm__thread_count(options->threads);
-    loader.dtype = options->dtype;
-    loader.copy = options->copy;
+    loader->reader.file = model->file;
+    loader->reader.error = error;
+    loader->threads.count = tfm__thread_count(options->threads);
+    loader->dtype = options->dtype;
+    loader->copy = options->copy;
     if ((unsigned)options->dtype >= TFM_DTYPE_COUNT)
         return tfm__fail(error, TFM_ERROR_UNSUPPORTED, "unknown type %d", (int)options->dtype);
     if (options->verify && tfm_file_verify(model->file, error) != TFM_OK)
         return TFM_ERROR_FORMAT;
-    tfm__read_description(&loader.reader, &model->description);
-    if (loader.reader.status == TFM_OK && d->n_layers > model->file->n_entries)
-        tfm__reader_fail(&loader.reader, "decoder.n_layers", "no more layers than there are tensors");
-    if (loader.reader.status != TFM_OK)
-        return loader.reader.status;
+    tfm__read_description(&loader->reader, &model->description);
+    if (loader->reader.status == TFM_OK && d->n_layers > model->file->n_entries)
+        tfm__reader_fail(&loader->reader, "decoder.n_layers", "no more layers than there are tensors");
+    if (loader->reader.status != TFM_OK)
+        return loader->reader.status;
+    if (options->dtype == TFM_I8 && tfm__fold(model->file, &loader->folding, &model->allocator, error) != TFM_OK)
+        return TFM_ERROR_MEMORY;
     model->blocks = (tfm_block *)tfm__allocate_zeroed(&model->allocator, d->n_layers * sizeof *model->blocks);
     if (!model->blocks)
         return tfm__fail_memory(error, d->n_layers * sizeof *model->blocks);
-    tfm__load_weights(&loader, model);
-    if (loader.reader.status != TFM_OK)
-        return loader.reader.status;
-    if (loader.used) {
-        model->weights = tfm__allocate_aligned(&model->allocator, loader.used, TFM__HUGE_PAGE);
+    tfm__load_weights(loader, model);
+    if (loader->reader.status != TFM_OK)
+        return loader->reader.status;
+    if (loader->used) {
+        model->weights = tfm__allocate_aligned(&model->allocator, loader->used, TFM__HUGE_PAGE);
         if (!model->weights)
-            return tfm__fail_memory(error, loader.used);
-        tfm__advise_huge(model->weights, loader.used);
-        loader.memory = (char *)model->weights;
-        loader.fill = 1;
-        tfm__load_weights(&loader, model);
+            return tfm__fail_memory(error, loader->used);
+        tfm__advise_huge(model->weights, loader->used);
+        loader->memory = (char *)model->weights;
+        loader->fill = 1;
+        tfm__load_weights(loader, model);
     }
-    model->parameters = loader.parameters;
+    model->parameters = loader->parameters;
     model->bytes_per_token = tfm__bytes_per_token(model);
-    tfm__read_tokenizer(&loader.reader, model);
-    return loader.reader.status;
+    tfm__read_tokenizer(&loader->reader, model);
+    return loader->reader.status;
+}
+
+static tfm_status tfm__load_model(tfm_model *model, const tfm_load_options *options, tfm_error *error) {
+    tfm__loader loader;
+    tfm_status status;
+    memset(&loader, 0, sizeof loader);
+    status = tfm__load_with(&loader, model, options, error);
+    tfm__fold_free(&loader.folding, &model->allocator);
+    return status;
 }
 
 /* Takes the file over, whatever comes of it. */
@@ -7785,17 +8283,31 @@ TFM_API tfm_status tfm_tokenize_pair(const tfm_model *model, const char *a, size
     return tfm__encode(&encoder, a, a_size, b, b_size, n_ids);
 }
 
-TFM_API const char *tfm_token_text(const tfm_model *model, int32_t id, size_t *size) {
-    *size = 0;
-    return model->has_tokenizer ? (const char *)tfm__token_text(&model->tokenizer, id, size) : NULL;
-}
-
-TFM_API tfm_status tfm_detokenize(const tfm_model *model, const int32_t *ids, size_t n_ids, char *text, size_t capacity,
-                                  size_t *size, tfm_error *error) {
+TFM_API tfm_status tfm_decode(const tfm_model *model, const int32_t *ids, size_t n_ids, char *text, size_t capacity,
+                              size_t *size, tfm_error *error) {
+    unsigned char memory[TFM__MAX_PIECE_TEXT];
+    tfm__decoder decoder;
+    size_t piece_size;
     *size = 0;
     if (!model->has_tokenizer)
         return tfm__fail_no_tokenizer(model, error);
-    return tfm__tokenizer_decode(&model->tokenizer, ids, n_ids, text, capacity, size, error);
+    memset(&decoder, 0, sizeof decoder);
+    for (; decoder.n_ids < n_ids; decoder.n_ids++, decoder.size = *size) {
+        int32_t id = ids[decoder.n_ids];
+        const unsigned char *piece;
+        if (!tfm__token_bytes(&model->tokenizer, id, &piece_size))
+            return tfm__fail(error, TFM_ERROR_ARGUMENT, "%ld is not the id of a token", (long)id);
+        piece = tfm__kind_decode(&model->tokenizer, id, &decoder, memory, &piece_size);
+        if (text && *size < capacity && piece_size > 0)
+            memcpy(text + *size, piece, TFM__MIN(piece_size, capacity - *size));
+        *size += piece_size;
+    }
+    return TFM_OK;
+}
+
+TFM_API const char *tfm_token_text(const tfm_model *model, int32_t id, size_t *size) {
+    *size = 0;
+    return model->has_tokenizer ? (const char *)tfm__token_text(&model->tokenizer, id, size) : NULL;
 }
 
 TFM_API int32_t tfm_token_id(const tfm_model *model, const char *text, size_t size) {
@@ -7849,12 +8361,14 @@ struct tfm_session {
     const tfm_model *model;
     tfm_engine *engine;
     size_t context, n_sequences, max_rows;
-    size_t n_pages;         /* pages of each sequence */
-    float *pool;            /* the sequences' keys and values */
+    size_t n_pages; /* pages of each sequence */
+    tfm_dtype kv_dtype;
+    void *pool;             /* the sequences' keys and values */
     uint32_t *pages;        /* [n_sequences][n_pages] */
     tfm_kv *kv;             /* [n_sequences] */
     int32_t *tokens;        /* [n_sequences][context]: what is in the caches */
     tfm_span *spans;        /* [n_sequences] */
+    size_t *wanted;         /* [n_sequences]: how many of each span's rows, the last ones, have outputs */
     unsigned char *in_call; /* [n_sequences]: it has a chunk in this call */
     float *x;               /* [max_rows][d_model]: the activations */
     float *selected;        /* [max_rows][d_model]: those whose results are wanted */
@@ -7894,6 +8408,7 @@ static void tfm__carve_session(tfm_session *session, tfm__carver *carver) {
     session->kv = (tfm_kv *)tfm__carve(carver, sequences, sizeof *session->kv);
     session->tokens = (int32_t *)tfm__carve(carver, tfm__product(sequences, session->context), sizeof *session->tokens);
     session->spans = (tfm_span *)tfm__carve(carver, sequences, sizeof *session->spans);
+    session->wanted = (size_t *)tfm__carve(carver, sequences, sizeof *session->wanted);
     session->in_call = (unsigned char *)tfm__carve(carver, sequences, 1);
     session->x = (float *)tfm__carve(carver, tfm__product(rows, d->d_model), sizeof *session->x);
     session->selected = (float *)tfm__carve(carver, tfm__product(rows, d->d_model), sizeof *session->selected);
@@ -7916,14 +8431,15 @@ static tfm_status tfm__session_memory(tfm_session *session, tfm_error *error) {
     memset(carver.memory, 0, carver.used);
     carver.used = 0;
     tfm__carve_session(session, &carver);
-    size = tfm__product(tfm__kv_floats(d->n_layers, pages, d->n_kv_heads, d->head_dim), sizeof *session->pool);
-    session->pool = (float *)tfm__allocate_aligned(&session->allocator, size, TFM__HUGE_PAGE);
+    size = tfm__kv_bytes(session->kv_dtype, d->n_layers, pages, d->n_kv_heads, d->head_dim);
+    session->pool = tfm__allocate_aligned(&session->allocator, size, TFM__HUGE_PAGE);
     if (!session->pool)
         return tfm__fail_memory(error, size);
     for (i = 0; i < pages; i++)
         session->pages[i] = (uint32_t)i;
     for (i = 0; i < session->n_sequences; i++) {
         tfm_kv *kv = session->kv + i;
+        kv->dtype = session->kv_dtype;
         kv->n_layers = d->n_layers;
         kv->n_kv_heads = d->n_kv_heads;
         kv->head_dim = d->head_dim;
@@ -7962,6 +8478,12 @@ static tfm_status tfm__session_setup(tfm_session *session, const tfm_session_opt
         return tfm__fail(error, TFM_ERROR_ARGUMENT,
                          "a context of %lu tokens was asked for, but the model has %lu positions",
                          (unsigned long)session->context, (unsigned long)d->n_positions);
+    session->kv_dtype = options->kv_dtype;
+    if (!session->kv_dtype)
+        session->kv_dtype =
+            d->n_layers && session->model->blocks->attention.qkv.weight.dtype == TFM_I8 ? TFM_F16 : TFM_F32;
+    if (session->kv_dtype != TFM_F32 && session->kv_dtype != TFM_F16)
+        return tfm__fail(error, TFM_ERROR_ARGUMENT, "the KV cache can be f32 or f16");
     session->n_pages = tfm__divide_up(session->context, TFM_KV_PAGE);
     if (session->n_sequences > (size_t)TFM__MAX_SIZE / session->n_pages)
         return tfm__fail(error, TFM_ERROR_ARGUMENT, "%lu sequences are too many", (unsigned long)session->n_sequences);
@@ -8051,18 +8573,27 @@ static void tfm__embed_row(void *argument, size_t row) {
         }
 }
 
-/* One pass: the session's first `rows` ids through all blocks; the activations are in session->x. */
-static void tfm__forward(tfm_session *session, size_t rows, const tfm_span *spans, size_t n_spans) {
+/* One pass: the session's first `rows` ids through all blocks. The results of the last wanted[i] rows of span i are in
+ * session->selected; returns their number. */
+static size_t tfm__forward(tfm_session *session, size_t rows, size_t n_spans) {
     const tfm_model *model = session->model;
+    const size_t n_layers = model->description.n_layers, *wanted = session->wanted;
+    const tfm_span *spans = session->spans;
     tfm__embed_job embed;
-    size_t layer;
+    size_t layer, n_selected = 0, i;
     embed.model = model;
     embed.ids = session->ids;
     embed.positions = session->positions;
     embed.x = session->x;
     tfm__run(session->engine, rows, 16 * model->description.d_model, tfm__embed_row, &embed);
-    for (layer = 0; layer < model->description.n_layers; layer++)
-        tfm__block(session->engine, model->blocks + layer, layer, session->x, spans, n_spans);
+    for (layer = 0; layer < n_layers; layer++)
+        tfm__block(session->engine, model->blocks + layer, layer, session->x, spans, n_spans,
+                   layer + 1 < n_layers ? NULL : wanted, session->selected);
+    if (!n_layers)
+        tfm__keep_rows(session->x, model->description.d_model, spans, n_spans, wanted, session->selected);
+    for (i = 0; i < n_spans; i++)
+        n_selected += wanted[i];
+    return n_selected;
 }
 
 /* Final norm, and head if logits are wanted, of the n selected rows. */
@@ -8140,6 +8671,7 @@ static size_t tfm__gather(tfm__evaluation *e, size_t *n_spans) {
         const tfm_chunk *from = e->chunks + e->chunk;
         tfm_kv *kv = session->kv + from->sequence;
         size_t n = TFM__MIN(from->n_tokens - e->done, session->max_rows - rows);
+        size_t end = e->done + n, unwanted = from->n_tokens - from->n_outputs;
         int32_t *tokens = session->tokens + from->sequence * session->context + kv->n_tokens;
         memmove(tokens, from->tokens + e->done, n * sizeof *tokens); /* tfm_shift gives the sequence's own */
         memcpy(session->ids + rows, tokens, n * sizeof *tokens);
@@ -8147,6 +8679,7 @@ static size_t tfm__gather(tfm__evaluation *e, size_t *n_spans) {
             session->positions[rows + i] = (int32_t)(kv->n_tokens + i);
         session->spans[*n_spans].kv = kv;
         session->spans[*n_spans].n_rows = n;
+        session->wanted[*n_spans] = end > unwanted ? TFM__MIN(end - unwanted, n) : 0;
         rows += n;
         e->done += n;
         if (e->done == from->n_tokens)
@@ -8155,31 +8688,14 @@ static size_t tfm__gather(tfm__evaluation *e, size_t *n_spans) {
     return rows;
 }
 
-/* Copies the rows whose results are wanted to session->selected, and counts the pass's tokens as cached. */
-static size_t tfm__select_rows(tfm__evaluation *e, size_t first_chunk, size_t first_done, size_t n_spans) {
-    tfm_session *session = e->session;
-    size_t d_model = session->model->description.d_model, row = 0, n_selected = 0, i;
-    for (i = 0; i < n_spans; i++, first_done = 0) {
-        const tfm_chunk *from = e->chunks + first_chunk + i;
-        size_t n = session->spans[i].n_rows, end = first_done + n, unwanted = from->n_tokens - from->n_outputs;
-        size_t select = end > unwanted ? TFM__MIN(end - unwanted, n) : 0;
-        memcpy(session->selected + n_selected * d_model, session->x + (row + n - select) * d_model,
-               select * d_model * sizeof *session->x);
-        n_selected += select;
-        row += n;
-        session->spans[i].kv->n_tokens += n;
-    }
-    return n_selected;
-}
-
 static void tfm__evaluate(void *argument) {
     tfm__evaluation *e = (tfm__evaluation *)argument;
     const tfm_description *d = &e->session->model->description;
     size_t output_size = e->what == TFM_LOGITS ? d->vocab_size : d->d_model;
     while (e->chunk < e->n_chunks) {
-        size_t first_chunk = e->chunk, first_done = e->done, n_spans, n_selected, rows = tfm__gather(e, &n_spans);
-        tfm__forward(e->session, rows, e->session->spans, n_spans);
-        n_selected = tfm__select_rows(e, first_chunk, first_done, n_spans);
+        size_t n_spans, rows = tfm__gather(e, &n_spans), n_selected = tfm__forward(e->session, rows, n_spans), i;
+        for (i = 0; i < n_spans; i++)
+            e->session->spans[i].kv->n_tokens += e->session->spans[i].n_rows;
         tfm__output(e->session, n_selected, e->what, e->outputs);
         if (n_selected) /* without any, outputs may be NULL */
             e->outputs += n_selected * output_size;
@@ -8350,11 +8866,20 @@ static void tfm__penalize(float penalty, float *logits, size_t vocab_size, const
 
 /* The largest logit's token, the first among equals; vocab_size if every logit is NaN or -infinity. */
 static size_t tfm__likeliest(const float *logits, size_t vocab_size) {
-    size_t best = vocab_size, i;
-    for (i = 0; i < vocab_size; i++)
-        if (logits[i] > (best < vocab_size ? logits[best] : -INFINITY))
-            best = i;
-    return best;
+    float lane[16], largest = -INFINITY;
+    size_t i, k;
+    for (k = 0; k < 16; k++)
+        lane[k] = -INFINITY;
+    for (i = 0; i + 16 <= vocab_size; i += 16) /* compilers make vectors of this */
+        for (k = 0; k < 16; k++)
+            lane[k] = logits[i + k] > lane[k] ? logits[i + k] : lane[k];
+    for (; i < vocab_size; i++)
+        lane[0] = logits[i] > lane[0] ? logits[i] : lane[0];
+    for (k = 0; k < 16; k++)
+        largest = lane[k] > largest ? lane[k] : largest;
+    for (i = 0; i < vocab_size && (logits[i] != largest || largest == -INFINITY); i++) {
+    }
+    return i;
 }
 
 /* Forbids all tokens below the k-th likeliest. */

@@ -7,6 +7,7 @@ usage: tests/live.py [--seed N] [--tfm build/tfm] [--gpt2 build/gpt2] [--demo MO
   the largest; one thread and two give the same bits;
 - `gpt2`: 200 tokens of greedy text are transformers', for prompts of text and of ids;
 - `tfm tokenize`: the ids of random strings are those of tokenizers, which a new vocabulary was trained with;
+- `tfm quantize`: int8 logits beside fp32 ones, on random weights and on a checkpoint with outlier channels;
 - `tfm perplexity`: within 0.1 % on texts of 100 KB, for a random model and for the demo model's checkpoint; within 1 %
   for the demo model, which may be quantized.
 
@@ -190,6 +191,50 @@ def check_models(programs, checks, generator, directory):
         print("%s: off by %.1e" % (name, worst), flush=True)
 
 
+def outliers(model, generator):
+    """What real checkpoints have and random ones do not: channels much larger than the rest, in norms, values and FFN."""
+    d_model = model.config.n_embd
+    pick = lambda n, of: torch.tensor(generator.sample(range(of), n))
+    with torch.no_grad():
+        for block in model.transformer.h:
+            attention, up = block.attn.c_attn, block.mlp.c_fc  # Conv1D: [in, out]
+            for norm, matrix in ((block.ln_1, attention), (block.ln_2, up)):
+                norm.bias += 0.1 * torch.randn(d_model)
+                channels = pick(6, d_model)
+                norm.weight[channels] *= 50
+                norm.bias[channels] *= 50
+                matrix.weight[channels] /= 50
+            channels = pick(4, d_model)
+            attention.weight[:, 2 * d_model + channels] *= 50
+            attention.bias[2 * d_model + channels] *= 50
+            block.attn.c_proj.weight[channels] /= 50
+            units = pick(4, 4 * d_model)
+            up.weight[:, units] *= 20
+            up.bias[units] *= 20
+
+
+def check_int8(programs, checks, generator, directory):
+    """The cosine between the logits of the fp32 file and of the int8 file: of random weights, and with outliers."""
+    for name, make, least in (("random", None, 0.9995), ("outliers", outliers, 0.998)):
+        shape = dict(n_layer=6, n_head=6, n_embd=384, vocab_size=5003, n_positions=256, bos_token_id=0, eos_token_id=0)
+        torch.manual_seed(generator.randrange(1 << 30))
+        model = transformers.GPT2LMHeadModel(transformers.GPT2Config(**shape)).eval()
+        if make:
+            make(model, generator)
+        path, quantized = os.path.join(directory, name + ".tfm"), os.path.join(directory, name + "_int8.tfm")
+        model.save_pretrained(os.path.join(directory, name))
+        convert(os.path.join(directory, name), path)
+        programs.run([programs.tfm, "quantize", path, quantized])
+        ids, out = [generator.randrange(5003) for _ in range(200)], os.path.join(directory, "out.npy")
+        exact, found = (programs.dump(p, ids, "logits", out)[0] for p in (path, quantized))
+        if exact is None or found is None:
+            continue
+        cosine = torch.nn.functional.cosine_similarity(exact.double(), found.double(), dim=1)
+        agree = (exact.argmax(1) == found.argmax(1)).double().mean()
+        checks.check(cosine.mean() >= least, f"int8, {name}: cosine {cosine.mean():.6f} below {least}")
+        print(f"int8, {name}: cosine of logits {cosine.mean():.6f} (least {cosine.min():.6f}), top-1 {agree:.3f}")
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # A model with a tokenizer of its own
 # ---------------------------------------------------------------------------------------------------------------------
@@ -366,6 +411,7 @@ def main():
     print("seed %d" % arguments.seed)
     with tempfile.TemporaryDirectory() as directory:
         check_models(programs, checks, generator, directory)
+        check_int8(programs, checks, generator, directory)
         check_texts(programs, checks, generator, directory)
         check_demo(programs, checks, generator, arguments.demo, arguments.demo_checkpoint, directory)
     print("%.0f seconds" % (time.monotonic() - start))

@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
 """Writes tests/golden/: inputs, weights and expected outputs from PyTorch and transformers, for the C tests.
 
-usage: tests/make_golden.py [--check] [--demo CHECKPOINT] [layers] [models] [tokenizer] [sentencepiece]
-                            [sampling]
+usage: tests/make_golden.py [--check] [--demo CHECKPOINT] [layers] [models] [tokenizer] [wordpiece]
+                            [sentencepiece] [sampling]
 
-Needs torch, transformers, and for SentencePiece's models sentencepiece and protobuf. Everything is seeded: the same versions write the same files. --check writes nothing: it
+Needs torch, transformers, sentencepiece and protobuf. Everything is seeded: the same versions write the same files. --check writes nothing: it
 says whether the files are what would be written, but for the last bits of random numbers, which other CPUs compute
 otherwise. Expected values are computed
 in float64 from weights and inputs that are exact in float32, so that they are what PyTorch means and not how it rounds.
@@ -617,6 +617,89 @@ def write_tokenizer(directory, demo):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# WordPiece
+# ---------------------------------------------------------------------------------------------------------------------
+
+SCRIPTS = ["ABCDEFGabcdefgxyz", "ÀÉÎÕÜßåéîõüçñİıŁø", "ẠỆỘặữợḉṩÅK", "ΑΣΩάςσώΐὈᾳ", "ЖЙЁжйё", "אָבּשׁ", "عَرَبِيّ", "हिन्दीक़", "বাংলাৌ", "தமிழ்ொ",
+           "ไทยน้ำ", "ქართᲐᲑ", "ԱԲաբ", "አማርኛ", "한국어각", "ㅎㅏᄒ", "かがパポゞ", "中文漢字", "\uf900\ufa30\u3400\u9fff", "\U00020000\U0002b81f\U0002b820\U0002f800",
+           "𝐀𝕏𐐀𞤀", "ᏣᎳꭰꮳ", "ŒĲǅǆﬁ", "ⅣⓐⒶ①²", "\u1b05\u1b06\u1b44\u1b35", "\U0001d15e\U0001d165\U0001d16d\U0001d164"]  # fmt: skip
+BETWEEN = list(".,!?-'\"()[]#_@$+<~ \u3000\u00a0\u2028") + ["  ", "\t", "\0", "\u200b", "\u00ad", "\ufeff", "\ufffd",
+           "\u0300", "\u0301\u0327", "\u302e\u302f\ua953\u08d4", "\u0334\ufe0f\u16ff0", "\U0001f600", "\ue000", "。", "—", "[MASK]", "[SEP]",
+           "zwei Wörter", "NEU"]  # fmt: skip
+
+
+def wordpiece_texts(rng, n):
+    words = ["".join(rng.choices(script, k=rng.randrange(1, 7))) for script in SCRIPTS for _ in range(6)]
+    words += ["playing", "played", "unplayable", "PLAY"] * 4
+    texts = ["", " ", "[MASK]", "x" * 100, "x" * 101, "é" * 100, "play" * 26, "\u0301" * 40, "don't, do not. I 'm"]
+    while len(texts) < n:
+        texts.append("".join(rng.choice(words) + rng.choice(BETWEEN + [" "] * 20) for _ in range(rng.randrange(1, 9))))
+    return words, texts
+
+
+def make_wordpiece(words, rng, **normalizer):
+    """A small BERT tokenizer, with a token that is looked for in normalized text and one that isn't."""
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordPiece(unk_token="[UNK]"))
+    tokenizer.normalizer = tokenizers.normalizers.BertNormalizer(**normalizer)
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.BertPreTokenizer()
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    # Not trained: of pieces that are equally frequent, training takes others each time.
+    pieces = ["##x", "##é", *"xé.,!?-'", "\ua953", "\u302e", "\u08d4"]
+    for word in words:
+        for part in tokenizer.normalizer.normalize_str(word).split():
+            start = rng.randrange(len(part))
+            pieces += ["##" + c for c in part if rng.random() < 0.4] + [part[0], part[:rng.randrange(1, 4)]]
+            pieces.append(("##" if start else "") + part[start:start + rng.randrange(1, 5)])
+    vocab = special + list(dict.fromkeys(pieces))[:700]
+    tokenizer.model = tokenizers.models.WordPiece({text: i for i, text in enumerate(vocab)}, unk_token="[UNK]")
+    tokenizer.decoder = tokenizers.decoders.WordPiece()
+    tokenizer.add_special_tokens(special)
+    tokenizer.add_tokens([tokenizers.AddedToken("Zwei Wörter", normalized=True, single_word=True),
+                          tokenizers.AddedToken("NEU", normalized=False, lstrip=True)])
+    tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=[("[CLS]", 2), ("[SEP]", 3)])
+    return tokenizer, vocab + ["Zwei Wörter", "NEU"]
+
+
+def put_texts(out, name, texts):
+    out.bytes(name + ".text", b"".join(text.encode() for text in texts))
+    out.ints(name + ".sizes", [len(text.encode()) for text in texts])
+
+
+def put_ids(out, name, ids):
+    out.bytes(name + ".ids", b"".join(struct.pack("<%dH" % len(part), *part) for part in ids))
+    out.ints(name + ".counts", map(len, ids))
+
+
+def write_wordpiece(directory):
+    rng = random.Random(11)
+    out = Arrays()
+    words, texts = wordpiece_texts(rng, 170)
+    put_texts(out, "texts", texts)
+    for name, options in (("uncased", dict(lowercase=True)), ("cased", dict(lowercase=False)),
+                          ("accents", dict(lowercase=True, strip_accents=False)),
+                          ("raw", dict(lowercase=False, strip_accents=True, clean_text=False,
+                                       handle_chinese_chars=False))):
+        tokenizer, tokens = make_wordpiece(words, rng, **options)
+        put_texts(out, name + ".tokens", tokens)
+        flags = [(i, 1) for i in range(5)] + [(len(tokens) - 2, 8 + 16 + 32), (len(tokens) - 1, 2 + 32)]
+        out.ints(name + ".added", itertools.chain(*flags))
+        lowercase, strip = options["lowercase"], options.get("strip_accents")
+        out.ints(name + ".options", [lowercase, lowercase if strip is None else strip, options.get("clean_text", True),
+                                     options.get("handle_chinese_chars", True)])
+        for group, special in (("plain", False), ("special", True)):
+            tokenizer.encode_special_tokens = not special
+            ids = [encoding.ids for encoding in tokenizer.encode_batch(texts)]
+            put_ids(out, "%s.%s" % (name, group), ids)
+        put_texts(out, name + ".decoded", [tokenizer.decode(part, skip_special_tokens=False) for part in ids])
+        pairs = [tokenizer.encode(a, b) for a, b in zip(texts[::2], texts[1::2])]
+        put_ids(out, name + ".pairs", [encoding.ids for encoding in pairs])
+        put_ids(out, name + ".types", [encoding.type_ids for encoding in pairs])
+    out.floats("version", torch.tensor([1.0]))  # a .tfm file has at least one tensor
+    out.write(os.path.join(directory, "wordpiece.tfm"))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # SentencePiece: small models, as small .tfm files, and the ids of texts
 # ---------------------------------------------------------------------------------------------------------------------
 
@@ -717,15 +800,9 @@ def small_checkpoint(folder, vocab_size, name, content):
         file.write('{"tokenizer_class": "LlamaTokenizer", "add_bos_token": false}')
 
 
-def put_texts(out, name, texts):
-    out.bytes(name + ".text", b"".join(text.encode() for text in texts))
-    out.ints(name + ".sizes", [len(text.encode()) for text in texts])
-
-
 def put_pieces(out, name, ids, decoded):
     """The ids of the texts, and what they decode to; None where that is not the same everywhere."""
-    out.bytes(name + ".ids", b"".join(struct.pack("<%dH" % len(part), *part) for part in ids))
-    out.ints(name + ".counts", map(len, ids))
+    put_ids(out, name, ids)
     put_texts(out, name + ".decoded", ["" if text is None else text for text in decoded])
     out.ints(name + ".decodes", [text is not None for text in decoded])
 
@@ -883,13 +960,14 @@ def check(writers, groups):
 
 def main():
     parser = argparse.ArgumentParser(description="Writes the golden files of the C tests.")
-    parser.add_argument("groups", nargs="*", help="layers, models, tokenizer, sentencepiece, sampling; all of them by default")
+    parser.add_argument("groups", nargs="*", help="layers, models, tokenizer, wordpiece, sentencepiece, sampling; all of them by default")
     parser.add_argument("--check", action="store_true", help="compare with the files that are there; write nothing")
     parser.add_argument("--demo", default=os.path.join(ROOT, "..", "shared", "demo-gpt2"),
                         help="the demo model's checkpoint (default: %(default)s)")
     arguments = parser.parse_args()
     writers = {"layers": write_layers, "models": write_models,
-               "tokenizer": lambda directory: write_tokenizer(directory, arguments.demo), "sampling": write_sampling, "sentencepiece": write_sentencepiece}
+               "tokenizer": lambda directory: write_tokenizer(directory, arguments.demo), "sampling": write_sampling,
+               "wordpiece": write_wordpiece, "sentencepiece": write_sentencepiece}
     groups = arguments.groups or list(writers)
     for group in groups:
         if group not in writers:

@@ -81,6 +81,11 @@ def check_equal(found, expected, what):
 class TfmFile:
     """Reads everything and complains (ValueError) about whatever the format doesn't allow."""
 
+    # Name, elements and bytes of a block; from 16 on GGUF's.
+    DTYPES = {1: ("f32", 1, 4), 2: ("f16", 1, 2), 3: ("bf16", 1, 2), 18: ("Q4_0", 32, 18), 19: ("Q4_1", 32, 20),
+              22: ("Q5_0", 32, 22), 23: ("Q5_1", 32, 24), 24: ("Q8_0", 32, 34), 28: ("Q4_K", 256, 144),
+              29: ("Q5_K", 256, 176), 30: ("Q6_K", 256, 210)}
+
     def __init__(self, path):
         with open(path, "rb") as file:
             self.data = file.read()
@@ -138,15 +143,17 @@ class TfmFile:
                 raise ValueError("directory entry of " + name)
             if offset % 64 or offset < previous or offset - previous >= 64 or any(self.data[previous:offset]):
                 raise ValueError("place of " + name)
-            if size != math.prod(shape) * {1: 4, 2: 2, 3: 2}[dtype] or offset + size > len(self.data):
+            kind, elements, block = self.DTYPES[dtype]
+            if size != math.prod(shape) // elements * block or shape[n_dims - 1] % elements:
                 raise ValueError("size of " + name)
+            if offset + size > len(self.data):
+                raise ValueError("end of " + name)
             data = self.data[offset:offset + size]
             if zlib.crc32(data) != crc:
                 raise ValueError("checksum of " + name)
             if name in self.tensors:
                 raise ValueError("tensor twice: " + name)
-            self.tensors[name] = ((None, "f32", "f16", "bf16")[dtype], ("rows", "cols")[layout], tuple(shape[:n_dims]),
-                                  data)
+            self.tensors[name] = (kind, ("rows", "cols")[layout], tuple(shape[:n_dims]), data)
             previous = offset + size
         if at != end:
             raise ValueError("directory size")
@@ -1169,7 +1176,7 @@ def test_usage(converter, _):
     write_json(config, model.model_args)
     for what, arguments in (("nothing", []), ("one argument", [path]), ("three arguments", [path, "a", "b"]),
                             ("unknown option", [path, "a", "--what"]), ("no value", [path, "a", "--arch"]),
-                            ("unknown arch", [path, "a", "--arch", "bert"])):
+                            ("unknown arch", [path, "a", "--arch", "bloom"])):
         result = subprocess.run([*converter.command, *arguments], capture_output=True, text=True)
         check_equal(result.returncode, 2, "usage: %s: exit status" % what)
         check_sentence(result.stderr, "usage: " + what)
@@ -1183,9 +1190,10 @@ def test_usage(converter, _):
 def test_configurations(converter, _):
     model = hf_model()
     cases = [
-        (dict(model_type="bert"), ("'bert'", "gpt2")), (dict(model_type=3), ("model_type",)),
+        (dict(model_type="bloom"), ("'bloom'", "gpt2")), (dict(model_type=3), ("model_type",)),
         (dict(architectures=["GPT2ForSequenceClassification"]), ("GPT2ForSequenceClassification",)),
-        (dict(model_type="drop", architectures=["BertModel"]), ("BertModel",)),
+        (dict(model_type="drop", architectures=["BloomModel"]), ("BloomModel",)),
+        (dict(model_type="bert"), ("GPT2LMHeadModel", "BertModel")),
         (dict(architectures=[["x"]]), ("x",)), (dict(architectures="GPT2Model"), ("architectures",)),
         (dict(n_embd="drop", hidden_size="drop"), ("n_embd",)), (dict(n_embd="24"), ("n_embd",)),
         (dict(n_embd=0), ("n_embd",)), (dict(n_embd=-24), ("n_embd",)), (dict(n_embd=24.0), ("n_embd",)),
@@ -1224,6 +1232,271 @@ def test_configurations(converter, _):
         path = converter.path("ckpt.pt")
         torch.save(dict(nano, model_args=arguments), path)
         converter.refuse("model_args %.40r" % (arguments,), path, says=("ckpt.pt",))
+
+
+def directory_of(converter, model, state=None, **changes):
+    """A directory of any family with model.safetensors."""
+    folder = converter.path()
+    save_config(model, folder, **changes)
+    state = {name: tensor.clone() for name, tensor in (state or model.state_dict()).items()}
+    safetensors.torch.save_file(state, os.path.join(folder, "model.safetensors"))
+    return folder
+
+
+def small_bert(kind=transformers.BertForSequenceClassification, **more):
+    return kind(transformers.BertConfig(vocab_size=30, hidden_size=12, num_hidden_layers=1, num_attention_heads=3,
+                                        intermediate_size=17, max_position_embeddings=20, **more))
+
+
+def small_llama(kind=transformers.LlamaForCausalLM, config=transformers.LlamaConfig, **more):
+    return kind(config(vocab_size=30, hidden_size=24, num_hidden_layers=2, num_attention_heads=3,
+                       num_key_value_heads=1, intermediate_size=17, max_position_embeddings=20, head_dim=8, **more))
+
+
+def test_encoder_configurations(converter, _):
+    model = small_bert(num_labels=3)
+    for changes, says in (
+            (dict(is_decoder=True), ("is_decoder",)), (dict(add_cross_attention=True), ("add_cross_attention",)),
+            (dict(position_embedding_type="relative_key"), ("position_embedding_type", "absolute")),
+            (dict(hidden_size=13), ("multiple",)), (dict(hidden_size=1 << 30, num_attention_heads=1),
+             ("[30, 1073741824]",)),
+            (dict(num_attention_heads=1 << 20, hidden_size=1 << 20), ("65536",)),
+            (dict(num_hidden_layers=2), ("encoder.layer.1",)), (dict(type_vocab_size=3), ("token_type", "[3, 12]")),
+            (dict(hidden_act="mish"), ("mish",)), (dict(id2label={"0": "a", "1": "b"}), ("id2label", "0 to 2")),
+            (dict(id2label={"0": "a", "1": "b", "3": "c"}), ("id2label",)),
+            (dict(id2label={"0": "a", "1": "b", "2": 3}), ("id2label",)),
+            (dict(problem_type="many"), ("problem_type", "regression")),
+            (dict(architectures=["BertForQuestionAnswering"]), ("BertForQuestionAnswering", "BertForMaskedLM")),
+            (dict(architectures=["BertModel"]), ("classifier.weight",)),
+            (dict(architectures=["BertForMaskedLM"]), ("cls.predictions",)), (dict(model_type="albert"), ("albert",)),
+            (dict(model_type="roberta"), ("BertForSequenceClassification", "RobertaModel"))):
+        converter.refuse("BERT with %s" % changes, directory_of(converter, model, **changes), says=says)
+    state = model.state_dict()
+    wide = dict(state, **{"bert.encoder.layer.0.attention.self.key.weight": torch.ones(13, 12)})
+    converter.refuse("a key of another shape", directory_of(converter, model, wide),
+                     says=("self.key.weight", "[13, 12]", "[12, 12]"))
+    lacking = {name: tensor for name, tensor in state.items() if "self.value.bias" not in name}
+    converter.refuse("no bias of values", directory_of(converter, model, lacking), says=("self.value.bias",))
+    whole = dict(state, **{"bert.encoder.layer.0.attention.self.key.bias": torch.ones(12, dtype=torch.int32)})
+    converter.refuse("an integer bias", directory_of(converter, model, whole), says=("self.key.bias", "I32"))
+    twice = dict(small_bert(transformers.BertForMaskedLM).state_dict())
+    twice["cls.predictions.decoder.bias"] = torch.ones(30)
+    converter.refuse("two biases of a head", directory_of(converter, small_bert(transformers.BertForMaskedLM), twice),
+                     says=("cls.predictions.bias",))
+
+
+def test_sentence_transformers(converter, _):
+    def folder(modules, pooling=None, **files):
+        path = converter.path()
+        small_bert(transformers.BertModel).save_pretrained(path)
+        write_json(os.path.join(path, "modules.json"), modules)
+        os.mkdir(os.path.join(path, "1_Pooling"))
+        write_json(os.path.join(path, "1_Pooling", "config.json"), pooling or {"pooling_mode_mean_tokens": True})
+        for name, value in files.items():
+            write_json(os.path.join(path, name + ".json"), value)
+        return path
+
+    def module(kind, path=""):
+        return {"type": "sentence_transformers.models." + kind, "path": path}
+
+    usual = [module("Transformer"), module("Pooling", "1_Pooling")]
+    file = converter.convert("modules", folder(usual))
+    check(file is not None and file["pooling"] == "mean" and file["pool_normalize"] == 0, "modules: pooling")
+    converter.convert("lower case", folder(usual, sentence_bert_config={"do_lower_case": True}), says=("lower case",))
+    for what, modules, pooling, says in (
+            ("dense", usual + [module("Dense", "2_Dense")], None, ("Dense",)), ("nothing", [], None, ("modules.json",)),
+            ("no list", {"a": 1}, None, ("modules.json",)), ("a number", [3], None, ("modules.json",)),
+            ("no type", [{"path": ""}], None, ("type",)), ("only pooling", usual[1:], None, ("Pooling",)),
+            ("a way out", [module("Transformer", "../x"), usual[1]], None, ("path",)),
+            ("another way out", [usual[0], module("Pooling", "..")], None, ("path",)),
+            ("two ways", usual, {"pooling_mode_mean_tokens": True, "pooling_mode_cls_token": True}, ("cls",)),
+            ("weighted", usual, {"pooling_mode_weightedmean_tokens": True}, ("weightedmean",)),
+            ("no way", usual, {"pooling_mode_cls_token": False}, ("none",)),
+            ("a strange way", usual, {"pooling_mode": 3}, ("pooling_mode",))):
+        converter.refuse("modules: " + what, folder(modules, pooling), says=says)
+
+
+def test_t5_configurations(converter, _):
+    model = transformers.T5ForConditionalGeneration(transformers.T5Config(
+        vocab_size=30, d_model=12, d_kv=5, d_ff=17, num_layers=1, num_heads=3))
+    for changes, says in (
+            (dict(feed_forward_proj="gated-mish"), ("mish",)), (dict(feed_forward_proj="x-relu"),
+             ("feed_forward_proj",)),
+            (dict(feed_forward_proj="gated-gelu"), ("wi_0",)), (dict(num_decoder_layers=2), ("decoder.block.1",)),
+            (dict(relative_attention_num_buckets=31), ("relative_attention_bias", "[31, 3]")),
+            (dict(architectures=["T5EncoderModel"]), ("decoder.",)), (dict(model_type="umt5"), ("umt5",)),
+            (dict(decoder_start_token_id="x"), ("decoder_start_token_id",)), (dict(d_kv=6),
+             ("SelfAttention.q", "[18, 12]"))):
+        converter.refuse("T5 with %s" % changes, directory_of(converter, model, **changes), says=says)
+
+
+def test_llama_configurations(converter, _):
+    model = small_llama()
+    state = model.state_dict()
+    rope = dict(rope_type="yarn", factor=2.0, original_max_position_embeddings=10, rope_theta=100.0)
+    for changes, says in (
+            (dict(num_key_value_heads=2), ("multiple",)), (dict(head_dim=10), ("q_proj", "[30, 24]")),
+            (dict(head_dim=7), ("rotate",)), (dict(head_dim=1 << 30), ("rotate",)),
+            (dict(attention_bias=True), ("q_proj.bias",)), (dict(mlp_bias=True), ("gate_proj.bias",)),
+            (dict(rope_parameters={"rope_type": "dynamic", "factor": 2.0}), ("dynamic", "yarn")),
+            (dict(rope_parameters={"rope_type": "longrope"}), ("longrope",)),
+            (dict(rope_parameters="drop", rope_scaling={"type": "linear"}), ("factor",)),
+            (dict(rope_parameters={"rope_type": "linear", "factor": 0}), ("factor",)),
+            (dict(rope_parameters={"rope_type": "linear", "factor": 1e-299}), ("finite",)),
+            (dict(rope_parameters={"rope_theta": -3.0}), ("rotate",)), (dict(rope_parameters={"rope_theta": "x"}),
+             ("rope_theta",)),
+            (dict(rope_parameters=dict(rope, rope_type="llama3")), ("low_freq_factor",)),
+            (dict(rope_parameters=dict(rope, rope_type="llama3", low_freq_factor=4, high_freq_factor=1)),
+             ("low_freq",)),
+            (dict(rope_parameters=dict(rope, beta_fast=-1.0)), ("beta_fast",)),
+            (dict(rope_parameters=dict(rope, rope_theta=1.0)), ("beta_fast",)),
+            (dict(rope_parameters={"full_attention": rope, "sliding_attention": rope}), ("different layers",)),
+            (dict(architectures=["LlamaForSequenceClassification"]), ("LlamaForSequenceClassification",)),
+            (dict(model_type="mamba"), ("mamba",)), (dict(tie_word_embeddings=1), ("tie_word_embeddings",))):
+        converter.refuse("LLaMA with %s" % changes, directory_of(converter, model, **changes), says=says)
+    narrow = dict(state, **{"model.layers.1.mlp.up_proj.weight": torch.ones(18, 24)})
+    converter.refuse("an FFN of two widths", directory_of(converter, model, narrow), says=("up_proj", "[17, 24]"))
+    qwen = small_llama(transformers.Qwen2ForCausalLM, transformers.Qwen2Config)
+    for changes, says in ((dict(layer_types=["full_attention"]), ("layer_types",)),
+                          (dict(layer_types=["chunked", "full_attention"]), ("layer_types", "chunked")),
+                          (dict(layer_types=["sliding_attention"] * 2), ("sliding_window",)),
+                          (dict(use_sliding_window=True, sliding_window=0), ("sliding_window",))):
+        converter.refuse("Qwen2 with %s" % changes, directory_of(converter, qwen, **changes), says=says)
+    gemma = small_llama(transformers.Gemma2ForCausalLM, transformers.Gemma2Config)
+    for changes, says in ((dict(query_pre_attn_scalar=0), ("query_pre_attn_scalar",)),
+                          (dict(attn_logit_softcapping=-1), ("attn_logit_softcapping",)),
+                          (dict(use_bidirectional_attention=True), ("use_bidirectional_attention",))):
+        converter.refuse("Gemma 2 with %s" % changes, directory_of(converter, gemma, **changes), says=says)
+
+
+def test_torch_modules(converter, _):
+    module = nn.TransformerEncoder(nn.TransformerEncoderLayer(12, 3, 17), 2, enable_nested_tensor=False)
+    state = module.state_dict()
+
+    def refuse(what, state, config, says, arch="nn.TransformerEncoder"):
+        path = converter.path()
+        torch.save(state, os.path.join(path, "m.pt"))
+        write_json(os.path.join(path, "config.json"), config)
+        converter.refuse("nn: " + what, os.path.join(path, "m.pt"), "--arch", arch, "--config",
+                         os.path.join(path, "config.json"), says=says)
+
+    usual = {"nhead": 3}
+    refuse("no heads", state, {}, ("nhead",))
+    refuse("five heads", state, {"nhead": 5}, ("multiple",))
+    refuse("another width", state, {"nhead": 3, "d_model": 24}, ("[72, 24]",))
+    refuse("another number of layers", state, {"nhead": 3, "num_layers": 3}, ("2 layers",))
+    refuse("another module", state, usual, ("nn.Transformer", "encoder.layers.0."), "nn.Transformer")
+    refuse("two of them", {**{"a." + name: tensor for name, tensor in state.items()},
+                           **{"b." + name: tensor for name, tensor in state.items()}}, usual, ("2 tensors", "prefix"))
+    refuse("no such prefix", state, dict(usual, prefix="x."), ("prefix", "x."))
+    refuse("prefix of another type", state, dict(usual, prefix=3), ("prefix",))
+    refuse("a hole", {name: tensor for name, tensor in state.items() if "layers.0.norm2" not in name}, usual,
+           ("layers.0.norm2.weight",))
+    refuse("no layer 0", {name.replace("layers.0", "layers.5"): tensor for name, tensor in state.items()}, usual,
+           ("layers.0",))
+    refuse("a bias for keys", dict(state, **{"layers.0.self_attn.bias_k": torch.ones(1, 1, 12)}), usual, ("bias_k",))
+    refuse("an unknown function", state, dict(usual, activation="mish"), ("mish",))
+
+
+def gguf_file(values, tensors, version=3, alignment=32, counts=None):
+    """A .gguf file's bytes: values are (key, type, packed value), tensors (name, shape from the row on, type, data)."""
+    def string(text):
+        return struct.pack("<Q", len(text.encode())) + text.encode()
+
+    head = b"GGUF" + struct.pack("<IQQ", version, *(counts or (len(tensors), len(values))))
+    for key, kind, value in values:
+        head += string(key) + struct.pack("<I", kind) + (string(value) if kind == 8 else value)
+    offset = 0
+    for name, shape, kind, data in tensors:
+        head += string(name) + struct.pack("<I%dQIQ" % len(shape), len(shape), *shape, kind, offset)
+        offset += len(data) + -len(data) % alignment
+    head += bytes(-len(head) % alignment)
+    return head + b"".join(data + bytes(-len(data) % alignment) for _, _, _, data in tensors)
+
+
+def small_gguf(changes=(), more=(), tensors=(), **arguments):
+    """A LLaMA of one layer, width 32; `changes` of integer metadata, more of it, and tensors in place of its own."""
+    sizes = {"llama.embedding_length": 32, "llama.block_count": 1, "llama.context_length": 20,
+             "llama.attention.head_count": 2, "llama.feed_forward_length": 32}
+    sizes.update(changes)
+    values = [("general.architecture", 8, "llama")] + [(key, 4, struct.pack("<I", size)) for key, size in sizes.items()
+                                                       if size is not None]
+    values += [("llama.attention.layer_norm_rms_epsilon", 6, struct.pack("<f", 1e-5)), *more]
+    shapes = {"token_embd.weight": (32, 10), "blk.0.attn_norm.weight": (32,), "blk.0.ffn_norm.weight": (32,),
+              "output_norm.weight": (32,)}
+    shapes.update(("blk.0.%s.weight" % name, (32, 32)) for name in (
+        "attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down"))
+    entries = {name: (name, shape, 0, bytes(4 * math.prod(shape))) for name, shape in shapes.items()}
+    entries.update((entry[0], entry) for entry in tensors)
+    return gguf_file(values, [entry for entry in entries.values() if entry[1] is not None], **arguments)
+
+
+def test_gguf(converter, _):
+    def path(data):
+        return write(converter.path("model.gguf"), data)
+
+    q8 = ("blk.0.attn_q.weight", (32, 32), 8, bytes(range(34)) * 32)
+    file = converter.convert("GGUF", path(small_gguf(tensors=[q8])))
+    if file is not None:
+        check_equal({name: entry[0] for name, entry in file.tensors.items() if "qkv" in name},
+                    {"decoder.blocks.0.attention.qkv.weight#0": "Q8_0",
+                     "decoder.blocks.0.attention.qkv.weight#1": "f32"},
+                    "GGUF: a matrix of two types in parts")
+        check(file.tensors["decoder.blocks.0.attention.qkv.weight#0"][3] == q8[3], "GGUF: blocks as they are")
+        check_equal((file["model.family"], file["head"], file["decoder.rotary_interleaved"]), ("llama", "tied", 1),
+                    "GGUF: description")
+    converter.convert("GGUF, version 2", path(small_gguf(version=2)))
+    converter.convert("GGUF, aligned to 64", path(small_gguf({"general.alignment": 64}, alignment=64)))
+    whole = path(small_gguf())
+    converter.refuse("GGUF with --arch", whole, "--arch", "llama", says=("--arch",), status=2)
+    for what, data, says in (
+            ("version 1", small_gguf(version=1), ("version 1",)), ("version 4", small_gguf(version=4), ("version 4",)),
+            ("big-endian", small_gguf(version=3 << 24), ("big-endian",)),
+            ("too many tensors", small_gguf(counts=(1 << 60, 8)), ("bytes",)),
+            ("too much metadata", small_gguf(counts=(1, 1 << 60)), ()),
+            ("no architecture", gguf_file([], [("x", (1,), 0, bytes(4))]), ("general.architecture",)),
+            ("another architecture", gguf_file([("general.architecture", 8, "mamba")], []), ("mamba", "qwen2")),
+            ("a key twice", small_gguf(more=[("general.architecture", 8, "llama")]), ("twice",)),
+            ("a type of value", small_gguf(more=[("x", 13, b"")]), ("13",)),
+            ("a list of lists", small_gguf(more=[("x", 9, struct.pack("<IQ", 9, 1))]), ("9",)),
+            ("a long list", small_gguf(more=[("x", 9, struct.pack("<IQ", 12, 1 << 61))]), ("bytes",)),
+            ("a list of empty texts", small_gguf(more=[("x", 9, struct.pack("<IQ", 8, 1 << 61))]), ("bytes",)),
+            ("experts", small_gguf({"llama.expert_count": 8}), ("experts",)),
+            ("no heads", small_gguf({"llama.attention.head_count": None}), ("head_count",)),
+            ("5 heads", small_gguf({"llama.attention.head_count": 5}), ("multiple",)),
+            ("no embedding", small_gguf(tensors=[("token_embd.weight", None, 0, b"")]), ("token_embd",)),
+            ("a missing tensor", small_gguf(tensors=[("blk.0.ffn_up.weight", None, 0, b"")]), ("blk.0.ffn_up.weight",)),
+            ("one more", small_gguf(tensors=[("blk.0.x.weight", (32,), 0, bytes(128))]), ("blk.0.x.weight",)),
+            ("another shape", small_gguf(tensors=[("blk.0.ffn_up.weight", (32, 31), 0, bytes(3968))]), ("[31, 32]",)),
+            ("an unknown type", small_gguf(tensors=[("blk.0.ffn_up.weight", (32, 32), 16, bytes(4096))]),
+             ("16", "Q4_K")),
+            ("half a block", small_gguf(tensors=[("blk.0.ffn_up.weight", (33, 32), 8, bytes(4096))]), ("Q8_0",)),
+            ("five dimensions", small_gguf(tensors=[("x", (1,) * 5, 0, bytes(4))]), ("dimensions",)),
+            ("a huge tensor", small_gguf(tensors=[("blk.0.ffn_up.weight", (1 << 62, 1 << 62), 0, b"")]), ("ffn_up",)),
+            ("an alignment of 3", small_gguf({"general.alignment": 3}), ("multiple of 3",)),
+            ("one of several files", small_gguf({"split.count": 2}), ("merge",)),
+            ("factors of another size", small_gguf(tensors=[("rope_freqs.weight", (7,), 0, bytes(28))]),
+             ("rope_freqs", "8")),
+            ("factors of zero", small_gguf(tensors=[("rope_freqs.weight", (8,), 0, bytes(32))]),
+             ("rope_freqs", "positive")),
+            ("an odd rotation", small_gguf({"llama.rope.dimension_count": 34}), ("rotate",)),
+            ("unknown scaling", small_gguf(more=[("llama.rope.scaling.type", 8, "su")]), ("su", "yarn")),
+            ("quantized norm", small_gguf(tensors=[("output_norm.weight", (32,), 8, bytes(34))]),
+             ("output_norm", "Q8_0")),
+            ("values of another size", small_gguf({"llama.attention.value_length": 8}), ("values",))):
+        converter.refuse("GGUF: " + what, path(data), says=("model.gguf",) + says)
+    data = small_gguf()
+    for size in (0, 3, 4, 7, 23, 24, 60, 300, len(data) - 1):
+        converter.refuse("GGUF cut to %d bytes" % size, path(data[:size]), says=("model.gguf",))
+    for i in range(400):
+        changed = bytearray(data[:random.choice([len(data), 1200])])
+        for _ in range(random.randrange(1, 4)):
+            changed[random.randrange(min(len(changed), 1200))] = random.choice([0, 1, 8, 9, 127, 255])
+        name = path(bytes(changed))
+        status, stderr, left = converter.run_inside(name)
+        check(status in (0, 1) and "Traceback" not in stderr, "GGUF changed, %d: %s: %s" % (i, status, stderr[-300:]))
+        check(status == 0 or left == [], "GGUF changed, %d: nothing left" % i)
+        shutil.rmtree(os.path.dirname(name))
 
 
 def test_tensors(converter, _):

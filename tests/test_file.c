@@ -1258,16 +1258,38 @@ static void test_quantize_to(tfm_dtype dtype) {
     make_tiny(&tfm);
     save_tfm(&tfm, FROM);
     CHECK_MSG(quantize(FROM, TO, dtype, &error) == TFM_OK, "%s", error.message);
-    check_quantized(&tfm, dtype ? dtype : TFM_F32);
-    convert_matrices(&tfm, dtype ? dtype : TFM_F32);
+    check_quantized(&tfm, dtype);
+    convert_matrices(&tfm, dtype);
     model = test_load_tfm(&tfm, &bytes);
     check_same_model(model, "quantized, and converted here");
     CHECK(quantize(TO, TO, dtype, &error) == TFM_OK); /* onto itself, from panels */
     check_same_model(model, "quantized again");
-    CHECK(quantize(TO, TO, TFM_NO_DTYPE, &error) == TFM_OK); /* keeps the type */
-    check_quantized(&tfm, dtype ? dtype : TFM_F32);
+    CHECK(quantize(TO, TO, dtype, &error) == TFM_OK);
+    check_quantized(&tfm, dtype);
     check_same_model(model, "quantized once more");
     tfm_free(model);
+    free(bytes);
+    test_clear(&tfm);
+    remove(TO);
+}
+
+/* Without a type: i8. */
+static void test_quantize_usual(void) {
+    size_t size, other_size;
+    unsigned char *bytes, *other;
+    test_tfm tfm;
+    make_tiny(&tfm);
+    save_tfm(&tfm, FROM);
+    CHECK(quantize(FROM, TO, TFM_NO_DTYPE, NULL) == TFM_OK);
+    bytes = test_read(TO, &size);
+    CHECK(tfm_quantize(FROM, TO, NULL, NULL) == TFM_OK);
+    other = test_read(TO, &other_size);
+    CHECK(size == other_size && !memcmp(bytes, other, size));
+    free(other);
+    CHECK(quantize(FROM, TO, TFM_I8, NULL) == TFM_OK);
+    other = test_read(TO, &other_size);
+    CHECK(size == other_size && !memcmp(bytes, other, size));
+    free(other);
     free(bytes);
     test_clear(&tfm);
     remove(TO);
@@ -1386,7 +1408,7 @@ void test_file(void) {
     test_random_damage();
     test_paths();
     test_entries();
-    test_quantize_to(TFM_NO_DTYPE);
+    test_quantize_usual();
     test_quantize_to(TFM_F32);
     test_quantize_to(TFM_F16);
     test_quantize_to(TFM_BF16);

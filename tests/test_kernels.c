@@ -937,6 +937,150 @@ static void test_scale_and_multiply(const tfm__kernels *kernels) {
     }
 }
 
+/* ---- int8: activations quantized to the same integers by every kernel; products near the plain C one's, and as far from
+ * the exact ones as tfm_linear's comment says at most */
+
+enum { MAX_I8_ROWS = 41, MAX_I8_N = 210, MAX_I8_K = 400 };
+
+typedef struct int8_product {
+    float x[MAX_I8_ROWS * MAX_I8_K], w[MAX_I8_N * MAX_I8_K], y[MAX_I8_ROWS * MAX_I8_N + 2 * GUARD];
+    float unpacked[MAX_I8_N * MAX_I8_K]; /* what the packed weights stand for */
+    int8_t q[MAX_I8_ROWS * (MAX_I8_K + 64)];
+    float scales[MAX_I8_ROWS * (MAX_I8_K / 64 + 1)];
+    int32_t offsets[MAX_I8_ROWS * (MAX_I8_K / 64 + 1)];
+} int8_product;
+
+static void quantize_rows(const tfm__kernels *kernels, int8_product *p, size_t rows, size_t k) {
+    size_t groups = (k + 63) / 64, row;
+    memset(p->q, 0x77, sizeof p->q);
+    for (row = 0; row < rows; row++) {
+        tfm__quantized to;
+        to.q = p->q + row * groups * 64;
+        to.scales = p->scales + row * groups;
+        to.offsets = p->offsets + row * groups;
+        kernels->quantize(p->x + row * k, k, &to);
+    }
+}
+
+static void check_quantized(const tfm__kernels *kernels, int8_product *p, const int8_product *expected, size_t rows,
+                            size_t k) {
+    size_t groups = (k + 63) / 64;
+    quantize_rows(kernels, p, rows, k);
+    CHECK_MSG(!memcmp(p->q, expected->q, sizeof p->q) &&
+                  !memcmp(p->scales, expected->scales, rows * groups * sizeof *p->scales) &&
+                  !memcmp(p->offsets, expected->offsets, rows * groups * sizeof *p->offsets),
+              "%s: quantize, %lu rows of %lu", name_of(kernels), (unsigned long)rows, (unsigned long)k);
+}
+
+/* The largest difference between a weight and what it was packed to, over the group of 64 of input i. */
+static double group_error(const float *a, const float *b, size_t k, size_t i) {
+    size_t first = i / 64 * 64, end = first + 64 < k ? first + 64 : k;
+    double largest = 0;
+    for (i = first; i < end; i++)
+        largest = fmax(largest, fabs((double)a[i] - (double)b[i]));
+    return largest;
+}
+
+static void check_i8(const tfm__kernels *kernels, int8_product *p, const tfm_tensor *packed, size_t rows, size_t n,
+                     size_t k) {
+    const size_t groups = (k + 63) / 64, stride = n + n % 3;
+    size_t row, column, i, wrong = 0, beyond = 0;
+    tfm__matmul job;
+    for (i = 0; i < sizeof p->y / sizeof *p->y; i++)
+        p->y[i] = SENTINEL;
+    job.x = NULL;
+    job.x_stride = 0;
+    job.n_rows = rows;
+    job.quantized.q = p->q;
+    job.quantized.scales = p->scales;
+    job.quantized.offsets = p->offsets;
+    job.w = packed->data;
+    job.panel_bytes = tfm__panel_bytes(TFM_I8, k);
+    job.n = n;
+    job.k = k;
+    job.y = p->y + GUARD;
+    job.y_stride = stride;
+    job.add = 0;
+    kernels->matmul[TFM_I8](&job);
+    for (row = 0; row < rows; row++)
+        for (column = 0; column < n; column++) {
+            const float *x = p->x + row * k, *w = p->w + column * k, *u = p->unpacked + column * k;
+            double sum = 0, magnitude = 0, exact = 0, bound = 0, y = (double)job.y[row * stride + column];
+            for (i = 0; i < k; i++) {
+                double t = (double)p->scales[row * groups + i / 64];
+                double q = t * p->q[row * groups * 64 + i];
+                sum += q * (double)u[i];
+                magnitude += fabs(q * (double)u[i]);
+                exact += (double)x[i] * (double)w[i];
+                bound += group_error(w, u, k, i) * fabs((double)x[i]) + t / 2 * fabs((double)u[i]);
+            }
+            wrong += !(fabs(y - sum) <= 4e-6 * magnitude);
+            beyond += !(fabs(y - exact) <= bound * 1.0001 + 4e-6 * magnitude);
+        }
+    for (i = 0; i < sizeof p->y / sizeof *p->y; i++)
+        wrong += (i < GUARD || (i - GUARD) / stride >= rows || (i - GUARD) % stride >= n) && p->y[i] != SENTINEL;
+    CHECK_MSG(!wrong && !beyond, "%s: i8 product, %lu rows, %lu outputs, %lu inputs: %lu wrong, %lu beyond the bound",
+              name_of(kernels), (unsigned long)rows, (unsigned long)n, (unsigned long)k, (unsigned long)wrong,
+              (unsigned long)beyond);
+}
+
+static void test_i8_shape(int8_product *p, int8_product *other, size_t rows, size_t n, size_t k) {
+    tfm_tensor matrix = tfm_matrix(p->w, n, k), packed;
+    tfm_error error;
+    size_t i;
+    test_fill(p->x, rows * k, rows + n);
+    test_fill(p->w, n * k, k);
+    for (i = 0; i < rows * k; i += 97)
+        p->x[i] *= i % 2 ? 1e3f : 0; /* outliers */
+    for (i = 0; k > 64 && i < n; i += 5)
+        memset(p->w + i * k, 0, 64 * sizeof *p->w); /* groups of zeros */
+    CHECK_OK(tfm_pack(&matrix, TFM_I8, NULL, &packed, &error), error);
+    for (i = 0; i < n; i++)
+        tfm__matrix_row(&packed, i, 0, k, p->unpacked + i * k);
+    quantize_rows(kernels_here[0], p, rows, k);
+    for (i = 0; i < n_kernels_here; i++) {
+        memcpy(other->x, p->x, sizeof p->x);
+        check_quantized(kernels_here[i], other, p, rows, k);
+        check_i8(kernels_here[i], p, &packed, rows, n, k);
+    }
+    tfm_unpack(&packed, NULL);
+}
+
+static void test_i8(void) {
+    static const size_t inputs[] = {1, 3, 63, 64, 65, 130, 257, 400}, outputs[] = {1, 15, 16, 17, 47, 48, 49, 100, 210};
+    int8_product *p = (int8_product *)test_allocate(sizeof *p), *other = (int8_product *)test_allocate(sizeof *other);
+    size_t rows, k;
+    memset(p, 0, sizeof *p);
+    memset(other, 0, sizeof *other);
+    for (rows = 1; rows <= MAX_I8_ROWS; rows += rows < 14 ? 1 : 9)
+        for (k = 0; k < sizeof inputs / sizeof *inputs; k++)
+            test_i8_shape(p, other, rows, outputs[(rows + k) % 9], inputs[k]);
+    free(p);
+    free(other);
+}
+
+/* Rounding to 16 bits: as the conversion of one number, but that nothing becomes infinite. */
+static void test_narrowing(const tfm__kernels *kernels) {
+    static float x[65536];
+    static uint16_t halves[65536 + 2];
+    size_t n, i, wrong = 0;
+    for (i = 0; i < 65536; i++)
+        x[i] = from_bits((uint32_t)i << 16 | (uint32_t)(i * 40503 & 0xFFFF));
+    for (n = 0; n <= 65536; n = n < 40 ? n + 1 : 65536 + (n == 65536)) {
+        memset(halves, 0x5A, sizeof halves);
+        kernels->to_f16(x + 65536 - n, n, halves + 1);
+        wrong += halves[0] != 0x5A5A || halves[n + 1] != 0x5A5A;
+        for (i = 0; i < n; i++) {
+            float value = x[65536 - n + i];
+            if (isnan(value))
+                wrong += isnan(test_from_f16(halves[1 + i])) ? 0u : 1u;
+            else
+                wrong += halves[1 + i] != tfm__to_f16(fmaxf(-65504, fminf(65504, value)));
+        }
+    }
+    CHECK_MSG(!wrong, "%s: to_f16, %lu are wrong", name_of(kernels), (unsigned long)wrong);
+}
+
 /* The vector kernels are the same operations in the same order: where two instruction sets run, the bits are the
  * same. */
 static void check_agreement(const tfm__kernels *a, const tfm__kernels *b) {
@@ -1012,6 +1156,8 @@ void test_kernels(void) {
         test_softmax_nan(kernels, 1);
         test_softmax_nan(kernels, -INFINITY);
         test_scale_and_multiply(kernels);
+        test_narrowing(kernels);
     }
+    test_i8();
     test_agreement();
 }

@@ -255,7 +255,8 @@ static void run_layer(const layer *l, const float *x, const tfm_span *spans, siz
 static tfm_kv new_cache(const layer *l, size_t capacity) {
     tfm_error error;
     tfm_kv kv;
-    CHECK_OK(tfm_kv_create(&kv, CACHE_LAYERS, l->attention->n_kv_heads, l->attention->head_dim, capacity, NULL, &error),
+    CHECK_OK(tfm_kv_create(&kv, TFM_F32, CACHE_LAYERS, l->attention->n_kv_heads, l->attention->head_dim, capacity, NULL,
+                           &error),
              error);
     return kv;
 }
@@ -516,7 +517,7 @@ static void test_spans_refused(const tfm_attention *attention) {
     tfm_kv kv;
     check_refused(tfm_attention_forward(engine, attention, 0, x, &span, 1, y, &error), TFM_ERROR_ARGUMENT, &error,
                   "span 0");
-    CHECK_OK(tfm_kv_create(&kv, 1, attention->n_kv_heads, attention->head_dim, 2, NULL, &error), error);
+    CHECK_OK(tfm_kv_create(&kv, TFM_F32, 1, attention->n_kv_heads, attention->head_dim, 2, NULL, &error), error);
     span.kv = &kv;
     span.n_rows = 1;
     check_refused(tfm_attention_forward(engine, attention, 1, x, &span, 1, y, &error), TFM_ERROR_ARGUMENT, &error,

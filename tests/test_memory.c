@@ -201,7 +201,7 @@ static tfm_status by_hand(const tfm_allocator *allocator) {
     test_fill(numbers, sizeof numbers / sizeof *numbers, 2);
     engine = model ? tfm_engine_create(&options, &error) : NULL;
     span.n_rows = 2;
-    if (engine && tfm_kv_create(&kv, 6, 4, 64, 8, allocator, &error) == TFM_OK) {
+    if (engine && tfm_kv_create(&kv, TFM_F32, 6, 4, 64, 8, allocator, &error) == TFM_OK) {
         tfm_block_forward(engine, tfm_model_block(model, 0), 0, x, &span, 1, &error);
         span.kv = &kv;
         if (error.status == TFM_OK)

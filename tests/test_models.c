@@ -18,6 +18,7 @@ typedef struct subject {
     const tfm_model *model;
     const tfm_description *d;
     tfm_isa isa;
+    tfm_dtype kv_dtype;
     const int32_t *ids; /* [n]: a full context */
     size_t n;
     const float *expected; /* [n][vocab_size]: transformers' logits of ids */
@@ -36,6 +37,7 @@ static tfm_session *open_session(const subject *s, size_t n_sequences, size_t ma
     memset(&options, 0, sizeof options);
     options.n_sequences = n_sequences;
     options.max_rows = max_rows;
+    options.kv_dtype = s->kv_dtype;
     options.engine.isa = s->isa;
     options.engine.threads = threads;
     if (!threads)
@@ -305,6 +307,62 @@ static void test_one_at_a_time(const subject *s, int threads) {
     free(logits);
 }
 
+static void test_bits(const subject *s) {
+    test_passes(s);
+    test_n_outputs(s);
+    test_one_at_a_time(s, 1);
+    test_one_at_a_time(s, 3);
+    test_together(s);
+}
+
+/* ---- rounded further: what comes out is near, and has the same bits however it is computed */
+
+static float largest_difference(const float *a, const float *b, size_t n) {
+    float largest = 0;
+    size_t i;
+    for (i = 0; i < n; i++)
+        largest = fmaxf(largest, fabsf(a[i] - b[i]));
+    return largest;
+}
+
+/* `tolerance`: of the largest logit. */
+static void test_near(subject *other, const subject *s, const char *what, float tolerance) {
+    size_t n = s->n * s->d->vocab_size, i;
+    float largest = 0, difference;
+    for (i = 0; i < n; i++)
+        largest = fmaxf(largest, fabsf(s->logits[i]));
+    other->logits = eval_all(other, s->ids, s->n, TFM_LOGITS, 0, 1);
+    difference = largest_difference(other->logits, s->logits, n) / largest;
+    CHECK_MSG(difference > 0 && difference < tolerance, "%s: %g of the largest logit", where(s, what),
+              (double)difference);
+    test_bits(other);
+    free(other->logits);
+}
+
+/* Keys and values in 16 bits. */
+static void test_half_cache(const subject *s) {
+    subject other = *s;
+    other.kv_dtype = TFM_F16;
+    if (s->n > 1) /* of one token alone the cache has nothing that counts */
+        test_near(&other, s, "f16 cache", 2e-3f);
+}
+
+static void test_i8(const subject *s, const char *path) {
+    subject other = *s;
+    tfm_load_options options;
+    tfm_model *model;
+    tfm_error error;
+    memset(&options, 0, sizeof options);
+    options.dtype = TFM_I8;
+    model = tfm_load(path, &options, &error);
+    CHECK_MSG(model != NULL, "%s", error.message);
+    if (!model)
+        return;
+    other.model = model;
+    test_near(&other, s, "i8", 0.1f);
+    tfm_free(model);
+}
+
 /* ---- */
 
 static void test_on(subject *s, const char *path, tfm_isa isa) {
@@ -314,11 +372,9 @@ static void test_on(subject *s, const char *path, tfm_isa isa) {
     test_greedy(s, 3);
     test_rounded(s, path, TFM_F16);
     test_rounded(s, path, TFM_BF16);
-    test_passes(s);
-    test_n_outputs(s);
-    test_one_at_a_time(s, 1);
-    test_one_at_a_time(s, 3);
-    test_together(s);
+    test_bits(s);
+    test_half_cache(s);
+    test_i8(s, path);
     free(s->logits);
 }
 

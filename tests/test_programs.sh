@@ -191,6 +191,8 @@ run build/tfm quantize $model "$dir/f32.tfm" --type f32
 check "quantize succeeds" [ "$status" -eq 0 ]
 run build/tfm info "$dir/f32.tfm" --verify
 check "what it wrote is good" [ "$status" -eq 0 ]
+run build/tfm quantize "$dir/f32.tfm" "$dir/usual.tfm"
+check "quantize makes int8 unless told otherwise" [ "$(wc -c <"$dir/usual.tfm")" -eq "$(wc -c <$model)" ]
 run build/tfm quantize "$dir/f32.tfm" "$dir/f32.tfm" --type f16
 check "quantize onto itself" [ "$status" -eq 0 ]
 run build/tfm info "$dir/f32.tfm" --verify

@@ -28,7 +28,7 @@ static void check_decoded(const tfm_model *model, const int32_t *ids, size_t n, 
     char text[512];
     tfm_error error;
     size_t found = 0;
-    CHECK_OK(tfm_detokenize(model, ids, n, text, sizeof text, &found, &error), error);
+    CHECK_OK(tfm_decode(model, ids, n, text, sizeof text, &found, &error), error);
     CHECK_MSG(found == size && !memcmp(text, expected, size), "%s: decoded to '%.*s', expected '%.*s'", what,
               (int)(found < sizeof text ? found : sizeof text), text, (int)size, expected);
 }

@@ -5,21 +5,36 @@ usage: tools/convert.py CHECKPOINT OUT.tfm [--arch NAME] [--config FILE]
 
 CHECKPOINT is one of
   - a Hugging Face directory: config.json; model.safetensors or pytorch_model.bin, whole or in shards with an index;
-    tokenizer.json, or vocab.json and merges.txt (a model without a tokenizer is converted, too);
+    tokenizer files (a model without a tokenizer is converted, too);
+  - a directory of sentence-transformers: the same with modules.json (Transformer, Pooling, Normalize);
   - a bare state dict (.safetensors, or .pt, .pth, .bin written by torch.save, in the zip format of PyTorch 1.6 and
     later or in the older one), together with --arch and --config;
-  - a nanoGPT checkpoint (ckpt.pt), which carries its own configuration.
-For a file, a tokenizer is looked for beside it.
+  - a nanoGPT checkpoint (ckpt.pt), which carries its own configuration;
+  - a .gguf file of llama.cpp: llama (Mistral's, too), qwen2, qwen3, gemma, gemma2, phi2, gptneox, gpt2. F32, F16 and
+    BF16 stay what they are; blocks of Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q4_K, Q5_K and Q6_K are copied as they are.
+For a file, a tokenizer is looked for beside it (or, in a .gguf file, within it).
 
---arch NAME    gpt2 (Hugging Face), nanogpt or minGPT's mingpt; by default what the configuration says. The three
-               share a shape and differ in what a configuration leaves unsaid: the activation function (nanoGPT: exact
-               GELU; the others: its tanh approximation), whether the head is the token embedding (minGPT: no), and
-               whether biases may be absent (nanoGPT: yes).
+Families: GPT-2; BERT, RoBERTa, XLM-RoBERTa, DistilBERT, ELECTRA (with their heads for masked words, for classifying
+texts and tokens); T5, T5 v1.1, Flan-T5, mT5; LLaMA, Mistral, Qwen2, Qwen3, Gemma, Gemma 2, Phi, GPT-NeoX; PyTorch's
+own nn.Transformer, nn.TransformerEncoder and nn.TransformerDecoder.
+
+--arch NAME    a family, by default what the configuration says: gpt2, nanogpt, mingpt, bert, roberta (XLM-RoBERTa,
+               too), distilbert, electra, t5, mt5, llama, mistral, qwen2, qwen3, gemma, gemma2, phi, gpt_neox,
+               nn.Transformer, nn.TransformerEncoder, nn.TransformerDecoder, nn.TransformerEncoderLayer or
+               nn.TransformerDecoderLayer. The first three share a shape and differ in what a configuration leaves
+               unsaid: the activation function (nanoGPT: exact GELU; the others: its tanh approximation), whether the
+               head is the token embedding (minGPT: no), and whether biases may be absent (nanoGPT: yes).
 --config FILE  a JSON object such as config.json, or {"n_layer": 12, "n_head": 12, "n_embd": 768, "block_size": 1024,
                "vocab_size": 50304}. It overrides what the checkpoint itself says, key by key: nanoGPT checkpoints
                from before May 2023 need {"activation_function": "gelu_new"}.
+               For PyTorch's modules: {"nhead": 8} and, where they are not PyTorch's defaults, "norm_first" (false),
+               "activation" ("relu"), "layer_norm_eps" (1e-5, of all norms); "causal" (true: whether a decoder's tokens
+               see only what is before them), "n_positions" (4096: the longest sequence), "prefix" (what the module's
+               names begin with, if several modules would fit). Sizes and numbers of layers are the tensors';
+               "d_model", "dim_feedforward", "num_layers", "num_encoder_layers" and "num_decoder_layers" confirm them.
 
-Tensors keep the checkpoint's type (f32, f16, bf16; f64 becomes f32) and their bytes are copied, never held in memory.
+Tensors keep the checkpoint's type (f32, f16, bf16; f64 becomes f32; of several that become one the wider type), and
+their bytes are copied, never held in memory.
 Pickles are read by a machine of our own: it imports nothing, and calls nothing but a few functions of this file.
 OUT.tfm appears whole or not at all.
 
@@ -36,6 +51,7 @@ import itertools
 import json
 import math
 import mmap
+import operator
 import os
 import pickle
 import re
@@ -264,11 +280,15 @@ def unique_keys(pairs):
     return values
 
 
-def parse_json(text, where):
+def parse_json_value(text, where):
     try:
-        values = json.loads(text, object_pairs_hook=unique_keys)
+        return json.loads(text, object_pairs_hook=unique_keys)
     except (ValueError, RecursionError) as error:
         raise ConvertError("%s: is not valid JSON: %s" % (where, error))
+
+
+def parse_json(text, where):
+    values = parse_json_value(text, where)
     if not isinstance(values, dict):
         raise ConvertError("%s: should hold a JSON object" % where)
     return Fields(values, where)
@@ -284,6 +304,22 @@ DTYPE_SIZES = {
     "F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U64": 8, "U32": 4, "U16": 2,
     "U8": 1, "BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1, "C64": 8, "C128": 16,
 }
+# GGUF's quantized types: elements and bytes of a block. A row is a whole number of blocks.
+BLOCK_TYPES = {
+    "Q4_0": (32, 18), "Q4_1": (32, 20), "Q5_0": (32, 22), "Q5_1": (32, 24), "Q8_0": (32, 34), "Q4_K": (256, 144),
+    "Q5_K": (256, 176), "Q6_K": (256, 210),
+}
+
+
+def stored_size(dtype, count):
+    """Bytes of that many elements."""
+    elements, size = BLOCK_TYPES.get(dtype) or (1, DTYPE_SIZES[dtype])
+    return count // elements * size
+
+
+def stored_dtype(dtype):
+    """The type under which a .tfm file has it."""
+    return "F32" if dtype == "F64" else dtype
 
 
 class Storage:
@@ -317,6 +353,11 @@ class Tensor:
     def count(self):
         return math.prod(self.shape)
 
+    def rows(self, first, count):
+        """A run of its rows."""
+        return Tensor(self.name, self.dtype, (count,) + self.shape[1:], self.strides, self.storage,
+                      self.offset + first * self.strides[0])
+
     def named(self, name):
         """The tensor under this name, its view of the storage checked."""
         tensor = Tensor(name, self.dtype, self.shape, self.strides, self.storage, self.offset)
@@ -349,8 +390,8 @@ class Tensor:
         return self._copy() if self.is_contiguous() else self._gather()
 
     def _copy(self):
-        size = self.count * self.itemsize
-        start = self.storage.offset + self.offset * self.itemsize
+        size = stored_size(self.dtype, self.count)
+        start = self.storage.offset + stored_size(self.dtype, self.offset)
         buffer = memoryview(bytearray(min(size, CHUNK)))
         for done in range(0, size, CHUNK):
             piece = buffer[:min(CHUNK, size - done)]
@@ -867,6 +908,106 @@ def describe_kind(value):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Reading .gguf: metadata, directory of tensors, data
+# ---------------------------------------------------------------------------------------------------------------------
+
+GGUF_MAGIC = b"GGUF"
+GGUF_NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
+GGUF_STRING, GGUF_ARRAY = 8, 9
+GGUF_DTYPES = {0: "F32", 1: "F16", 2: "Q4_0", 3: "Q4_1", 6: "Q5_0", 7: "Q5_1", 8: "Q8_0", 12: "Q4_K", 13: "Q5_K",
+               14: "Q6_K", 28: "F64", 30: "BF16"}
+
+
+class Gguf:
+    """A file of llama.cpp's format, versions 2 and 3. Reads from front to end; nothing in it is trusted."""
+
+    def __init__(self, file):
+        self.file = file
+        self.data = file.map()
+        self.position = len(GGUF_MAGIC)
+        version = self.number("I")
+        if version not in (2, 3):
+            raise ConvertError("%s: is a .gguf file of %s; versions 2 and 3 are supported" % (
+                file.path, "a big-endian machine" if version > 0xFFFF else "version %d" % version))
+        n_tensors, n_values = self.number("Q"), self.number("Q")
+        self.values: Dict[str, Any] = {}
+        for _ in range(n_values):
+            key = self.string()
+            if key in self.values:
+                raise ConvertError("%s: the key %s is there twice" % (file.path, quote(key)))
+            self.values[key] = self.value(self.number("I"))
+        self.tensors: Dict[str, Tensor] = {}
+        for _ in range(n_tensors):
+            self.read_tensor()
+        self.settle_data()
+        file.unload()
+
+    def checkpoint(self):
+        return Checkpoint(self.tensors, None, os.path.basename(self.file.path), Fields(self.values, self.file.path))
+
+    def take(self, size):
+        if size > self.file.size - self.position:
+            raise ConvertError("%s: is truncated or damaged: %d bytes are announced at byte %d, where there are %d"
+                               % (self.file.path, size, self.position, self.file.size - self.position))
+        self.position += size
+        return self.data[self.position - size:self.position]
+
+    def number(self, kind):
+        return struct.unpack("<" + kind, self.take(struct.calcsize("<" + kind)))[0]
+
+    def string(self):
+        return self.take(self.number("Q")).decode("utf-8", "surrogateescape")
+
+    def value(self, kind):
+        if kind in GGUF_NUMBERS:
+            return self.number(GGUF_NUMBERS[kind])
+        if kind == GGUF_STRING:
+            return self.string()
+        if kind == GGUF_ARRAY:
+            kind, count = self.number("I"), self.number("Q")
+            if kind == GGUF_STRING:
+                return [self.string() for _ in range(count)]
+            if kind in GGUF_NUMBERS:
+                code = GGUF_NUMBERS[kind]
+                return list(struct.unpack("<%d%s" % (count, code), self.take(count * struct.calcsize("<" + code))))
+        raise ConvertError("%s: the value before byte %d is of the unknown type %d"
+                           % (self.file.path, self.position, kind))
+
+    def read_tensor(self):
+        name, n_dims = self.string(), self.number("I")
+        where = "%s: the tensor %s" % (self.file.path, quote(name))
+        if name in self.tensors:
+            raise ConvertError("%s is there twice" % where)
+        if not 1 <= n_dims <= 4:
+            raise ConvertError("%s should have 1 to 4 dimensions, not %d" % (where, n_dims))
+        shape = tuple(reversed([self.number("Q") for _ in range(n_dims)]))
+        code, offset = self.number("I"), self.number("Q")
+        if code not in GGUF_DTYPES:
+            raise ConvertError("%s has the type %d of GGML, which is not supported (supported: %s)"
+                               % (where, code, ", ".join(GGUF_DTYPES.values())))
+        dtype = GGUF_DTYPES[code]
+        if math.prod(shape) > 1 << 48 or shape[-1] % BLOCK_TYPES.get(dtype, (1, 0))[0]:
+            raise ConvertError("%s has the shape %s, which its type %s can't have" % (where, quote(list(shape)), dtype))
+        storage = Storage(self.file, offset, stored_size(dtype, math.prod(shape)))
+        self.tensors[name] = Tensor(name, dtype, shape, row_major(shape), storage, 0)
+
+    def settle_data(self):
+        """Offsets are from the start of the data, which is known last."""
+        fields = Fields(self.values, self.file.path)
+        if fields.integer("split.count", 1) > 1:
+            raise ConvertError("%s: is one of several files; llama-gguf-split --merge makes them one" % self.file.path)
+        alignment = fields.size("general.alignment", 32, 1 << 20)
+        start = self.position + -self.position % alignment
+        for tensor in self.tensors.values():
+            storage = tensor.storage
+            if storage.offset % alignment or start + storage.offset + storage.size > self.file.size:
+                raise ConvertError("%s should lie at a multiple of %d within the file's %d bytes; it has %d bytes at "
+                                   "byte %d of the data" % (tensor, alignment, self.file.size, storage.size,
+                                                            storage.offset))
+            storage.offset += start
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Checkpoints: one file or many
 # ---------------------------------------------------------------------------------------------------------------------
 
@@ -879,13 +1020,17 @@ class Checkpoint(NamedTuple):
     tensors: Dict[str, Tensor]
     arguments: Optional[Dict[str, Any]]  # nanoGPT's model_args
     label: str  # the file's name, for the record
+    gguf: Optional[Fields] = None  # the metadata of a file of that format
 
 
 def read_checkpoint(source):
     path = find_weights(source) if source.is_directory else source.path
     if path.endswith(".index.json"):
         return read_shards(source, path)
-    tensors, arguments = read_weights(source.open(path))
+    file = source.open(path)
+    if file.read(0, min(4, file.size)) == GGUF_MAGIC:
+        return Gguf(file).checkpoint()
+    tensors, arguments = read_weights(file)
     return Checkpoint(tensors, arguments, os.path.basename(path))
 
 
@@ -893,10 +1038,10 @@ def find_weights(source):
     for name in WEIGHT_FILES:
         if source.has(name):
             return source.beside(name)
-    others = sorted(name for name in os.listdir(source.path) if name.endswith(".safetensors"))
+    others = sorted(name for name in os.listdir(source.directory) if name.endswith(".safetensors"))
     if len(others) == 1:
         return source.beside(others[0])
-    raise ConvertError("%s: has none of %s" % (source.path, ", ".join(WEIGHT_FILES)))
+    raise ConvertError("%s: has none of %s" % (source.directory, ", ".join(WEIGHT_FILES)))
 
 
 def read_weights(file):
@@ -913,15 +1058,19 @@ def read_weights(file):
     if start[257:262] == b"ustar":
         raise ConvertError("%s: is in the tar format of PyTorch 0.1; load it with PyTorch and save it again"
                            % file.path)
-    raise ConvertError("%s: is neither a .safetensors file nor one that torch.save wrote" % file.path)
+    raise ConvertError("%s: is neither a .safetensors or .gguf file nor one that torch.save wrote" % file.path)
+
+
+def is_plain_name(name):
+    """Whether it names something in the same directory. With a directory in it, it could lead anywhere."""
+    return isinstance(name, str) and not re.search(r"[/\\:\0]", name) and name not in ("", ".", "..")
 
 
 def read_shards(source, path):
     index = source.json(path)
     shards: Dict[str, List[str]] = {}
     for name, shard in index.object("weight_map").values.items():
-        # A name with a directory in it could lead anywhere.
-        if not isinstance(shard, str) or re.search(r"[/\\:\0]", shard) or shard in ("", ".", ".."):
+        if not is_plain_name(shard):
             raise ConvertError("%s: %s is in %s, which should be the name of a file in the same directory"
                                % (path, quote(name), quote(shard)))
         shards.setdefault(shard, []).append(name)
@@ -941,10 +1090,11 @@ def read_shards(source, path):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Descriptions: what a .tfm file says about a model. Field names are its metadata keys.
+# Descriptions: what a .tfm file says about a model. Field names are its metadata keys; None is left out of the file.
 # ---------------------------------------------------------------------------------------------------------------------
 
 MAX_LAYERS = 1 << 16
+MAX_HEADS = 1 << 16
 
 
 @dataclasses.dataclass
@@ -959,21 +1109,41 @@ class Stack:
     causal: bool
     cross: bool
     norm: str  # layer, rms
-    norm_place: str  # pre, post
+    norm_place: str  # pre, post, sandwich
     norm_eps: float
     final_norm: bool
     positions: str  # learned, sinusoidal, rotary, relative, none
     attention_scale: List[float]  # one for all layers, or one for each
     ffn: str  # plain, gated
     activation: str
-
-    @property
-    def qkv_dim(self):
-        return (self.n_heads + 2 * self.n_kv_heads) * self.head_dim
+    parallel: Optional[bool] = None  # attention and FFN side by side
+    norm_weight_offset: Optional[float] = None
+    embedding_norm: Optional[bool] = None
+    position_offset: Optional[int] = None
+    rotary_frequencies: Optional[array.array] = None
+    rotary_scale: Optional[float] = None
+    rotary_interleaved: Optional[bool] = None
+    relative_buckets: Optional[int] = None
+    relative_max_distance: Optional[int] = None
+    attention_softcap: Optional[float] = None
+    sliding_window: Optional[List[int]] = None  # of each layer; 0: none
 
     @property
     def attention_dim(self):
         return self.n_heads * self.head_dim
+
+    @property
+    def kv_dim(self):
+        return self.n_kv_heads * self.head_dim
+
+    @property
+    def qkv_dim(self):
+        return self.attention_dim + 2 * self.kv_dim
+
+    @property
+    def table_size(self):
+        """Rows of a table of learned positions."""
+        return self.n_positions + (self.position_offset or 0)
 
 
 @dataclasses.dataclass
@@ -984,9 +1154,33 @@ class Model:
     stacks: Dict[str, Stack]
     tied: bool  # what the configuration says about the head; the tensors have the last word
     needs_head: bool
-    biases: Optional[bool]  # None: as found
+    switches: Dict[str, Optional[bool]] = dataclasses.field(default_factory=dict)  # what rules depend on
     head: str = ""  # tied, own, none
+    d_embedding: Optional[int] = None  # where it is not d_model
+    n_token_types: Optional[int] = None
+    embedding_scale: Optional[float] = None
+    head_transform: Optional[str] = None  # its activation function, as in the following
+    logit_scale: Optional[float] = None
+    logit_softcap: Optional[float] = None
+    pooler_activation: Optional[str] = None
+    pooling: Optional[str] = None  # cls, mean, max
+    pool_normalize: Optional[bool] = None
+    pool_max_tokens: Optional[int] = None
+    classifier: Optional[str] = None  # sequence, token
+    classifier_activation: Optional[str] = None
+    classifier_labels: Optional[str] = None
+    classifier_problem: Optional[str] = None  # single, multi, regression
+    n_labels: Optional[int] = None
+    start_id: Optional[int] = None
 
+    @property
+    def embedding_dim(self):
+        return self.d_embedding or self.d_model
+
+
+MODEL_KEYS = ("vocab_size", "d_model", "head", "d_embedding", "n_token_types", "embedding_scale", "head_transform",
+              "logit_scale", "logit_softcap", "pooler_activation", "pooling", "pool_normalize", "pool_max_tokens",
+              "classifier", "classifier_activation", "classifier_labels", "classifier_problem")
 
 ACTIVATIONS = {
     "gelu": "gelu", "gelu_python": "gelu",
@@ -997,7 +1191,10 @@ ACTIVATIONS = {
 
 
 def activation(config, keys, default):
-    name = config.text(keys, default)
+    return known_activation(config, config.text(keys, default))
+
+
+def known_activation(config, name):
     if name not in ACTIVATIONS:
         raise ConvertError("%s: the activation function %s is not supported (supported: %s)"
                            % (config.where, quote(name), ", ".join(sorted(ACTIVATIONS))))
@@ -1005,10 +1202,142 @@ def activation(config, keys, default):
 
 
 def head_size(config, d_model, n_heads):
+    if n_heads > MAX_HEADS:
+        raise ConvertError("%s: %d heads are more than the %d that are supported" % (config.where, n_heads, MAX_HEADS))
     if d_model % n_heads:
         raise ConvertError("%s: the model's width, %d, should be a multiple of its number of heads, %d"
                            % (config.where, d_model, n_heads))
     return d_model // n_heads
+
+
+def refuse_flags(config, *keys):
+    """Refuses what would change results and has no place in a description."""
+    for key in keys:
+        if config.flag(key, False):
+            raise ConvertError("%s: %s is true, which is not supported" % (config.where, quote(key)))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Rotary positions: the frequencies, with the scaling of transformers' modeling_rope_utils worked in
+# ---------------------------------------------------------------------------------------------------------------------
+
+MAX_HEAD_DIM = 1 << 16
+F32_MAX = 3.4028234e38
+
+
+class Rope(NamedTuple):
+    frequencies: array.array
+    scale: Optional[float]  # of cosines and sines
+
+
+def read_rope(config, head_dim, n_positions, partial=1.0):
+    """Rotary positions as configurations say it: 'rope_parameters' since version 5 of transformers, before that
+    'rope_theta' and 'rope_scaling'. `partial` is the share of a head that is rotated where the configuration is silent;
+    None: the family always rotates all of it."""
+    options = config.object("rope_scaling", None) or config.object("rope_parameters", None)
+    options = options or Fields({}, config.where)
+    if any(isinstance(value, dict) for value in options.values.values()):
+        raise ConvertError("%s: different rotary positions for different layers are not supported" % options.where)
+    theta = options.number("rope_theta", config.number(("rope_theta", "rotary_emb_base"), 10000.0))
+    if partial is not None:
+        partial = options.number("partial_rotary_factor",
+                                 config.number(("partial_rotary_factor", "rotary_pct"), partial))
+    dim = int(head_dim * (1.0 if partial is None else partial))
+    trained = config.size("original_max_position_embeddings", None) or options.size(
+        "original_max_position_embeddings", n_positions)
+    kind = options.text(("rope_type", "type"), "default")
+    return make_rope(options, kind, head_dim, RopeShape(dim, theta, trained, n_positions))
+
+
+class RopeShape(NamedTuple):
+    dim: int  # elements of a head that are rotated
+    theta: float
+    trained: int  # positions before scaling
+    n_positions: int
+
+
+def make_rope(options, kind, head_dim, shape):
+    if not 0 < shape.dim + shape.dim % 2 <= min(head_dim, MAX_HEAD_DIM) or not shape.theta > 0:
+        raise ConvertError("%s: can't rotate %d of a head's %d elements with the base %g"
+                           % (options.where, shape.dim, head_dim, shape.theta))
+    if kind not in ROPE_SCALINGS:
+        raise ConvertError("%s: rotary positions of the type %s are not supported (supported: %s)"
+                           % (options.where, quote(kind), ", ".join(ROPE_SCALINGS)))
+    plain = [shape.theta ** (-i / shape.dim) for i in range(0, shape.dim, 2)]
+    scaled, scale = ROPE_SCALINGS[kind](options, plain, shape)
+    if not all(0 <= frequency < F32_MAX for frequency in scaled):
+        raise ConvertError("%s: the frequencies of the rotary positions are not finite numbers" % options.where)
+    return Rope(array.array("f", scaled), scale)
+
+
+def rope_factor(options, default=Fields.REQUIRED):
+    factor = options.number("factor", default)
+    if not factor > 0:
+        raise ConvertError("%s: 'factor' should be positive, not %g" % (options.where, factor))
+    return factor
+
+
+def rope_default(options, plain, shape):
+    return plain, None
+
+
+def rope_linear(options, plain, shape):
+    factor = rope_factor(options)
+    return [frequency / factor for frequency in plain], None
+
+
+def rope_llama3(options, plain, shape):
+    """Low frequencies are divided by the factor, high ones kept, those between them blended."""
+    factor = rope_factor(options)
+    low, high = options.number("low_freq_factor"), options.number("high_freq_factor")
+    if not 0 < low < high:
+        raise ConvertError("%s: 'low_freq_factor' should be positive and less than 'high_freq_factor'" % options.where)
+
+    def scaled(frequency):
+        turns = shape.trained * frequency / (2 * math.pi)  # within the context of the training
+        if turns < low:
+            return frequency / factor
+        if turns > high:
+            return frequency
+        share = (turns - low) / (high - low)
+        return (1 - share) * frequency / factor + share * frequency
+
+    return [scaled(frequency) for frequency in plain], None
+
+
+def rope_yarn(options, plain, shape):
+    """YaRN: by a pair's number of turns within the context of the training, from kept to divided by the factor."""
+    factor = rope_factor(options, shape.n_positions / shape.trained)
+
+    def pair_that_turns(turns):
+        return shape.dim * math.log(shape.trained / (turns * 2 * math.pi)) / (2 * math.log(shape.theta))
+
+    turns = [options.number(key, default) or default for key, default in (("beta_fast", 32.0), ("beta_slow", 1.0))]
+    if min(turns) <= 0 or shape.theta == 1:
+        raise ConvertError("%s: 'beta_fast' and 'beta_slow' should be positive" % options.where)
+    low, high = map(pair_that_turns, turns)
+    if options.flag("truncate", True):
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, shape.dim - 1)
+    width = high - low if high != low else 0.001
+    scaled = []
+    for i, frequency in enumerate(plain):
+        share = min(max((i - low) / width, 0.0), 1.0)
+        scaled.append(share * frequency / factor + (1 - share) * frequency)
+    return scaled, yarn_scale(options, factor)
+
+
+def yarn_scale(options, factor):
+    given = options.number("attention_factor", 0.0)
+    mscale, mscale_all = options.number("mscale", 0.0), options.number("mscale_all_dim", 0.0)
+
+    def scale(weight):
+        return 1.0 if factor <= 1 else 0.1 * weight * math.log(factor) + 1.0
+
+    return given or (scale(mscale) / scale(mscale_all) if mscale and mscale_all else scale(1.0))
+
+
+ROPE_SCALINGS = {"default": rope_default, "linear": rope_linear, "llama3": rope_llama3, "yarn": rope_yarn}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1016,70 +1345,113 @@ def head_size(config, d_model, n_heads):
 # A new family is a list of rules, a function from configuration to Model, and a row in FAMILIES.
 # ---------------------------------------------------------------------------------------------------------------------
 
+class Part(NamedTuple):
+    """Rows that a tensor of a file takes from one tensor of a checkpoint. In the checkpoint's, every one of `groups`
+    groups has `of` runs of rows, and the part is the run `index` of each. As a rule there is one run: the tensor."""
+    source: str  # a module; {} is the layer
+    rows: str  # how many the part has: the name of a size
+    index: int = 0
+    of: int = 1
+    groups: str = ""  # the name of a size; "": 1
+
+
 class Rule(NamedTuple):
-    """A module: its canonical name, its name in the checkpoint ({} is the layer), the sizes of its weight by name."""
+    """A module of a file, its weight and its bias, by parts."""
     target: str
-    source: str
-    shape: Tuple[str, ...]
+    parts: Tuple[Part, ...]
+    columns: Tuple[str, ...] = ()  # sizes of the weight's other dimensions
     is_matrix: bool = False
-    has_bias: bool = False
+    bias: str = ""  # a switch of the model: true, false, or None: as the checkpoint has it; "": there is none
+    bias_parts: Tuple[Part, ...] = ()  # where they are not the weight's
+    when: str = ""  # a switch; "": always
 
 
-def embedding(target, source, rows):
-    return Rule(target, source, (rows, "d_model"))
+def one_part(source, rows):
+    return (Part(source, rows),)
 
 
-def norm(target, source):
-    return Rule(target, source, ("d_model",), has_bias=True)
+def embedding(target, source, rows, columns="d_model", **more):
+    return Rule(target, one_part(source, rows), (columns,), **more)
 
 
-def linear(target, source, outputs, inputs):
-    return Rule(target, source, (outputs, inputs), is_matrix=True, has_bias=True)
+def norm(target, source, size="d_model", bias="norm_bias", **more):
+    return Rule(target, one_part(source, size), bias=bias, **more)
+
+
+def linear(target, source, outputs, inputs, bias="bias", **more):
+    return Rule(target, one_part(source, outputs), (inputs,), is_matrix=True, bias=bias, **more)
+
+
+def joined(target, parts, inputs, bias="bias", **more):
+    """A matrix of several matrices' outputs: (source, outputs) of each."""
+    return Rule(target, tuple(Part(*part) for part in parts), (inputs,), is_matrix=True, bias=bias, **more)
+
+
+def qkv(target, attention, query, key, value, **more):
+    return joined(target, ((attention + query, "attention_dim"), (attention + key, "kv_dim"),
+                           (attention + value, "kv_dim")), "d_model", **more)
 
 
 class Family(NamedTuple):
     title: str
     rules: Tuple[Rule, ...]  # in the order in which a forward pass reads them
-    describe: Callable[[Fields, Any], Model]
-    defaults: Dict[str, Any]  # what `describe` assumes where the configuration is silent
-    model_types: Tuple[str, ...]  # config.json's; () for a family that has none
-    architectures: Dict[str, bool]  # config.json's, and whether there is a head for language modelling
-    probe: str  # the rule whose shape tells whether matrices are [out, in] or [in, out]; "" for always [out, in]
-    prefix: str  # that names may have or lack
-    ignored: str  # pattern of buffers that hold no parameters
-    left_out: str  # pattern of parameters that a language model doesn't use
-    embedding: str  # the sources of the two tensors that may be tied
-    head: str
-    tokenizer_class: str  # and what it makes special by default
-    special_token: str
+    describe: Callable[[Fields, Any, Dict[str, Tensor]], Model]
+    defaults: Dict[str, Any] = {}  # what `describe` assumes where the configuration is silent
+    model_types: Tuple[str, ...] = ()  # config.json's; () for a family that has none
+    architectures: Dict[str, str] = {}  # config.json's, and the head that each has: see HEADS
+    prepare: Optional[Callable] = None  # from (tensors, configuration, notes) to tensors, before anything else
+    probe: str = ""  # the source whose shape tells whether matrices are [out, in] or [in, out]; "" for always [out, in]
+    prefix: str = ""  # that names may have or lack
+    renames: Tuple[Tuple[str, str], ...] = ()  # patterns of names' endings, and what to write instead
+    aliases: Tuple[Tuple[str, str], ...] = ()  # (name, another that a checkpoint may give the same tensor)
+    ignored: str = ""  # pattern of buffers that hold no parameters
+    left_out: str = ""  # pattern of parameters that no result needs
+    embedding: str = ""  # the sources of the two tensors that may be tied
+    head: str = ""
+    tokenizer_class: str = ""  # and what it makes special by default
+    special_token: str = ""
 
+
+# What an architecture has on top of its blocks.
+HEADS = ("none", "lm", "sequence", "token", "discriminator")
+
+
+def head_kind(config, family, tensors):
+    """What the configuration's architecture has on top; where it names none, what the tensors look like."""
+    for kind in config.texts("architectures"):
+        if kind in family.architectures:
+            return family.architectures[kind]
+    return "lm" if family.head in tensors else "none"
+
+
+# --- GPT-2 and its children ---
 
 GPT2_RULES = (
     embedding("token_embedding", "wte", "vocab_size"),
-    embedding("decoder.position_embedding", "wpe", "n_positions"),
-    norm("decoder.blocks.{}.attention_norm", "h.{}.ln_1"),
+    embedding("decoder.position_embedding", "wpe", "table_size"),
+    norm("decoder.blocks.{}.attention_norm", "h.{}.ln_1", bias="bias"),
     linear("decoder.blocks.{}.attention.qkv", "h.{}.attn.c_attn", "qkv_dim", "d_model"),
     linear("decoder.blocks.{}.attention.out", "h.{}.attn.c_proj", "d_model", "attention_dim"),
-    norm("decoder.blocks.{}.ffn_norm", "h.{}.ln_2"),
+    norm("decoder.blocks.{}.ffn_norm", "h.{}.ln_2", bias="bias"),
     linear("decoder.blocks.{}.ffn.up", "h.{}.mlp.c_fc", "d_ff", "d_model"),
     linear("decoder.blocks.{}.ffn.down", "h.{}.mlp.c_proj", "d_model", "d_ff"),
-    norm("decoder.final_norm", "ln_f"),
+    norm("decoder.final_norm", "ln_f", bias="bias"),
     embedding("head", "lm_head", "vocab_size"),
 )
 
 
-def describe_gpt2(config, family):
+def describe_gpt2(config, family, tensors):
     """GPT-2 and its children: the keys of Hugging Face's config.json, then those of nanoGPT and minGPT."""
-    if config.flag("add_cross_attention", False):
-        raise ConvertError("%s: 'add_cross_attention' is true; GPT-2 with cross-attention is not supported"
-                           % config.where)
+    refuse_flags(config, "add_cross_attention")
     d_model = config.size(("n_embd", "hidden_size"))
     n_heads = config.size(("n_head", "num_attention_heads"))
     n_layers = config.size(("n_layer", "num_hidden_layers"), limit=MAX_LAYERS)
     head_dim = head_size(config, d_model, n_heads)
     scale = head_dim ** -0.5 if config.flag("scale_attn_weights", True) else 1.0
     by_layer = config.flag("scale_attn_by_inverse_layer_idx", False)
-    kinds = config.texts("architectures")
+    biases = config.flag("bias", family.defaults["bias"])
+    if biases is None:  # all or none
+        biases = any(name.endswith(".bias") for name in tensors)
     stack = Stack(
         n_layers=n_layers, n_heads=n_heads, n_kv_heads=n_heads, head_dim=head_dim,
         d_ff=config.size("n_inner", None) or 4 * d_model,
@@ -1091,8 +1463,8 @@ def describe_gpt2(config, family):
     return Model(
         kind="decoder", vocab_size=config.size("vocab_size"), d_model=d_model, stacks={"decoder": stack},
         tied=config.flag("tie_word_embeddings", family.defaults["tie_word_embeddings"]),
-        needs_head=not kinds or any(family.architectures.get(kind, True) for kind in kinds),
-        biases=config.flag("bias", family.defaults["bias"]))
+        needs_head=not config.texts("architectures") or head_kind(config, family, tensors) == "lm",
+        switches={"bias": biases})
 
 
 GPT2 = Family(
@@ -1101,7 +1473,7 @@ GPT2 = Family(
     describe=describe_gpt2,
     defaults={"activation_function": "gelu_new", "tie_word_embeddings": True, "bias": True},
     model_types=("gpt2",),
-    architectures={"GPT2LMHeadModel": True, "GPT2DoubleHeadsModel": True, "GPT2Model": False},
+    architectures={"GPT2LMHeadModel": "lm", "GPT2DoubleHeadsModel": "lm", "GPT2Model": "none"},
     # GPT-2's Conv1D keeps a matrix as [in, out], the Linear of its children as [out, in], under the same names. Most
     # shapes don't tell: attention's c_proj is square, and so are the FFN's where d_ff = d_model. But c_attn is
     # [d, 3d] or [3d, d], never both, and decides for all.
@@ -1114,6 +1486,786 @@ GPT2 = Family(
     tokenizer_class="GPT2Tokenizer",
     special_token="<|endoftext|>",
 )
+
+
+# --- BERT and its relatives ---
+
+def bert_rules(block, attention, out, attention_norm, up, down, ffn_norm, heads):
+    """Encoders of one shape with many names: `attention` is a pattern for query, key and value."""
+    query, key, value = (attention % name for name in (("query", "key", "value") if "self" in attention else "qkv"))
+    return (
+        embedding("token_embedding", "embeddings.word_embeddings", "vocab_size", "embedding_dim"),
+        embedding("token_type_embedding", "embeddings.token_type_embeddings", "n_token_types", "embedding_dim",
+                  when="token_types"),
+        embedding("encoder.position_embedding", "embeddings.position_embeddings", "table_size", "embedding_dim"),
+        norm("encoder.embedding_norm", "embeddings.LayerNorm", "embedding_dim"),
+        linear("embedding_projection", "embeddings_project", "d_model", "embedding_dim", when="projection"),
+        qkv("encoder.blocks.{}.attention.qkv", block, query, key, value),
+        linear("encoder.blocks.{}.attention.out", block + out, "d_model", "attention_dim"),
+        norm("encoder.blocks.{}.attention_norm", block + attention_norm),
+        linear("encoder.blocks.{}.ffn.up", block + up, "d_ff", "d_model"),
+        linear("encoder.blocks.{}.ffn.down", block + down, "d_model", "d_ff"),
+        norm("encoder.blocks.{}.ffn_norm", block + ffn_norm),
+    ) + heads
+
+
+def bert_heads(pooler, transform, transform_norm, decoder, dense, sequence, token):
+    return (
+        linear("pooler", pooler, "d_model", "d_model", when="pooler"),
+        linear("head.transform", transform, "embedding_dim", "d_model", when="lm"),
+        norm("head.norm", transform_norm, "embedding_dim", when="lm"),
+        embedding("head", decoder, "vocab_size", "embedding_dim", bias="bias", when="lm"),
+        linear("classifier.dense", dense, "d_model", "d_model", when="sequence"),
+        linear("classifier", sequence, "n_labels", "d_model", when="sequence"),
+        linear("classifier", token, "n_labels", "d_model", when="token"),
+    )
+
+
+BERT_BLOCK = ("encoder.layer.{}.", "attention.self.%s", "attention.output.dense", "attention.output.LayerNorm",
+              "intermediate.dense", "output.dense", "output.LayerNorm")
+BERT_RULES = bert_rules(*BERT_BLOCK, heads=bert_heads(
+    "pooler.dense", "cls.predictions.transform.dense", "cls.predictions.transform.LayerNorm",
+    "cls.predictions.decoder", "pooler.dense", "classifier", "classifier"))
+ROBERTA_RULES = bert_rules(*BERT_BLOCK, heads=bert_heads(
+    "pooler.dense", "lm_head.dense", "lm_head.layer_norm", "lm_head.decoder", "classifier.dense",
+    "classifier.out_proj", "classifier"))
+DISTILBERT_RULES = bert_rules(
+    "transformer.layer.{}.", "attention.%s_lin", "attention.out_lin", "sa_layer_norm", "ffn.lin1", "ffn.lin2",
+    "output_layer_norm", heads=bert_heads(
+        "pooler.dense", "vocab_transform", "vocab_layer_norm", "vocab_projector", "pre_classifier", "classifier",
+        "classifier"))
+ELECTRA_RULES = bert_rules(*BERT_BLOCK, heads=bert_heads(
+    "pooler.dense", "generator_predictions.dense", "generator_predictions.LayerNorm", "generator_lm_head",
+    "classifier.dense", "classifier.out_proj", "classifier") + (
+        linear("classifier.dense", "discriminator_predictions.dense", "d_model", "d_model", when="discriminator"),
+        linear("classifier", "discriminator_predictions.dense_prediction", "n_labels", "d_model",
+               when="discriminator")))
+
+
+def describe_bert(config, family, tensors):
+    """BERT, RoBERTa, XLM-RoBERTa, ELECTRA; with keys of its own, DistilBERT."""
+    refuse_flags(config, "is_decoder", "add_cross_attention", "sinusoidal_pos_embds")
+    kind = config.text("position_embedding_type", "absolute")
+    if kind != "absolute":
+        raise ConvertError("%s: 'position_embedding_type' is %s; only 'absolute' is supported"
+                           % (config.where, quote(kind)))
+    d_model = config.size(("hidden_size", "dim"))
+    n_heads = config.size(("num_attention_heads", "n_heads"))
+    head_dim = head_size(config, d_model, n_heads)
+    offset = family.defaults["position_offset"]
+    if offset:  # RoBERTa counts on from the id of padding
+        offset = config.integer("pad_token_id", 1) + 1
+    rows = config.size("max_position_embeddings", family.defaults["positions"])
+    if not 0 <= offset < rows:
+        raise ConvertError("%s: 'pad_token_id' should be from 0 to %d" % (config.where, rows - 2))
+    function = activation(config, ("hidden_act", "activation"), "gelu")
+    stack = Stack(
+        n_layers=config.size(("num_hidden_layers", "n_layers"), limit=MAX_LAYERS), n_heads=n_heads, n_kv_heads=n_heads,
+        head_dim=head_dim, d_ff=config.size(("intermediate_size", "hidden_dim")), n_positions=rows - offset,
+        causal=False, cross=False, norm="layer", norm_place="post", norm_eps=config.number("layer_norm_eps", 1e-12),
+        final_norm=False, positions="learned", attention_scale=[head_dim ** -0.5], ffn="plain", activation=function,
+        embedding_norm=True, position_offset=offset or None)
+    head = head_kind(config, family, tensors)
+    has_types = "embeddings.token_type_embeddings.weight" in tensors
+    model = Model(
+        kind="encoder", vocab_size=config.size("vocab_size"), d_model=d_model, stacks={"encoder": stack},
+        tied=head == "lm" and config.flag("tie_word_embeddings", True), needs_head=head == "lm",
+        n_token_types=config.size("type_vocab_size", 2) if has_types else None)
+    width = config.size("embedding_size", d_model) if family.defaults["projects"] else d_model
+    model.d_embedding = width if width != d_model else None
+    # BERT classifies sequences by its pooler, which then has no other use.
+    pooled = head == "sequence" and family.defaults["dense"] == "pooler.dense"
+    model.switches = {
+        "bias": True, "norm_bias": True, "token_types": has_types, "projection": width != d_model,
+        "pooler": "pooler.dense.weight" in tensors and not pooled, head: True}
+    if model.switches["pooler"]:
+        model.pooler_activation = "tanh"
+    if head == "lm":
+        model.head_transform = ACTIVATIONS[family.defaults["transform"]] if family.defaults["transform"] else function
+    if head in ("sequence", "token", "discriminator"):
+        describe_classifier(config, family, tensors, model, head, function)
+    return model
+
+
+def describe_classifier(config, family, tensors, model, head, function):
+    """The labels of a classifier, and what the scores mean."""
+    rule = next(rule for rule in reversed(family.rules) if rule.target == "classifier" and rule.when == head)
+    weight = tensors.get(rule.parts[0].source + ".weight")
+    model.n_labels = weight.shape[0] if weight is not None and weight.shape else 1
+    model.classifier = "sequence" if head == "sequence" else "token"
+    if head == "discriminator":  # one score: whether the token was replaced
+        model.classifier_activation, model.classifier_problem = function, "multi"
+        return
+    if head == "sequence":
+        model.classifier_activation = family.defaults["classifier_activation"]
+    model.classifier_labels = labels(config, model.n_labels)
+    problem = config.text("problem_type", None)
+    if problem is None:  # as transformers guesses from the first batch of a training
+        problem = "regression" if model.n_labels == 1 and head == "sequence" else "single_label_classification"
+    if problem not in PROBLEMS:
+        raise ConvertError("%s: 'problem_type' should be one of %s, not %s"
+                           % (config.where, ", ".join(PROBLEMS), quote(problem)))
+    model.classifier_problem = PROBLEMS[problem]
+
+
+PROBLEMS = {"single_label_classification": "single", "multi_label_classification": "multi", "regression": "regression"}
+
+
+def labels(config, n_labels):
+    """The labels in the order of their ids, one a line, or None."""
+    table = config.object("id2label", None)
+    if table is None:
+        return None
+    if len(table.values) != n_labels or set(table.values) != set(map(str, range(n_labels))):
+        raise ConvertError("%s: should have the labels 0 to %d, one for each row of the classifier"
+                           % (table.where, n_labels - 1))
+    return "\n".join(re.sub(r"[\r\n]+", " ", table.text(str(number))) for number in range(n_labels))
+
+
+def bert_architectures(name, **more):
+    """config.json's names for the models of one family."""
+    return dict({name + "Model": "none", name + "ForMaskedLM": "lm", name + "ForSequenceClassification": "sequence",
+                 name + "ForTokenClassification": "token"}, **more)
+
+
+BERT = Family(
+    title="BERT",
+    rules=BERT_RULES,
+    describe=describe_bert,
+    defaults={"position_offset": False, "positions": 512, "projects": False, "transform": "", "dense": "pooler.dense",
+              "classifier_activation": "tanh"},
+    model_types=("bert",),
+    architectures=bert_architectures("Bert", BertForPreTraining="lm"),
+    prefix="bert.",
+    renames=((r"\.gamma", ".weight"), (r"\.beta", ".bias")),  # TensorFlow's names, in checkpoints from before 2020
+    aliases=(("cls.predictions.decoder.bias", "cls.predictions.bias"),),
+    ignored=r"embeddings\.(position_ids|token_type_ids)",
+    left_out=r"cls\.seq_relationship\..*",
+    embedding="embeddings.word_embeddings.weight",
+    head="cls.predictions.decoder.weight",
+)
+ROBERTA = BERT._replace(
+    title="RoBERTa",
+    rules=ROBERTA_RULES,
+    defaults=dict(BERT.defaults, position_offset=True, positions=514, transform="gelu", dense="classifier.dense"),
+    model_types=("roberta", "xlm-roberta"),
+    architectures=bert_architectures("Roberta", **bert_architectures("XLMRoberta")),
+    prefix="roberta.",
+    aliases=(("lm_head.decoder.bias", "lm_head.bias"),),
+    left_out="",
+    head="lm_head.decoder.weight",
+)
+DISTILBERT = BERT._replace(
+    title="DistilBERT",
+    rules=DISTILBERT_RULES,
+    defaults=dict(BERT.defaults, dense="pre_classifier", classifier_activation="relu"),
+    model_types=("distilbert",),
+    architectures=bert_architectures("DistilBert"),
+    prefix="distilbert.",
+    aliases=(),
+    left_out="",
+    head="vocab_projector.weight",
+)
+ELECTRA = BERT._replace(
+    title="ELECTRA",
+    rules=ELECTRA_RULES,
+    defaults=dict(BERT.defaults, projects=True, transform="gelu", dense="classifier.dense",
+                  classifier_activation="gelu"),
+    model_types=("electra",),
+    architectures=bert_architectures("Electra", ElectraForPreTraining="discriminator"),
+    prefix="electra.",
+    aliases=(("generator_lm_head.bias", "generator_lm_bias"),),
+    left_out="",
+    head="generator_lm_head.weight",
+)
+
+
+# --- T5 ---
+
+def t5_attention(target, source, **more):
+    out = linear(target + ".out", source + "o", "d_model", "attention_dim", bias="", **more)
+    return (qkv(target + ".qkv", source, "q", "k", "v", bias="", **more), out)
+
+
+def t5_cross(target, source):
+    return (
+        linear(target + ".q", source + "q", "attention_dim", "d_model", bias=""),
+        joined(target + ".kv", ((source + "k", "kv_dim"), (source + "v", "kv_dim")), "d_model", bias=""),
+        linear(target + ".out", source + "o", "d_model", "attention_dim", bias=""),
+    )
+
+
+def t5_stack(stack, ffn):
+    """The stack's rules; `ffn` is the number of the FFN's sublayer."""
+    source, target = stack + ".block.{}.layer.", stack + ".blocks.{}."
+    cross = (norm(target + "cross_norm", source + "1.layer_norm", bias=""),
+             *t5_cross(target + "cross", source + "1.EncDecAttention.")) if stack == "decoder" else ()
+    dense = source + "%d.DenseReluDense." % ffn
+    return (
+        embedding(stack + ".relative_bias", stack + ".block.0.layer.0.SelfAttention.relative_attention_bias",
+                  "relative_buckets", "n_heads"),
+        norm(target + "attention_norm", source + "0.layer_norm", bias=""),
+        *t5_attention(target + "attention", source + "0.SelfAttention."),
+        *cross,
+        norm(target + "ffn_norm", source + "%d.layer_norm" % ffn, bias=""),
+        linear(target + "ffn.up", dense + "wi", "d_ff", "d_model", bias="", when="plain"),
+        joined(target + "ffn.up", ((dense + "wi_0", "d_ff"), (dense + "wi_1", "d_ff")), "d_model", bias="",
+               when="gated"),
+        linear(target + "ffn.down", dense + "wo", "d_model", "d_ff", bias=""),
+        norm(stack + ".final_norm", stack + ".final_layer_norm", bias=""),
+    )
+
+
+T5_RULES = (
+    embedding("token_embedding", "shared", "vocab_size"),
+    *t5_stack("encoder", 1),
+    *t5_stack("decoder", 2),
+    embedding("head", "lm_head", "vocab_size"),
+)
+
+
+def describe_t5(config, family, tensors):
+    """T5, T5 v1.1, Flan-T5, mT5; also their encoders alone."""
+    d_model, n_heads = config.size("d_model"), config.size("num_heads")
+    n_layers = config.size("num_layers", limit=MAX_LAYERS)
+    name = config.text("feed_forward_proj", family.defaults["feed_forward_proj"])
+    gate, _, function = name.rpartition("-")
+    if gate not in ("", "gated"):
+        raise ConvertError("%s: 'feed_forward_proj' should be a function or gated- and a function, not %s"
+                           % (config.where, quote(name)))
+    function = "gelu_new" if name == "gated-gelu" else function
+    encoder = Stack(
+        n_layers=n_layers, n_heads=n_heads, n_kv_heads=n_heads, head_dim=config.size("d_kv"), d_ff=config.size("d_ff"),
+        n_positions=config.size("n_positions", 512), causal=False, cross=False, norm="rms", norm_place="pre",
+        norm_eps=config.number("layer_norm_epsilon", 1e-6), final_norm=True, positions="relative",
+        attention_scale=[1.0], ffn="gated" if gate else "plain", activation=known_activation(config, function),
+        relative_buckets=config.size("relative_attention_num_buckets", 32),
+        relative_max_distance=config.size("relative_attention_max_distance", 128))
+    head = head_kind(config, family, tensors)
+    if not config.texts("architectures") and "decoder.final_layer_norm.weight" not in tensors:
+        head = "encoder"
+    stacks = {"encoder": encoder}
+    if head != "encoder":
+        stacks["decoder"] = dataclasses.replace(
+            encoder, n_layers=config.size("num_decoder_layers", n_layers, limit=MAX_LAYERS), causal=True, cross=True)
+    tied = config.flag("tie_word_embeddings", True)
+    model = Model(
+        kind="encoder" if head == "encoder" else "encoder-decoder", vocab_size=config.size("vocab_size"),
+        d_model=d_model, stacks=stacks, needs_head=head == "lm",
+        # Transformers ties the head of any T5 whose checkpoint has none.
+        tied=head == "lm" and (tied or family.head not in tensors),
+        switches={"gated": bool(gate), "plain": not gate})
+    if head == "lm" and config.flag("scale_decoder_outputs", family.defaults["scales"] and tied):
+        model.logit_scale = d_model ** -0.5
+    if head != "encoder":
+        model.start_id = config.integer("decoder_start_token_id", config.integer("pad_token_id", 0))
+    return model
+
+
+T5 = Family(
+    title="T5",
+    rules=T5_RULES,
+    describe=describe_t5,
+    defaults={"feed_forward_proj": "relu", "scales": True},
+    model_types=("t5",),
+    architectures={"T5ForConditionalGeneration": "lm", "T5WithLMHeadModel": "lm", "T5Model": "none",
+                   "T5EncoderModel": "encoder"},
+    aliases=(("shared.weight", "encoder.embed_tokens.weight"), ("shared.weight", "decoder.embed_tokens.weight")),
+    # Checkpoints from before 2021 have a bias that cross-attention never used.
+    ignored=r"decoder\.block\.0\.layer\.1\.EncDecAttention\.relative_attention_bias\.weight",
+    embedding="shared.weight",
+    head="lm_head.weight",
+)
+
+
+# --- LLaMA-style decoders ---
+
+def llama_rules(more=(), ffn_norm="post_attention_layernorm"):
+    """`more`: the block's norms that a family adds."""
+    block, source = "decoder.blocks.{}.", "layers.{}."
+    return (
+        embedding("token_embedding", "embed_tokens", "vocab_size"),
+        norm(block + "attention_norm", source + "input_layernorm", bias=""),
+        qkv(block + "attention.qkv", source + "self_attn.", "q_proj", "k_proj", "v_proj", bias="qkv_bias"),
+        linear(block + "attention.out", source + "self_attn.o_proj", "d_model", "attention_dim", bias="out_bias"),
+        *(norm(block + target, source + name, size, bias="") for target, name, size in more),
+        norm(block + "ffn_norm", source + ffn_norm, bias=""),
+        joined(block + "ffn.up", ((source + "mlp.gate_proj", "d_ff"), (source + "mlp.up_proj", "d_ff")), "d_model",
+               bias="ffn_bias"),
+        linear(block + "ffn.down", source + "mlp.down_proj", "d_model", "d_ff", bias="ffn_bias"),
+        norm("decoder.final_norm", "norm", bias=""),
+        embedding("head", "lm_head", "vocab_size"),
+    )
+
+
+QWEN3_RULES = llama_rules((("attention.q_norm", "self_attn.q_norm", "head_dim"),
+                           ("attention.k_norm", "self_attn.k_norm", "head_dim")))
+GEMMA2_RULES = llama_rules((("attention_post_norm", "post_attention_layernorm", "d_model"),
+                            ("ffn_post_norm", "post_feedforward_layernorm", "d_model")), "pre_feedforward_layernorm")
+
+
+def describe_llama(config, family, tensors):
+    """LLaMA and what differs from it by settings."""
+    defaults = family.defaults
+    d_model, n_heads = config.size("hidden_size"), config.size("num_attention_heads")
+    n_layers = config.size("num_hidden_layers", limit=MAX_LAYERS)
+    n_positions = config.size("max_position_embeddings", defaults.get("n_positions", 2048))
+    head_dim = config.size("head_dim", defaults.get("head_dim")) or head_size(config, d_model, n_heads)
+    rope = read_rope(config, head_dim, n_positions, None)
+    attention_bias = config.flag("attention_bias", False) if "qkv_bias" not in defaults else defaults["qkv_bias"]
+    stack = Stack(
+        n_layers=n_layers, n_heads=n_heads, n_kv_heads=kv_heads(config, n_heads, defaults.get("n_kv_heads")),
+        head_dim=head_dim, d_ff=config.size("intermediate_size"), n_positions=n_positions, causal=True, cross=False,
+        norm="rms", norm_place=defaults.get("norm_place", "pre"), norm_eps=config.number("rms_norm_eps", 1e-6),
+        final_norm=True, positions="rotary", attention_scale=[head_dim ** -0.5], ffn="gated",
+        activation=activation(config, defaults.get("activation_key", "hidden_act"), defaults.get("activation", "silu")),
+        rotary_frequencies=rope.frequencies, rotary_scale=rope.scale, sliding_window=windows(config, family, n_layers))
+    return Model(
+        kind="decoder", vocab_size=config.size("vocab_size"), d_model=d_model, stacks={"decoder": stack},
+        tied=config.flag("tie_word_embeddings", defaults.get("tied", False)),
+        needs_head=head_kind(config, family, tensors) == "lm" or not config.texts("architectures"),
+        switches={"qkv_bias": attention_bias, "out_bias": attention_bias and "qkv_bias" not in defaults,
+                  "ffn_bias": config.flag("mlp_bias", False) if defaults.get("ffn_bias") else False})
+
+
+def kv_heads(config, n_heads, default=None):
+    n_kv_heads = config.size("num_key_value_heads", default) or n_heads
+    if n_heads % n_kv_heads:
+        raise ConvertError("%s: the number of heads, %d, should be a multiple of that of key and value heads, %d"
+                           % (config.where, n_heads, n_kv_heads))
+    return n_kv_heads
+
+
+LAYER_TYPES = ("full_attention", "sliding_attention")
+
+
+def windows(config, family, n_layers):
+    """How many tokens each layer's queries see, itself included (0: all), or None where all see all."""
+    rule = family.defaults.get("windows")
+    if rule is None:
+        return None
+    # Where the key is not there at all, the default counts; null means none.
+    window = config.size("sliding_window", None if "sliding_window" in config.values else 4096)
+    if rule == "qwen" and not config.flag("use_sliding_window", False):
+        window = None
+    types = config.texts("layer_types") if rule != "all" else []
+    if not types:
+        first = config.integer("max_window_layers", 28) if rule == "qwen" else 0
+        step = 2 if rule == "alternate" else 1
+        types = [LAYER_TYPES[window is not None and i >= first and i % step == 0] for i in range(n_layers)]
+    unknown = [name for name in types if name not in LAYER_TYPES]
+    if unknown or len(types) != n_layers:
+        raise ConvertError("%s: 'layer_types' should be %d of %s, not %s"
+                           % (config.where, n_layers, listing(LAYER_TYPES), quote(types)))
+    if window is None and "sliding_attention" in types:
+        raise ConvertError("%s: 'layer_types' has 'sliding_attention', but 'sliding_window' is not set" % config.where)
+    found = [window if name == "sliding_attention" else 0 for name in types]
+    return found if any(found) else None
+
+
+def describe_gemma(config, family, tensors):
+    """Gemma: LLaMA with norms around one and scaled embeddings; Gemma 2: also bounded scores."""
+    refuse_flags(config, "use_bidirectional_attention")
+    model = describe_llama(config, family, tensors)
+    stack = model.stacks["decoder"]
+    stack.norm_weight_offset = 1.0
+    if family.defaults["activation_key"] != "hidden_activation" and stack.activation == "gelu":
+        stack.activation = "gelu_tanh"  # the first configurations said gelu and meant this
+    model.embedding_scale = rounded(model.d_model ** 0.5, tensors.get("embed_tokens.weight"))
+    if "softcaps" in family.defaults:
+        stack.attention_scale = [positive(config, "query_pre_attn_scalar", 256) ** -0.5]
+        for key, default, owner, field in family.defaults["softcaps"]:
+            if key not in config.values or config.values[key] is not None:
+                setattr(stack if owner == "stack" else model, field, positive(config, key, default))
+    return model
+
+
+def positive(config, key, default):
+    value = config.number(key, default)
+    if not value > 0:
+        raise ConvertError("%s: %s should be positive, not %g" % (config.where, quote(key), value))
+    return value
+
+
+def rounded(value, tensor):
+    """The number in a tensor's type, which is what transformers calculates with."""
+    dtype = tensor.dtype if tensor is not None else "F32"
+    bits = struct.unpack("<I", struct.pack("<f", value))[0]
+    if dtype == "BF16":
+        return struct.unpack("<f", struct.pack("<I", bits + 0x7FFF + (bits >> 16 & 1) & 0xFFFF0000))[0]
+    layout = "<e" if dtype == "F16" else "<f"
+    return struct.unpack(layout, struct.pack(layout, value))[0]
+
+
+LLAMA = Family(
+    title="LLaMA",
+    rules=llama_rules(),
+    describe=describe_llama,
+    defaults={"ffn_bias": True},
+    model_types=("llama",),
+    architectures={"LlamaForCausalLM": "lm", "LlamaModel": "none"},
+    prefix="model.",
+    ignored=r"layers\.\d+\.self_attn\.rotary_emb\.inv_freq",
+    embedding="embed_tokens.weight",
+    head="lm_head.weight",
+)
+MISTRAL = LLAMA._replace(
+    title="Mistral",
+    defaults={"qkv_bias": False, "windows": "all", "n_kv_heads": 8, "n_positions": 131072},
+    model_types=("mistral",),
+    architectures={"MistralForCausalLM": "lm", "MistralModel": "none"},
+)
+QWEN2 = LLAMA._replace(
+    title="Qwen2",
+    defaults={"qkv_bias": True, "windows": "qwen", "n_positions": 32768},
+    model_types=("qwen2",),
+    architectures={"Qwen2ForCausalLM": "lm", "Qwen2Model": "none"},
+)
+QWEN3 = QWEN2._replace(
+    title="Qwen3",
+    rules=QWEN3_RULES,
+    defaults={"windows": "qwen", "n_positions": 32768, "head_dim": 128},
+    model_types=("qwen3",),
+    architectures={"Qwen3ForCausalLM": "lm", "Qwen3Model": "none"},
+)
+GEMMA = LLAMA._replace(
+    title="Gemma",
+    describe=describe_gemma,
+    defaults={"tied": True, "head_dim": 256, "n_positions": 8192, "activation": "gelu_pytorch_tanh",
+              "activation_key": ("hidden_activation", "hidden_act")},
+    model_types=("gemma",),
+    architectures={"GemmaForCausalLM": "lm", "GemmaModel": "none"},
+)
+GEMMA2 = GEMMA._replace(
+    title="Gemma 2",
+    rules=GEMMA2_RULES,
+    defaults=dict(
+        GEMMA.defaults, activation_key="hidden_activation", norm_place="sandwich", windows="alternate",
+        softcaps=(("attn_logit_softcapping", 50.0, "stack", "attention_softcap"),
+                  ("final_logit_softcapping", 30.0, "model", "logit_softcap"))),
+    model_types=("gemma2",),
+    architectures={"Gemma2ForCausalLM": "lm", "Gemma2Model": "none"},
+)
+
+
+# --- Phi and GPT-NeoX: attention and FFN side by side ---
+
+PHI_RULES = (
+    embedding("token_embedding", "embed_tokens", "vocab_size"),
+    norm("decoder.blocks.{}.attention_norm", "layers.{}.input_layernorm"),
+    qkv("decoder.blocks.{}.attention.qkv", "layers.{}.self_attn.", "q_proj", "k_proj", "v_proj"),
+    linear("decoder.blocks.{}.attention.out", "layers.{}.self_attn.dense", "d_model", "attention_dim"),
+    linear("decoder.blocks.{}.ffn.up", "layers.{}.mlp.fc1", "d_ff", "d_model"),
+    linear("decoder.blocks.{}.ffn.down", "layers.{}.mlp.fc2", "d_model", "d_ff"),
+    norm("decoder.final_norm", "final_layernorm"),
+    embedding("head", "lm_head", "vocab_size", bias="head_bias"),
+)
+GPT_NEOX_RULES = (
+    embedding("token_embedding", "embed_in", "vocab_size"),
+    norm("decoder.blocks.{}.attention_norm", "layers.{}.input_layernorm"),
+    # A head's query, key and value stand together, head after head.
+    joined("decoder.blocks.{}.attention.qkv",
+           [("layers.{}.attention.query_key_value", "attention_dim", i, 3, "n_heads") for i in range(3)], "d_model",
+           bias="attention_bias"),
+    linear("decoder.blocks.{}.attention.out", "layers.{}.attention.dense", "d_model", "attention_dim",
+           bias="attention_bias"),
+    norm("decoder.blocks.{}.ffn_norm", "layers.{}.post_attention_layernorm"),
+    linear("decoder.blocks.{}.ffn.up", "layers.{}.mlp.dense_h_to_4h", "d_ff", "d_model"),
+    linear("decoder.blocks.{}.ffn.down", "layers.{}.mlp.dense_4h_to_h", "d_model", "d_ff"),
+    norm("decoder.final_norm", "final_layer_norm"),
+    embedding("head", "embed_out", "vocab_size"),
+)
+
+
+def describe_phi(config, family, tensors):
+    """Phi 1, 1.5 and 2, and GPT-NeoX."""
+    refuse_flags(config, "qk_layernorm", "is_decoder")
+    defaults = family.defaults
+    d_model, n_heads = config.size("hidden_size"), config.size("num_attention_heads")
+    n_positions = config.size("max_position_embeddings", 2048)
+    head_dim = head_size(config, d_model, n_heads)
+    rope = read_rope(config, head_dim, n_positions, defaults["partial"])
+    n_kv_heads = kv_heads(config, n_heads) if defaults["groups"] else n_heads
+    stack = Stack(
+        n_layers=config.size("num_hidden_layers", limit=MAX_LAYERS), n_heads=n_heads, n_kv_heads=n_kv_heads,
+        head_dim=head_dim, d_ff=config.size("intermediate_size"), n_positions=n_positions, causal=True, cross=False,
+        norm="layer", norm_place="pre", norm_eps=config.number("layer_norm_eps", 1e-5), final_norm=True,
+        positions="rotary", attention_scale=[head_dim ** -0.5], ffn="plain",
+        activation=activation(config, "hidden_act", defaults["activation"]),
+        parallel=config.flag("use_parallel_residual", True) or None,
+        rotary_frequencies=rope.frequencies, rotary_scale=rope.scale)
+    needs_head = head_kind(config, family, tensors) == "lm" or not config.texts("architectures")
+    return Model(
+        kind="decoder", vocab_size=config.size("vocab_size"), d_model=d_model, stacks={"decoder": stack},
+        tied=config.flag("tie_word_embeddings", False), needs_head=needs_head,
+        switches={"bias": True, "norm_bias": True, "head_bias": None,
+                  "attention_bias": config.flag("attention_bias", True)})
+
+
+PHI = LLAMA._replace(
+    title="Phi",
+    rules=PHI_RULES,
+    describe=describe_phi,
+    defaults={"partial": 0.5, "activation": "gelu_new", "groups": True},
+    model_types=("phi",),
+    architectures={"PhiForCausalLM": "lm", "PhiModel": "none"},
+)
+GPT_NEOX = PHI._replace(
+    title="GPT-NeoX",
+    rules=GPT_NEOX_RULES,
+    defaults={"partial": 0.25, "activation": "gelu", "groups": False},
+    model_types=("gpt_neox",),
+    architectures={"GPTNeoXForCausalLM": "lm", "GPTNeoXModel": "none"},
+    prefix="gpt_neox.",
+    aliases=(("embed_out.weight", "lm_head.weight"),),
+    ignored=r"layers\.\d+\.attention\.(bias|masked_bias|rotary_emb\.inv_freq)",
+    embedding="embed_in.weight",
+    head="embed_out.weight",
+)
+
+
+# --- PyTorch's own modules ---
+
+def torch_attention(target, source, is_cross):
+    """nn.MultiheadAttention: one matrix of queries, keys and values, or one of each; the bias is always one."""
+    bias = tuple(Part(source + ".in_proj", "attention_dim", i, 3) for i in range(3))
+    split = tuple(Part("%s.%s_proj" % (source, name), "attention_dim") for name in "qkv")
+    runs = (("q", slice(0, 1)), ("kv", slice(1, 3))) if is_cross else (("qkv", slice(0, 3)),)
+    for kind, parts in (("fused", bias), ("split", split)):
+        for name, run in runs:
+            yield Rule("%s.%s" % (target, name), parts[run], ("d_model",), is_matrix=True, bias="any_bias",
+                       bias_parts=bias[run], when=kind)
+    yield linear(target + ".out", source + ".out_proj", "d_model", "attention_dim", bias="any_bias")
+
+
+def torch_stack(stack):
+    target, source, is_decoder = stack + ".blocks.{}.", stack + ".layers.{}.", stack == "decoder"
+    cross = (*torch_attention(target + "cross", source + "multihead_attn", True),
+             norm(target + "cross_norm", source + "norm2", bias="any_bias")) if is_decoder else ()
+    return (
+        *torch_attention(target + "attention", source + "self_attn", False),
+        norm(target + "attention_norm", source + "norm1", bias="any_bias"),
+        *cross,
+        linear(target + "ffn.up", source + "linear1", "d_ff", "d_model", bias="any_bias"),
+        linear(target + "ffn.down", source + "linear2", "d_model", "d_ff", bias="any_bias"),
+        norm(target + "ffn_norm", source + ("norm3" if is_decoder else "norm2"), bias="any_bias"),
+        norm(stack + ".final_norm", stack + ".norm", bias="any_bias", when=stack + "_norm"),
+    )
+
+
+TORCH_RULES = torch_stack("encoder") + torch_stack("decoder")
+
+
+def prepare_torch(family, tensors, config, notes):
+    """The tensors of the module by the names that they have in an nn.Transformer."""
+    stacks, is_layer = family.defaults["stacks"], family.defaults["layer"]
+    # What the module's names begin with: in a whole nn.Transformer, with a single layer, or with a stack of layers.
+    inner = "" if is_layer else "encoder.layers.0." if len(stacks) > 1 else "layers.0."
+    anchor = inner + "linear1.weight"
+    prefix = config.text("prefix", None)
+    if prefix is None:
+        found = sorted({name[:-len(anchor)] for name in tensors if ("." + name).endswith("." + anchor)}, key=len)
+        if len(found) != 1:
+            raise ConvertError("%s: has %s tensors %s; 'prefix' in the configuration should say what the names of the "
+                               "%s begin with" % (config.where, len(found) or "no", quote("…" + anchor),
+                                                  family.title))
+        prefix = found[0]
+    elif prefix + anchor not in tensors:
+        raise ConvertError("%s: 'prefix' is %s, but there is no tensor %s"
+                           % (config.where, quote(prefix), quote(prefix + anchor)))
+    others = [name for name in tensors if not name.startswith(prefix)]
+    if others:
+        notes.append("left out, as it is not in the %s: %s" % (family.title, listing(others)))
+    outer = "" if len(stacks) > 1 else stacks[0] + (".layers.0." if is_layer else ".")
+    return {outer + name[len(prefix):]: tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+
+
+def describe_torch(config, family, tensors):
+    """nn.Transformer and its parts. Sizes are the tensors'; what they don't tell is in the configuration."""
+    first = family.defaults["stacks"][0]
+    weight = tensors.get(first + ".layers.0.linear1.weight")
+    if weight is None or len(weight.shape) != 2 or not min(weight.shape):
+        raise ConvertError("%s: there is no layer 0, or its linear1.weight is not a matrix" % config.where)
+    d_model, n_heads = config.size("d_model", weight.shape[1]), config.size("nhead")
+    head_dim = head_size(config, d_model, n_heads)
+    stacks = {}
+    for name in family.defaults["stacks"]:
+        stacks[name] = Stack(
+            n_layers=torch_layers(config, family, tensors, name), n_heads=n_heads, n_kv_heads=n_heads,
+            head_dim=head_dim, d_ff=config.size("dim_feedforward", weight.shape[0]),
+            n_positions=config.size("n_positions", 4096), causal=config.flag("causal", True) and name == "decoder",
+            cross=name == "decoder", norm="layer", norm_place="pre" if config.flag("norm_first", False) else "post",
+            norm_eps=config.number("layer_norm_eps", 1e-5), final_norm=name + ".norm.weight" in tensors,
+            positions="none", attention_scale=[head_dim ** -0.5], ffn="plain",
+            activation=activation(config, "activation", "relu"))
+    kind = "encoder-decoder" if len(stacks) > 1 else next(iter(stacks))
+    switches = {name + "_norm": stack.final_norm for name, stack in stacks.items()}
+    fused = any(name.endswith(".in_proj.weight") for name in tensors)
+    return Model(kind=kind, vocab_size=0, d_model=d_model, stacks=stacks, tied=False, needs_head=False,
+                 switches=dict(switches, any_bias=None, fused=fused, split=not fused))
+
+
+def torch_layers(config, family, tensors, stack):
+    """How many layers the tensors have, which the configuration may confirm."""
+    numbers = [int(match.group(1)) for match in (
+        re.match(re.escape(stack) + r"\.layers\.([0-9]{1,6})\.", name) for name in tensors) if match]
+    found = max(numbers, default=-1) + 1
+    keys = "num_%s_layers" % stack if len(family.defaults["stacks"]) > 1 else "num_layers"
+    if not found or config.size(keys, found, limit=MAX_LAYERS) != found:
+        raise ConvertError("%s: there are %d layers in the %s, not %s"
+                           % (config.where, found, stack, quote(config.values.get(keys))))
+    return found
+
+
+def torch_family(title, *stacks, layer=False):
+    return Family(
+        title=title,
+        rules=TORCH_RULES,
+        describe=describe_torch,
+        defaults={"stacks": stacks, "layer": layer},
+        prepare=prepare_torch,
+        renames=((r"\.in_proj_(weight|bias)", r".in_proj.\1"), (r"\.([qkv])_proj_weight", r".\1_proj.weight")),
+    )
+
+
+TORCH_MODULES = (
+    torch_family("nn.Transformer", "encoder", "decoder"),
+    torch_family("nn.TransformerEncoder", "encoder"), torch_family("nn.TransformerDecoder", "decoder"),
+    torch_family("nn.TransformerEncoderLayer", "encoder", layer=True),
+    torch_family("nn.TransformerDecoderLayer", "decoder", layer=True),
+)
+
+
+# --- GGUF: names are the same for all architectures, so the rules are, too ---
+
+GGUF_RULES = (
+    embedding("token_embedding", "token_embd", "vocab_size"),
+    embedding("decoder.position_embedding", "position_embd", "table_size", when="learned"),
+    norm("decoder.blocks.{}.attention_norm", "blk.{}.attn_norm", bias="found"),
+    qkv("decoder.blocks.{}.attention.qkv", "blk.{}.", "attn_q", "attn_k", "attn_v", bias="found", when="split"),
+    linear("decoder.blocks.{}.attention.qkv", "blk.{}.attn_qkv", "qkv_dim", "d_model", bias="found", when="fused"),
+    linear("decoder.blocks.{}.attention.out", "blk.{}.attn_output", "d_model", "attention_dim", bias="found"),
+    norm("decoder.blocks.{}.attention.q_norm", "blk.{}.attn_q_norm", "head_dim", bias="", when="qk_norm"),
+    norm("decoder.blocks.{}.attention.k_norm", "blk.{}.attn_k_norm", "head_dim", bias="", when="qk_norm"),
+    norm("decoder.blocks.{}.attention_post_norm", "blk.{}.post_attention_norm", bias="", when="sandwich"),
+    norm("decoder.blocks.{}.ffn_norm", "blk.{}.ffn_norm", bias="found", when="ffn_norm"),
+    joined("decoder.blocks.{}.ffn.up", (("blk.{}.ffn_gate", "d_ff"), ("blk.{}.ffn_up", "d_ff")), "d_model",
+           bias="found", when="gated"),
+    linear("decoder.blocks.{}.ffn.up", "blk.{}.ffn_up", "d_ff", "d_model", bias="found", when="plain"),
+    linear("decoder.blocks.{}.ffn.down", "blk.{}.ffn_down", "d_model", "d_ff", bias="found"),
+    norm("decoder.blocks.{}.ffn_post_norm", "blk.{}.post_ffw_norm", bias="", when="sandwich"),
+    norm("decoder.final_norm", "output_norm", bias="found"),
+    embedding("head", "output", "vocab_size", bias="found"),
+)
+
+
+def describe_gguf(config, family, tensors):
+    """A model of llama.cpp's, by its metadata."""
+    settings, arch = family.defaults, config.text("general.architecture")
+
+    def key(name):
+        return "%s.%s" % (arch, name)
+
+    if config.integer(key("expert_count"), 0):
+        raise ConvertError("%s: has a mixture of experts, which is not supported" % config.where)
+    table = tensors.get("token_embd.weight")
+    if table is None or len(table.shape) != 2:
+        raise ConvertError("%s: there is no tensor 'token_embd.weight' of two dimensions" % config.where)
+    d_model, n_heads = config.size(key("embedding_length")), config.size(key("attention.head_count"))
+    n_layers = config.size(key("block_count"), limit=MAX_LAYERS)
+    n_positions = config.size(key("context_length"))
+    head_dim = config.size(key("attention.key_length"), None) or head_size(config, d_model, n_heads)
+    if config.size(key("attention.value_length"), head_dim) != head_dim:
+        raise ConvertError("%s: values of another size than keys are not supported" % config.where)
+    n_kv_heads = config.size(key("attention.head_count_kv"), n_heads)
+    if n_heads % n_kv_heads:
+        raise ConvertError("%s: the number of heads, %d, should be a multiple of that of key and value heads, %d"
+                           % (config.where, n_heads, n_kv_heads))
+    is_rms, parallel = settings["norm"] == "rms", settings.get("parallel", False)
+    stack = Stack(
+        n_layers=n_layers, n_heads=n_heads, n_kv_heads=n_kv_heads, head_dim=head_dim,
+        d_ff=config.size(key("feed_forward_length")), n_positions=n_positions, causal=True, cross=False,
+        norm=settings["norm"], norm_place=settings.get("norm_place", "pre"), final_norm=True,
+        norm_eps=config.number(key("attention.layer_norm_rms_epsilon" if is_rms else "attention.layer_norm_epsilon")),
+        positions=settings.get("positions", "rotary"), attention_scale=[head_dim ** -0.5],
+        ffn="gated" if is_rms else "plain", activation=settings["activation"],
+        parallel=config.flag(key("use_parallel_residual"), parallel) and parallel or None)
+    if stack.positions == "rotary":
+        rope = gguf_rope(config, key, tensors, head_dim, n_positions)
+        stack.rotary_frequencies, stack.rotary_scale = rope
+        stack.rotary_interleaved = settings.get("interleaved")
+    model = Model(
+        kind="decoder", vocab_size=table.shape[0], d_model=d_model, stacks={"decoder": stack},
+        tied="output.weight" not in tensors, needs_head=True,
+        switches={"found": None, "learned": stack.positions == "learned", "sandwich": stack.norm_place == "sandwich",
+                  "fused": "blk.0.attn_qkv.weight" in tensors, "split": "blk.0.attn_qkv.weight" not in tensors,
+                  "qk_norm": settings.get("qk_norm", False), "ffn_norm": not settings.get("one_norm", False),
+                  "gated": is_rms, "plain": not is_rms})
+    if settings.get("scaled_embeddings"):  # the norms' offset of 1 is in the weights already
+        model.embedding_scale = rounded(d_model ** 0.5, None)
+    if settings.get("bounded"):
+        describe_gguf_gemma2(config, key, model, stack)
+    return model
+
+
+def describe_gguf_gemma2(config, key, model, stack):
+    stack.attention_softcap = positive(config, key("attn_logit_softcapping"), 50.0)
+    model.logit_softcap = positive(config, key("final_logit_softcapping"), 30.0)
+    window = config.size(key("attention.sliding_window"), 4096)
+    stack.sliding_window = [0 if layer % 2 else window for layer in range(stack.n_layers)]
+    if stack.n_layers == 46:  # the 27B model, which llama.cpp also tells by its layers
+        stack.attention_scale = [(model.d_model // stack.n_heads) ** -0.5]
+
+
+def gguf_rope(config, key, tensors, head_dim, n_positions):
+    """Frequencies and their scale; LLaMA 3's factors are in a tensor of their own."""
+    kind = config.text(key("rope.scaling.type"), "none")
+    names = {"factor": "factor", "yarn_beta_fast": "beta_fast", "yarn_beta_slow": "beta_slow"}
+    options = Fields({name: config.values[key("rope.scaling." + given)] for given, name in names.items()
+                      if key("rope.scaling." + given) in config.values}, config.where + ": rope.scaling")
+    shape = RopeShape(config.size(key("rope.dimension_count"), head_dim), config.number(key("rope.freq_base"), 10000.0),
+                      config.size(key("rope.scaling.original_context_length"), n_positions), n_positions)
+    rope = make_rope(options, "default" if kind == "none" else kind, head_dim, shape)
+    if kind == "yarn":
+        more = config.number(key("rope.scaling.yarn_attn_factor"), config.number(key("rope.scaling.attn_factor"), 1.0))
+        rope = rope._replace(scale=rope.scale * more)
+    factors = tensors.pop("rope_freqs.weight", None)
+    if factors is None:
+        return rope
+    if factors.dtype != "F32" or factors.shape != (len(rope.frequencies),):
+        raise ConvertError("%s should have %d elements of the type F32" % (factors, len(rope.frequencies)))
+    divisors = struct.unpack("<%df" % factors.count, b"".join(map(bytes, factors.chunks())))
+    if not all(1e-9 < divisor < 1e9 for divisor in divisors):
+        raise ConvertError("%s should hold positive numbers of a usual size" % factors)
+    return rope._replace(frequencies=array.array("f", map(operator.truediv, rope.frequencies, divisors)))
+
+
+GATED = {"norm": "rms", "activation": "silu"}
+GEMMA_GGUF = {"norm": "rms", "activation": "gelu_tanh", "scaled_embeddings": True}
+# By general.architecture; with LLaMA's name go all models of its shape, Mistral's among them.
+GGUF_ARCHITECTURES = {
+    "llama": dict(GATED, interleaved=True),
+    "qwen2": GATED,
+    "qwen3": dict(GATED, qk_norm=True),
+    "gemma": GEMMA_GGUF,
+    "gemma2": dict(GEMMA_GGUF, norm_place="sandwich", bounded=True),
+    "phi2": {"norm": "layer", "activation": "gelu_tanh", "parallel": True, "one_norm": True},
+    "gptneox": {"norm": "layer", "activation": "gelu", "parallel": True},
+    "gpt2": {"norm": "layer", "activation": "gelu_tanh", "positions": "learned"},
+}
+
+
+def gguf_family(config):
+    arch = config.text("general.architecture")
+    if arch not in GGUF_ARCHITECTURES:
+        raise ConvertError("%s: the architecture %s is not supported (supported: %s)"
+                           % (config.where, quote(arch), ", ".join(GGUF_ARCHITECTURES)))
+    return Family(title=arch, rules=GGUF_RULES, describe=describe_gguf, defaults=GGUF_ARCHITECTURES[arch],
+                  ignored=r"blk\.\d+\.attn_rot_embd\.weight", embedding="token_embd.weight", head="output.weight")
+
+
+# --- All of them ---
+
 FAMILIES = {
     "gpt2": GPT2,
     "nanogpt": GPT2._replace(
@@ -1122,7 +2274,24 @@ FAMILIES = {
     "mingpt": GPT2._replace(
         title="minGPT", model_types=(), architectures={},
         defaults={"activation_function": "gelu_new", "tie_word_embeddings": False, "bias": True}),
+    "bert": BERT,
+    "roberta": ROBERTA,
+    "distilbert": DISTILBERT,
+    "electra": ELECTRA,
+    "t5": T5,
+    "mt5": T5._replace(
+        title="mT5", defaults={"feed_forward_proj": "gated-gelu", "scales": False}, model_types=("mt5",),
+        architectures={"MT5ForConditionalGeneration": "lm", "MT5Model": "none", "MT5EncoderModel": "encoder"}),
+    "llama": LLAMA,
+    "mistral": MISTRAL,
+    "qwen2": QWEN2,
+    "qwen3": QWEN3,
+    "gemma": GEMMA,
+    "gemma2": GEMMA2,
+    "phi": PHI,
+    "gpt_neox": GPT_NEOX,
 }
+FAMILIES.update((family.title, family) for family in TORCH_MODULES)
 
 
 def choose_family(arch, config, arguments):
@@ -1145,15 +2314,78 @@ def choose_family(arch, config, arguments):
             return name
     raise ConvertError("%s: %s is not supported%s (supported: %s)" % (
         config.where, "the architecture " + quote(kinds[0]) if model_type is None else
-        "the model type " + quote(model_type), " by --arch " + arch if arch else " yet",
+        "the model type " + quote(model_type), " by --arch " + arch if arch else "",
         ", ".join(model_type for family in FAMILIES.values() for model_type in family.model_types)))
 
 
 def check_architectures(config, kinds, family):
     for kind in kinds:
         if kind not in family.architectures:
-            raise ConvertError("%s: %s is not supported, only a language model is (%s)"
+            raise ConvertError("%s: %s is not supported (supported: %s)"
                                % (config.where, quote(kind), ", ".join(family.architectures)))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Directories of sentence-transformers: modules.json lists what follows the model
+# ---------------------------------------------------------------------------------------------------------------------
+
+class Pooling(NamedTuple):
+    kind: str  # cls, mean, max
+    normalize: bool
+    max_tokens: Optional[int]
+
+
+POOLING_MODES = {"cls": "cls", "mean": "mean", "max": "max", "cls_token": "cls", "mean_tokens": "mean",
+                 "max_tokens": "max"}
+
+
+def read_modules(source):
+    """What the modules after the model do with its hidden states, or None. The source becomes the model's directory."""
+    if not source.is_directory or not source.has("modules.json"):
+        return None
+    path = source.beside("modules.json")
+    modules = parse_json_value(source.text(path), path)
+    if not isinstance(modules, list) or not modules or not all(isinstance(module, dict) for module in modules):
+        raise ConvertError("%s: should hold a list of modules" % path)
+    modules = [Fields(module, "%s: module %d" % (path, i)) for i, module in enumerate(modules)]
+    kinds = [module.text("type").rpartition(".")[2] for module in modules]
+    known = [kind for kind in kinds if kind != "Dropout"]  # which does nothing here
+    if known not in (["Transformer"], ["Transformer", "Pooling"], ["Transformer", "Pooling", "Normalize"]):
+        raise ConvertError("%s: the modules %s are not supported, only Transformer, Pooling and Normalize in this order"
+                           % (path, listing(kinds, 8)))
+    for module in modules:
+        if module.text("path") and not is_plain_name(module.text("path")):
+            raise ConvertError("%s: 'path' should be the name of a directory beside modules.json, not %s"
+                               % (module.where, quote(module.text("path"))))
+    pooling = None
+    if "Pooling" in kinds:
+        name = os.path.join(modules[kinds.index("Pooling")].text("path"), "config.json")
+        settings = source.optional_json("sentence_bert_config.json")
+        if settings.flag("do_lower_case", False):
+            source.notes.append("warning: sentence_bert_config.json asks for lower case, which is left to the caller")
+        pooling = Pooling(pooling_kind(source.json(source.beside(name))), "Normalize" in kinds,
+                          settings.size("max_seq_length", None))
+    source.directory = source.beside(modules[0].text("path"))
+    return pooling
+
+
+def pooling_kind(config):
+    """The one way of pooling that the configuration turns on, in its older or its newer words."""
+    found = [key[len("pooling_mode_"):] for key in config.values
+             if key.startswith("pooling_mode_") and config.flag(key)]
+    mode = config.get("pooling_mode", (str, list), "a string or a list", [])
+    found += mode if isinstance(mode, list) else [mode]
+    kinds = sorted({POOLING_MODES.get(name, "") for name in found if isinstance(name, str)})
+    if len(kinds) != 1 or not kinds[0]:
+        raise ConvertError("%s: the way of pooling should be one of cls, mean and max, not %s"
+                           % (config.where, listing(found) or "none"))
+    return kinds[0]
+
+
+def put_pooling(model, pooling):
+    if model.kind == "encoder":
+        model.pooling, model.pool_max_tokens = pooling.kind, pooling.max_tokens
+        model.pool_normalize = pooling.normalize
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1165,12 +2397,31 @@ WRAPPER_PARTS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_modul
 SOURCE_DTYPES = ("F32", "F16", "BF16", "F64")
 
 
+class Zeros:
+    """Stands for rows that a checkpoint lacks."""
+
+    def __init__(self, dtype, shape):
+        self.dtype = dtype
+        self.shape = shape
+
+    def chunks(self):
+        size = stored_size(self.dtype, math.prod(self.shape))
+        for done in range(0, size, CHUNK):
+            yield bytes(min(CHUNK, size - done))
+
+
 class Entry(NamedTuple):
-    """A tensor of the .tfm file. The shape is [out, in] whatever the layout."""
+    """A tensor of the .tfm file: the rows of its parts, one part after another. The shape is [out, in] whatever the
+    layout."""
     name: str
-    tensor: Tensor
+    parts: List[Any]  # Tensor or Zeros
     shape: Tuple[int, ...]
     layout: str
+    dtype: str
+
+    @property
+    def count(self):
+        return math.prod(self.shape)
 
 
 def plain_names(tensors, family):
@@ -1183,16 +2434,28 @@ def plain_names(tensors, family):
         short = ".".join(parts)
         if short.startswith(family.prefix):
             short = short[len(family.prefix):]
+        for pattern, ending in family.renames:
+            short = re.sub(pattern + r"\Z", ending, short)
         if short in plain:
             raise ConvertError("%s is there twice, also as %s" % (tensor, quote(plain[short].name)))
         plain[short] = tensor
+    settle_aliases(plain, family)
     return plain
+
+
+def settle_aliases(tensors, family):
+    """One name for what a checkpoint may have under two. Different tensors both stay, and one of them is refused."""
+    for name, other in family.aliases:
+        if other in tensors and name not in tensors:
+            tensors[name] = tensors.pop(other)
+        elif other in tensors and same_elements(tensors[name], tensors[other]):
+            del tensors[other]
 
 
 def drop_unused(tensors, family, notes):
     left_out = [name for name in tensors if re.fullmatch(family.left_out, name)]
     if left_out:
-        notes.append("left out, as a language model doesn't use it: " + listing(left_out))
+        notes.append("left out, as no result needs it: " + listing(left_out))
     return {name: tensor for name, tensor in tensors.items()
             if name not in left_out and not re.fullmatch(family.ignored, name)}
 
@@ -1205,8 +2468,8 @@ def settle_head(tensors, model, family, notes):
         return
     if table is None and model.tied:  # a tied pair may be saved under either name
         tensors[family.embedding] = tensors.pop(family.head)
-    elif (table is not None and head.shape == (model.vocab_size, model.d_model) and head.dtype in SOURCE_DTYPES
-          and same_elements(head, table)):
+    elif (table is not None and head.shape == (model.vocab_size, model.embedding_dim)
+          and head.dtype in (*SOURCE_DTYPES, *BLOCK_TYPES) and same_elements(head, table)):
         model.head = "tied"
         del tensors[family.head]
     elif model.head == "tied":  # as transformers does since version 5; before, it dropped the head
@@ -1216,69 +2479,126 @@ def settle_head(tensors, model, family, notes):
 
 
 def expand(rules, model):
-    """The rules with every layer spelt out: rule, canonical name, source name, the stack that it belongs to."""
+    """The rules that hold for the model, with every layer spelt out: rule, layer, the stack that it belongs to."""
     def group(rule):
         return rule.target.split(".")[0], "{}" in rule.target
 
     for (prefix, is_block), members in itertools.groupby(rules, group):
+        if prefix in ("encoder", "decoder") and prefix not in model.stacks:
+            continue
         stack = model.stacks.get(prefix)
-        members = list(members)
+        members = [rule for rule in members if not rule.when or model.switches.get(rule.when)]
         for layer in range(stack.n_layers if is_block else 1):
             for rule in members:
-                if rule.target != "head" or model.head == "own":
-                    yield rule, rule.target.format(layer), rule.source.format(layer), stack
+                yield rule, layer, stack
+
+
+def size_of(name, model, stack):
+    return getattr(stack if hasattr(stack, name) else model, name) if name else 1
 
 
 def rule_shape(rule, model, stack):
-    return tuple(getattr(stack if hasattr(stack, size) else model, size) for size in rule.shape)
+    rows = sum(size_of(part.rows, model, stack) for part in rule.parts)
+    return (rows,) + tuple(size_of(name, model, stack) for name in rule.columns)
 
 
 def find_layout(tensors, model, family):
     """How the checkpoint keeps its matrices: see the family's probe."""
-    for rule, _, source, stack in expand(family.rules, model):
-        if rule.source == family.probe:
-            probe = tensors.get(source + ".weight")
+    for rule, layer, stack in expand(family.rules, model):
+        if rule.parts[0].source == family.probe:
+            probe = tensors.get(family.probe.format(layer) + ".weight")
             transposed = probe is not None and probe.shape == rule_shape(rule, model, stack)[::-1]
             return "cols" if transposed else "rows"
     return "rows"
 
 
+class Match(NamedTuple):
+    """A weight or bias of the file with the names of its parts in the checkpoint."""
+    rule: Rule
+    kind: str  # weight, bias
+    layer: int
+    stack: Optional[Stack]
+
+    @property
+    def parts(self):
+        return self.rule.bias_parts or self.rule.parts if self.kind == "bias" else self.rule.parts
+
+    def sources(self):
+        return ["%s.%s" % (part.source.format(self.layer), self.kind) for part in self.parts]
+
+
+def find_matches(tensors, model, family):
+    """What the file should hold, in its order."""
+    for rule, layer, stack in expand(family.rules, model):
+        if rule.target != "head" or model.head == "own":
+            yield Match(rule, "weight", layer, stack)
+        if rule.bias:
+            wanted = model.switches.get(rule.bias, False)
+            match = Match(rule, "bias", layer, stack)
+            if wanted or wanted is None and any(name in tensors for name in match.sources()):
+                yield match
+
+
 def match_tensors(tensors, model, family, label):
-    """The entries of the .tfm file, in its order. Every tensor is used once, and none is missing."""
+    """The entries of the .tfm file, in its order. Every tensor is used, and none is missing."""
     layout = find_layout(tensors, model, family)
-    biases = model.biases
-    if biases is None:
-        biases = any(source + ".bias" in tensors for rule, _, source, _ in expand(family.rules, model)
-                     if rule.has_bias)
-    entries, missing, unused = [], [], dict(tensors)
-    for rule, target, source, stack in expand(family.rules, model):
-        shape = rule_shape(rule, model, stack)
-        parts = [("weight", shape, layout if rule.is_matrix else "rows")]
-        if rule.has_bias and biases:
-            parts.append(("bias", shape[:1], "rows"))
-        for part, shape, part_layout in parts:
-            tensor = unused.pop("%s.%s" % (source, part), None)
-            if tensor is None:
-                missing.append("%s.%s" % (source, part))
-            else:
-                entries.append(Entry("%s.%s" % (target, part), tensor, shape, part_layout))
+    matches = list(find_matches(tensors, model, family))
+    used, missing = set(), {}
+    for match in matches:
+        used.update(match.sources())
+        if match.kind == "weight" or model.switches.get(match.rule.bias):
+            missing.update((name, None) for name in match.sources() if name not in tensors)
     if missing:
-        raise ConvertError("%s: lacks tensors that the configuration asks for: %s" % (label, listing(missing)))
+        raise ConvertError("%s: lacks tensors that the configuration asks for: %s" % (label, listing(list(missing))))
+    unused = [tensor.name for name, tensor in tensors.items() if name not in used]
     if unused:
         raise ConvertError("%s: has tensors that are no part of the %s that the configuration describes: %s"
-                           % (label, family.title, listing([tensor.name for tensor in unused.values()])))
-    for entry in entries:
-        check_entry(entry)
-    return entries
+                           % (label, family.title, listing(unused)))
+    return [entry for match in matches for entry in make_entries(match, tensors, model, layout)]
 
 
-def check_entry(entry):
-    tensor = entry.tensor
-    expected = entry.shape if entry.layout == "rows" else entry.shape[::-1]
+def make_entries(match, tensors, model, layout):
+    """The entry of a match, its sources checked; several where the checkpoint quantized its rows in different ways."""
+    rule, stack = match.rule, match.stack
+    name = "%s.%s" % (rule.target.format(match.layer), match.kind)
+    layout = layout if rule.is_matrix and match.kind == "weight" else "rows"
+    shape = rule_shape(rule, model, stack)
+    columns = shape[1:] if match.kind == "weight" else ()
+    pieces: List[Any] = []
+    for part, source in zip(match.parts, match.sources()):
+        rows = size_of(part.rows, model, stack)
+        tensor = tensors.get(source)
+        if tensor is None:
+            pieces.append(Zeros(None, (rows,)))
+        else:
+            groups = size_of(part.groups, model, stack)
+            check_source(tensor, (rows * part.of,) + columns, layout)
+            pieces += [tensor] if part.of == 1 else part_rows(tensor, part, rows // groups, groups)
+    runs = [list(run) for _, run in itertools.groupby(pieces, lambda piece: piece.dtype in BLOCK_TYPES and piece.dtype)]
+    if len(runs) == 1:
+        return [make_entry(name, runs[0], shape[:1] + columns, layout)]
+    return [make_entry("%s#%d" % (name, i), run, (sum(piece.shape[0] for piece in run),) + columns, layout)
+            for i, run in enumerate(runs)]
+
+
+def make_entry(name, pieces, shape, layout):
+    """The rows of the pieces under one name, in the narrowest type that holds them all."""
+    dtypes = {stored_dtype(piece.dtype) for piece in pieces if piece.dtype}
+    dtype = dtypes.pop() if len(dtypes) == 1 else "F32"
+    pieces = [Zeros(dtype, piece.shape) if piece.dtype is None else piece for piece in pieces]
+    return Entry(name, pieces, shape, layout, dtype)
+
+
+def part_rows(tensor, part, size, groups):
+    return [tensor.rows((group * part.of + part.index) * size, size) for group in range(groups)]
+
+
+def check_source(tensor, shape, layout):
+    expected = shape if layout == "rows" else shape[::-1]
     if tensor.shape != expected:
         raise ConvertError("%s has the shape %s where the configuration asks for %s"
                            % (tensor, quote(list(tensor.shape)), list(expected)))
-    if tensor.dtype not in SOURCE_DTYPES:
+    if tensor.dtype not in SOURCE_DTYPES and (tensor.dtype not in BLOCK_TYPES or len(shape) < 2):
         raise ConvertError("%s has the type %s; integer and quantized checkpoints can't be converted, only %s"
                            % (tensor, tensor.dtype, ", ".join(SOURCE_DTYPES)))
 
@@ -2138,7 +3458,7 @@ def default_special_tokens(source, bpe, family, names, vocab_size):
     kind = names.text("tokenizer_class", "") or usual_class(source, bpe, family)
     kind = kind[:-4] if kind.endswith("Fast") else kind
     roles = CLASS_TOKENS.get(kind, {})
-    if kind and kind == family.tokenizer_class:
+    if family.special_token and kind == family.tokenizer_class:
         roles = dict.fromkeys(("bos_token", "eos_token", "unk_token"), family.special_token)
     # A vocabulary of its own, without such a token, would get it as an id that the model hasn't.
     return [(key, text, ADDED_FLAGS["special"] | (ADDED_FLAGS["lstrip"] if text == "<mask>" else 0))
@@ -2167,6 +3487,63 @@ def parse_id(text, where):
     return int(text)
 
 
+# --- the tokenizer of a .gguf file ---
+
+# What llama.cpp calls the pre-tokenizers that split by the pattern of GPT-2.
+GGUF_PATTERNS = {"gpt-2": "gpt2", "phi-2": "gpt2", "mpt": "gpt2", "olmo": "gpt2", "jais": "gpt2"}
+GGUF_CONTROL, GGUF_USER_DEFINED, GGUF_UNUSED = 3, 4, 5
+
+
+def read_gguf_tokenizer(config, notes, vocab_size):
+    """The tokenizer in a .gguf file's metadata, or None."""
+    kind = config.text("tokenizer.ggml.model", "no_vocab")
+    if kind != "gpt2":
+        notes.append("warning: converted without a tokenizer: %s" % (
+            "there is none in the file" if kind == "no_vocab" else "its kind, %s, is not supported yet" % quote(kind)))
+        return None
+    pattern = config.text("tokenizer.ggml.pre", "gpt-2")
+    if pattern not in GGUF_PATTERNS:
+        notes.append("warning: converted without a tokenizer: its pre-tokenizer, %s, is not supported yet"
+                     % quote(pattern))
+        return None
+    bpe = gguf_bpe(config)
+    bpe.check_ids(vocab_size)
+    return bpe
+
+
+def gguf_bpe(config):
+    tokens, types = gguf_tokens(config)
+    merges = [parse_merge(merge, "%s: merge %d" % (config.where, i))
+              for i, merge in enumerate(config.texts("tokenizer.ggml.merges"))]
+    own = (GGUF_CONTROL, GGUF_USER_DEFINED, GGUF_UNUSED)
+    bpe = Bpe(config.where, {text: i for i, text in enumerate(tokens) if types[i] not in own}, merges)
+    add_gguf_tokens(config, bpe, tokens, types)
+    return bpe
+
+
+def gguf_tokens(config):
+    tokens = config.texts("tokenizer.ggml.tokens")
+    types = config.list("tokenizer.ggml.token_type", [1] * len(tokens))
+    if len(types) != len(tokens) or not all(type(kind) is int for kind in types):
+        raise ConvertError("%s: 'tokenizer.ggml.token_type' should have a type for each of %d tokens"
+                           % (config.where, len(tokens)))
+    return tokens, types
+
+
+def add_gguf_tokens(config, bpe, tokens, types):
+    """The tokens that are found in a text before the algorithm sees it, roles, and what stands around a text."""
+    for number, (text, kind) in enumerate(zip(tokens, types)):
+        if kind in (GGUF_CONTROL, GGUF_USER_DEFINED):
+            bpe.add(text, ADDED_FLAGS["special"] if kind == GGUF_CONTROL else 0, number)
+    for role, key in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding"), ("mask", "mask")):
+        number = config.integer("tokenizer.ggml.%s_token_id" % key, -1)
+        if 0 <= number < len(tokens):
+            bpe.named[role + "_token"] = number
+    for role, default, affix in (("bos", False, bpe.prefix_ids), ("eos", False, bpe.suffix_ids)):
+        if config.flag("tokenizer.ggml.add_%s_token" % role, default) and role + "_token" in bpe.named:
+            affix.append(bpe.named[role + "_token"])
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Writing .tfm: header, metadata, tensor directory, tensors. All numbers are little-endian.
 # ---------------------------------------------------------------------------------------------------------------------
@@ -2175,7 +3552,9 @@ MAGIC = b"TFMH\r\n\x1a\n"
 VERSION = 1
 HEADER_SIZE = 64
 ALIGNMENT = 64  # of every tensor
-TARGET_DTYPES = {"F32": 1, "F16": 2, "BF16": 3, "F64": 1}  # checkpoint's type: code of the type that is written
+TARGET_DTYPES = {"F32": 1, "F16": 2, "BF16": 3}
+# Blocks are copied as they are; their code is 16 and GGUF's own.
+TARGET_DTYPES.update({"Q4_0": 18, "Q4_1": 19, "Q5_0": 22, "Q5_1": 23, "Q8_0": 24, "Q4_K": 28, "Q5_K": 29, "Q6_K": 30})
 LAYOUTS = {"rows": 0, "cols": 1}
 
 
@@ -2199,8 +3578,8 @@ class Metadata:
     def bytes(self, key, value):
         self.put(key, self.BYTES, value)
 
-    def i64(self, key, value):
-        self.put(key, self.I64, struct.pack("<q", value))
+    def i64(self, key, *values):
+        self.put(key, self.I64, struct.pack("<%dq" % len(values), *values))
 
     def f64(self, key, values):
         self.put(key, self.F64, struct.pack("<%dd" % len(values), *values))
@@ -2211,24 +3590,33 @@ class Metadata:
     def f32(self, key, values):
         self.put(key, self.F32, struct.pack("<%df" % len(values), *values))
 
+    def value(self, key, value):
+        """By the type of the value; None is left out."""
+        if isinstance(value, str):
+            self.text(key, value)
+        elif isinstance(value, int):  # flags, too
+            self.i64(key, value)
+        elif isinstance(value, float):
+            self.f64(key, [value])
+        elif isinstance(value, array.array):
+            self.f32(key, value)
+        elif value is not None:
+            if isinstance(value[0], int):
+                self.i64(key, *value)
+            else:
+                self.f64(key, value)
+
     def pack(self):
         return b"".join(self.entries)
 
 
 def put_model(metadata, model):
     metadata.text("model.kind", model.kind)
-    metadata.i64("vocab_size", model.vocab_size)
-    metadata.i64("d_model", model.d_model)
-    metadata.text("head", model.head)
+    for key in MODEL_KEYS:
+        metadata.value(key, getattr(model, key))
     for prefix, stack in model.stacks.items():
         for field in dataclasses.fields(stack):
-            key, value = "%s.%s" % (prefix, field.name), getattr(stack, field.name)
-            if isinstance(value, str):
-                metadata.text(key, value)
-            elif isinstance(value, int):  # flags, too
-                metadata.i64(key, value)
-            else:
-                metadata.f64(key, value if isinstance(value, list) else [value])
+            metadata.value("%s.%s" % (prefix, field.name), getattr(stack, field.name))
 
 
 def put_sentencepiece(metadata, pieces):
@@ -2359,6 +3747,12 @@ def end_ids(source, config, bpe, vocab_size):
     return [number for number in ids if number not in outside]
 
 
+def gguf_end_ids(config, vocab_size):
+    """The ids that a .gguf file's metadata calls the end: of a text, of a turn, of a message."""
+    ids = [config.integer("tokenizer.ggml.%s_token_id" % name, -1) for name in ("eos", "eot", "eom")]
+    return [number for number in dict.fromkeys(ids) if 0 <= number < vocab_size]
+
+
 class Piece(NamedTuple):
     """An entry with its place in the file."""
     entry: Entry
@@ -2371,7 +3765,7 @@ def place(entries, start):
     pieces = []
     for entry in entries:
         start += -start % ALIGNMENT
-        size = entry.tensor.count * min(entry.tensor.itemsize, 4)  # f64 is written as f32
+        size = stored_size(entry.dtype, entry.count)
         pieces.append(Piece(entry, start, size))
         start += size
     return pieces
@@ -2382,7 +3776,7 @@ def pack_directory(pieces, checksums):
     for (entry, offset, size), checksum in zip(pieces, checksums):
         name = entry.name.encode()
         shape = list(entry.shape) + [1] * (4 - len(entry.shape))
-        packed.append(struct.pack("<4I4QQQII", len(name), TARGET_DTYPES[entry.tensor.dtype], LAYOUTS[entry.layout],
+        packed.append(struct.pack("<4I4QQQII", len(name), TARGET_DTYPES[entry.dtype], LAYOUTS[entry.layout],
                                   len(entry.shape), *shape, offset, size, checksum, 0) + padded(name))
     return b"".join(packed)
 
@@ -2413,16 +3807,17 @@ def write_tensor(file, piece, progress):
     """Copies a tensor's data and returns its checksum."""
     file.seek(piece.offset)
     checksum = 0
-    for chunk in piece.entry.tensor.chunks():
-        if piece.entry.tensor.dtype == "F64":
-            chunk = narrowed(chunk)
-        file.write(chunk)
-        checksum = zlib.crc32(chunk, checksum)
-        progress.add(len(chunk))
+    for part in piece.entry.parts:
+        for chunk in part.chunks():
+            if part.dtype != piece.entry.dtype:
+                chunk = TO_F32[part.dtype](chunk)
+            file.write(chunk)
+            checksum = zlib.crc32(chunk, checksum)
+            progress.add(len(chunk))
     return checksum
 
 
-def narrowed(chunk):
+def f32_of_f64(chunk):
     """Little-endian f64 as f32, rounded to nearest."""
     wide = array.array("d", bytes(chunk))
     if sys.byteorder == "big":
@@ -2431,6 +3826,21 @@ def narrowed(chunk):
     if sys.byteorder == "big":
         narrow.byteswap()
     return memoryview(narrow).cast("B")
+
+
+def f32_of_f16(chunk):
+    count = len(chunk) // 2
+    return struct.pack("<%df" % count, *struct.unpack("<%de" % count, chunk))
+
+
+def f32_of_bf16(chunk):
+    """The upper half of an f32."""
+    wide = bytearray(2 * len(chunk))
+    wide[2::4], wide[3::4] = chunk[::2], chunk[1::2]
+    return wide
+
+
+TO_F32 = {"F64": f32_of_f64, "F16": f32_of_f16, "BF16": f32_of_bf16}
 
 
 @contextlib.contextmanager
@@ -2490,24 +3900,46 @@ def read_config(source, path, arguments):
     return Fields(values, parts[-1].where)
 
 
+def gguf_settings(checkpoint, args):
+    """(configuration, family's name, family) of a .gguf file, which says everything itself."""
+    if args.arch is not None or args.config is not None:
+        raise UsageError("a .gguf file has its configuration in itself; --arch and --config are for others")
+    family = gguf_family(checkpoint.gguf)
+    return checkpoint.gguf, family.title, family
+
+
+def find_tokenizer(source, checkpoint, family, model):
+    if checkpoint.gguf is not None:
+        return read_gguf_tokenizer(checkpoint.gguf, source.notes, model.vocab_size)
+    return read_tokenizer(source, family, model.vocab_size) if model.vocab_size else None
+
+
 def convert(args):
     """Converts, and returns the notes and the closing line."""
     started = time.monotonic()
     source = Source(args.checkpoint)
     out = os.path.realpath(args.out)
     check_output(out, args.out)
+    pooling = read_modules(source)
     # A directory's configuration can refuse it before its weights are read; nanoGPT's comes with the weights.
     checkpoint = None if source.is_directory else read_checkpoint(source)
-    config = read_config(source, args.config, checkpoint and checkpoint.arguments)
-    name = choose_family(args.arch, config, checkpoint and checkpoint.arguments)
-    family = FAMILIES[name]
-    model = family.describe(config, family)
+    if checkpoint is not None and checkpoint.gguf is not None:
+        config, name, family = gguf_settings(checkpoint, args)
+    else:
+        config = read_config(source, args.config, checkpoint and checkpoint.arguments)
+        name = choose_family(args.arch, config, checkpoint and checkpoint.arguments)
+        family = FAMILIES[name]
     checkpoint = checkpoint or read_checkpoint(source)
 
     tensors = drop_unused(plain_names(checkpoint.tensors, family), family, source.notes)
+    if family.prepare is not None:
+        tensors = family.prepare(family, tensors, config, source.notes)
+    model = family.describe(config, family, tensors)
+    if pooling is not None:
+        put_pooling(model, pooling)
     settle_head(tensors, model, family, source.notes)
     entries = match_tensors(tensors, model, family, source.path)
-    bpe = read_tokenizer(source, family, model.vocab_size)
+    bpe = find_tokenizer(source, checkpoint, family, model)
 
     metadata = Metadata()
     metadata.text("model.name", source.name())
@@ -2516,14 +3948,18 @@ def convert(args):
     put_model(metadata, model)
     if bpe is not None:
         put_tokenizer(metadata, bpe)
-    ids = end_ids(source, config, bpe, model.vocab_size)
+    if checkpoint.gguf is not None:
+        ids = gguf_end_ids(config, model.vocab_size)
+    else:
+        ids = end_ids(source, config, bpe, model.vocab_size)
     if ids:
         metadata.i32("generation.eos_ids", ids)
+    metadata.value("generation.start_id", model.start_id)
 
     check_not_input(source, out, args.out)
     size = write_tfm(out, metadata.pack(), entries)
     return source.notes + ["%s: %d parameters, %d bytes, %.2f seconds" % (
-        args.out, sum(entry.tensor.count for entry in entries), size, time.monotonic() - started)]
+        args.out, sum(entry.count for entry in entries), size, time.monotonic() - started)]
 
 
 def check_output(out, name):

@@ -487,14 +487,14 @@ static int decode_line(const tfm_model *model, const char *text, size_t size, in
     int32_t *ids = read_ids(text, size, &n);
     char *bytes = NULL;
     int status = ids == NULL;
-    if (!status && tfm_detokenize(model, ids, n, NULL, 0, &n_bytes, &error) != TFM_OK)
+    if (!status && tfm_decode(model, ids, n, NULL, 0, &n_bytes, &error) != TFM_OK)
         status = fail(error.message);
     if (!status) {
         room = n_bytes;
         bytes = (char *)malloc(room + 1);
         status = bytes ? 0 : fail("out of memory");
     }
-    if (!status && tfm_detokenize(model, ids, n, bytes, room, &n_bytes, &error) != TFM_OK)
+    if (!status && tfm_decode(model, ids, n, bytes, room, &n_bytes, &error) != TFM_OK)
         status = fail(error.message);
     if (!status) {
         fwrite(bytes, 1, n_bytes, stdout);
