@@ -3282,6 +3282,8 @@ def read_sentencepiece_json(source, root):
 
 
 def parse_unigram(model, pieces):
+    if model.integer("unk_id", None) is None:
+        raise ConvertError("%s: a Unigram model without 'unk_id' is not supported" % model.where)
     pieces.unk_id = model.integer("unk_id")
     for i, item in enumerate(model.list("vocab")):
         if not (isinstance(item, list) and len(item) == 2 and isinstance(item[0], str) and item[0]
