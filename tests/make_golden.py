@@ -1,9 +1,10 @@
 #!/usr/bin/env python3
 """Writes tests/golden/: inputs, weights and expected outputs from PyTorch and transformers, for the C tests.
 
-usage: tests/make_golden.py [--check] [--demo CHECKPOINT] [layers] [models] [tokenizer] [wordpiece] [sampling]
+usage: tests/make_golden.py [--check] [--demo CHECKPOINT] [layers] [models] [tokenizer] [wordpiece]
+                            [sentencepiece] [sampling]
 
-Needs torch and transformers. Everything is seeded: the same versions write the same files. --check writes nothing: it
+Needs torch, transformers, sentencepiece and protobuf. Everything is seeded: the same versions write the same files. --check writes nothing: it
 says whether the files are what would be written, but for the last bits of random numbers, which other CPUs compute
 otherwise. Expected values are computed
 in float64 from weights and inputs that are exact in float32, so that they are what PyTorch means and not how it rounds.
@@ -15,6 +16,7 @@ The files are .tfm files (see tfm.h): arrays by name. So the tests read them wit
 """
 
 import argparse
+import io
 import itertools
 import math
 import os
@@ -24,11 +26,14 @@ import subprocess
 import sys
 import tempfile
 import types
+import unicodedata
 import zlib
 
+import sentencepiece
 import tokenizers
 import torch
 import transformers
+from sentencepiece import sentencepiece_model_pb2 as sentencepiece_model
 from torch import nn
 
 TESTS = os.path.dirname(os.path.abspath(__file__))
@@ -695,6 +700,142 @@ def write_wordpiece(directory):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# SentencePiece: small models, as small .tfm files, and the ids of texts
+# ---------------------------------------------------------------------------------------------------------------------
+
+# What sentencepiece's rule nmt_nfkc does to a few characters; its whole table is larger than all of these files.
+COMPATIBLE = "\u00a0\u00aa\u00bd\u0132\u017f\u2026\u2102\u2460\u2167\u3000\u3042\u3304\uf900\ufb01\ufdfa\uff21\uff41\uff76"
+COMPOSED = ("e\u0301", "e\u0323", "e\u0323\u0302", "\uff76\uff9e", "\u1112\u1161", "\u1112\u1161\u11ab")
+
+
+def charsmap_rules(path):
+    rules = [(char, unicodedata.normalize("NFKC", char)) for char in itertools.chain(COMPATIBLE, COMPOSED)]
+    rules += [(char, " ") for char in "\t\n\r"] + [("\r\n", " ")] + [(chr(code), "") for code in (1, 2, 0xad, 0x200b)]
+    with open(path, "w", encoding="utf-8") as file:
+        for before, after in ((before, after) for before, after in rules if before != after):
+            file.write(" ".join("%X" % ord(c) for c in before) + "\t" + " ".join("%X" % ord(c) for c in after) + "\n")
+
+
+def training_lines():
+    """Lines of small words in a few scripts, the same everywhere."""
+    generator = random.Random(5)
+    alphabets = ["abcdeilnorstu", "abcdeilnorstu", "\u03b1\u03b2\u03b3\u03b4", "\u0430\u0431\u0432\u0433", "\u4e2d\u6587\u5b57", "0123"]
+    words = ["".join(generator.choices(alphabet, k=generator.randrange(1, 6))) for alphabet in alphabets for _ in range(40)]
+    return [" ".join(generator.choices(words, k=12)) + generator.choice(".,!?") for _ in range(1500)]
+
+
+def train_pieces(folder, **options):
+    model = io.BytesIO()
+    rules = os.path.join(folder, "rules.tsv")
+    charsmap_rules(rules)
+    if options.pop("rules", False):
+        options["normalization_rule_tsv"] = rules
+    else:
+        options["normalization_rule_name"] = "identity"
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(training_lines()), model_writer=model, minloglevel=2, num_threads=1,
+        hard_vocab_limit=False, **options)
+    return sentencepiece_model.ModelProto.FromString(model.getvalue())
+
+
+def golden_pieces(folder):
+    """(name, ModelProto) pairs."""
+    unigram = train_pieces(folder, model_type="unigram", vocab_size=300, rules=True, user_defined_symbols=["<user>", "\ufb01"])
+    yield "unigram", unigram
+    yield "unigram_bytes", train_pieces(folder, model_type="unigram", vocab_size=420, byte_fallback=True,
+                                        remove_extra_whitespaces=False, split_by_whitespace=False)
+    bpe = train_pieces(folder, model_type="bpe", vocab_size=300, rules=True)
+    for piece in [piece for piece in bpe.pieces if piece.type == 1 and len(piece.piece) == 3][::4]:
+        piece.type = 5  # unused
+    yield "bpe", bpe
+    yield "bpe_bytes", train_pieces(folder, model_type="bpe", vocab_size=420, byte_fallback=True,
+                                    remove_extra_whitespaces=False, user_defined_symbols=["\u2581\u2581", "<user>"])
+
+
+def golden_jsons(models):
+    """(name, tokenizers.Tokenizer) pairs, in the forms of T5 and of LLaMA."""
+    unigram, bpe = models["unigram"], models["bpe_bytes"]
+    t5 = tokenizers.Tokenizer(tokenizers.models.Unigram([(p.piece, p.score) for p in unigram.pieces], unk_id=0))
+    t5.normalizer = tokenizers.normalizers.Sequence([
+        tokenizers.normalizers.Precompiled(unigram.normalizer_spec.precompiled_charsmap),
+        tokenizers.normalizers.Strip(left=False, right=True),
+        tokenizers.normalizers.Replace(tokenizers.Regex(" {2,}"), "\u2581")])
+    t5.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace()
+    t5.decoder = tokenizers.decoders.Metaspace()
+    yield "t5", t5
+    vocab = {piece.piece: i for i, piece in enumerate(bpe.pieces)}
+    merges = [(text[:i], text[i:]) for text in sorted(vocab, key=lambda text: -bpe.pieces[vocab[text]].score)
+              for i in range(1, len(text)) if bpe.pieces[vocab[text]].type == 1 and text[:i] in vocab and text[i:] in vocab]
+    llama = tokenizers.Tokenizer(tokenizers.models.BPE(vocab, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
+    llama.normalizer = tokenizers.normalizers.Sequence([tokenizers.normalizers.Prepend("\u2581"),
+                                                        tokenizers.normalizers.Replace(" ", "\u2581")])
+    llama.decoder = tokenizers.decoders.Sequence([
+        tokenizers.decoders.Replace("\u2581", " "), tokenizers.decoders.ByteFallback(), tokenizers.decoders.Fuse(),
+        tokenizers.decoders.Strip(content=" ", left=1)])
+    yield "llama", llama
+
+
+def pieces_texts():
+    generator = random.Random(6)
+    lines = training_lines()
+    parts = [*COMPATIBLE, *COMPOSED, *"\t\r\x01\xad\u200b\u2581\u0301\u0302", "\u2581\u2581", " ", "  ", "   ", "<user>", "<s>",
+             "</s>", "<unk>", "<0x41>", "\ufb01\u0301", "\uff41\u0302", "\u1112\u1161\u11ab", "\r\n", "\U0001f600", "\u0915\u094d\u0915"]
+    texts = ["", " ", "  ", "a", " a", "a ", " a  b ", "\u2581", "\u3000", "\u200b"] + nasty_texts(7, 60)[:60]
+    texts += ["a" * 2000, " " * 500, "\u2581a" * 300, "\u4e2d" * 300, "\U0001f600" * 100, "in " * 300]
+    for i in range(100):
+        words = generator.choice(lines).split()[: generator.randrange(1, 9)]
+        texts.append("".join(word + generator.choice(["", " ", " ", "  "]) + (generator.choice(parts) if i % 2 else "")
+                             for word in words))
+    return texts
+
+
+def small_checkpoint(folder, vocab_size, name, content):
+    """The smallest GPT-2 with so many tokens, with a tokenizer's file beside it."""
+    torch.manual_seed(0)
+    config = transformers.GPT2Config(vocab_size=vocab_size, n_positions=8, n_embd=4, n_layer=1, n_head=1)
+    transformers.GPT2LMHeadModel(config).half().save_pretrained(folder)
+    with open(os.path.join(folder, name), "wb") as file:
+        file.write(content)
+    with open(os.path.join(folder, "tokenizer_config.json"), "w") as file:
+        file.write('{"tokenizer_class": "LlamaTokenizer", "add_bos_token": false}')
+
+
+def put_pieces(out, name, ids, decoded):
+    """The ids of the texts, and what they decode to; None where that is not the same everywhere."""
+    put_ids(out, name, ids)
+    put_texts(out, name + ".decoded", ["" if text is None else text for text in decoded])
+    out.ints(name + ".decodes", [text is not None for text in decoded])
+
+
+def definite(text):
+    """The decoded text, or None if it has what stands for something else, or is too long to be kept."""
+    return None if "\ufffd" in text or "\u2047" in text or len(text) > 100 else text
+
+
+def write_sentencepiece(directory):
+    out = Arrays()
+    texts = pieces_texts()
+    put_texts(out, "texts", texts)
+    with tempfile.TemporaryDirectory() as folder:
+        models = dict(golden_pieces(folder))
+        for name, model in models.items():
+            processor = sentencepiece.SentencePieceProcessor(model_proto=model.SerializeToString())
+            ids = processor.encode(texts)
+            put_pieces(out, name, ids, [definite(processor.decode(part)) for part in ids])
+            checkpoint = os.path.join(folder, name)
+            small_checkpoint(checkpoint, len(model.pieces), "tokenizer.model", model.SerializeToString())
+            convert(checkpoint, os.path.join(directory, "pieces_%s.tfm" % name))
+        for name, tokenizer in golden_jsons(models):
+            ids = [encoding.ids for encoding in tokenizer.encode_batch(texts, add_special_tokens=False)]
+            put_pieces(out, name, ids, [definite(tokenizer.decode(part, skip_special_tokens=False)) for part in ids])
+            checkpoint = os.path.join(folder, name)
+            small_checkpoint(checkpoint, tokenizer.get_vocab_size(), "tokenizer.json", tokenizer.to_str().encode())
+            convert(checkpoint, os.path.join(directory, "pieces_%s.tfm" % name))
+    out.floats("version", torch.tensor([1.0]))
+    out.write(os.path.join(directory, "sentencepiece.tfm"))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Sampling
 # ---------------------------------------------------------------------------------------------------------------------
 
@@ -819,14 +960,14 @@ def check(writers, groups):
 
 def main():
     parser = argparse.ArgumentParser(description="Writes the golden files of the C tests.")
-    parser.add_argument("groups", nargs="*", help="layers, models, tokenizer, wordpiece, sampling; all of them by default")
+    parser.add_argument("groups", nargs="*", help="layers, models, tokenizer, wordpiece, sentencepiece, sampling; all of them by default")
     parser.add_argument("--check", action="store_true", help="compare with the files that are there; write nothing")
     parser.add_argument("--demo", default=os.path.join(ROOT, "..", "shared", "demo-gpt2"),
                         help="the demo model's checkpoint (default: %(default)s)")
     arguments = parser.parse_args()
     writers = {"layers": write_layers, "models": write_models,
                "tokenizer": lambda directory: write_tokenizer(directory, arguments.demo), "sampling": write_sampling,
-               "wordpiece": write_wordpiece}
+               "wordpiece": write_wordpiece, "sentencepiece": write_sentencepiece}
     groups = arguments.groups or list(writers)
     for group in groups:
         if group not in writers:

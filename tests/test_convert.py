@@ -37,6 +37,7 @@ import sentencepiece
 import tokenizers
 import torch
 import transformers
+from sentencepiece import sentencepiece_model_pb2 as sentencepiece_pb2
 from torch import nn
 from torch.nn import functional
 
@@ -1215,6 +1216,145 @@ def merges_of(converter, tokenizer):
     save_vocab_and_merges(tokenizer, folder)
     with open(os.path.join(folder, "merges.txt"), "rb") as file:
         return file.read().split(b"\n")
+
+
+def sentencepiece_model(kind="unigram", pieces=(), **options):
+    """A model of a few pieces, (text, score, type), as sentencepiece writes it."""
+    model = sentencepiece_pb2.ModelProto()
+    model.trainer_spec.model_type = dict(unigram=1, bpe=2, word=3)[kind]
+    model.trainer_spec.byte_fallback = any(piece[2] == 6 for piece in pieces)
+    model.normalizer_spec.precompiled_charsmap = b""
+    for key, value in options.items():
+        setattr(model.trainer_spec if hasattr(model.trainer_spec, key) else model.normalizer_spec, key, value)
+    for text, score, piece_type in pieces:
+        model.pieces.add(piece=text, score=score, type=piece_type)
+    return model
+
+
+T5_PIECES = [("<pad>", 0, 3), ("</s>", 0, 3), ("<unk>", 0, 2), ("\u2581", -2, 1), ("a", -3, 1), ("b", -3, 1), ("ab", -4, 1)]
+LLAMA_PIECES = [("<unk>", 0, 2), ("<s>", 0, 3), ("</s>", 0, 3), *(("<0x%02X>" % i, 0, 6) for i in range(256)),
+                ("ab", -1, 1), ("\u2581", -2, 1), ("a", -3, 1), ("b", -4, 1), ("<user>", 0, 4)]
+XLMR_PIECES = [("<unk>", 0, 2), ("<s>", 0, 3), ("</s>", 0, 3), ("\u2581", -2, 1), ("a", -3, 1), ("b", -3, 1)]
+
+
+def pieces_of(file):
+    data, at, found = file.metadata["tokenizer.tokens"], 0, []
+    for size in file.metadata["tokenizer.token_sizes"]:
+        found.append(data[at:at + size].decode())
+        at += size
+    return found
+
+
+def sentencepiece_folder(converter, name, model, **config):
+    folder = tokenizer_folder(converter, hf_model(vocab_size=512))
+    data = model if isinstance(model, bytes) else model.SerializeToString()
+    write(os.path.join(folder, name), data)
+    if config:
+        write_json(os.path.join(folder, "tokenizer_config.json"), config)
+    return folder
+
+
+def test_sentencepiece(converter, _):
+    file = converter.convert("T5", sentencepiece_folder(converter, "spiece.model", sentencepiece_model(pieces=T5_PIECES,
+                                                        eos_id=1, bos_id=-1, unk_id=2)))
+    if file:
+        texts = [text for text, _, _ in T5_PIECES]
+        check_equal(pieces_of(file), texts + ["<extra_id_%d>" % i for i in range(99, -1, -1)], "T5: tokens")
+        check_equal(file["tokenizer.kind"], "unigram", "T5: kind")
+        check_equal(file.metadata["tokenizer.suffix_ids"], [1], "T5: end")
+        check("tokenizer.prefix_ids" not in file.metadata, "T5: nothing in front")
+        check_equal(file.metadata["tokenizer.types"], [3, 3, 2, 1, 1, 1, 1] + [0] * 100, "T5: types")
+        check_equal(file.metadata["tokenizer.sorted"], [4, 6, 5, 3], "T5: sorted")
+        check_equal(dict(zip(*[iter(file.metadata["tokenizer.added"])] * 2))[106], 1, "T5: <extra_id_0>")
+    llama = sentencepiece_model("bpe", LLAMA_PIECES, remove_extra_whitespaces=False, unk_id=0)
+    for name, config, prefix in (("LLaMA", {}, [1]), ("Gemma", dict(tokenizer_class="GemmaTokenizer"), [1]),
+                                 ("no <s>", dict(tokenizer_class="LlamaTokenizer", add_bos_token=False), [])):
+        file = converter.convert(name, sentencepiece_folder(converter, "tokenizer.model", llama, **config))
+        if file:
+            check_equal(file.metadata.get("tokenizer.prefix_ids", []), prefix, name + ": in front")
+            check_equal(file["tokenizer.kind"], "spm_bpe", name + ": kind")
+            check_equal([file[key] for key in ("tokenizer.byte_fallback", "tokenizer.add_dummy_prefix",
+                                               "tokenizer.remove_extra_whitespaces", "tokenizer.decode_lead")],
+                        [1, 1, 0, 1], name + ": rules")
+    xlmr = sentencepiece_model(pieces=XLMR_PIECES)
+    file = converter.convert("XLM-R", sentencepiece_folder(converter, "sentencepiece.bpe.model", xlmr))
+    if file:
+        check_equal(pieces_of(file), ["<s>", "<pad>", "</s>", "<unk>", "\u2581", "a", "b", "<mask>"], "XLM-R: tokens")
+        check_equal((file.metadata["tokenizer.prefix_ids"], file.metadata["tokenizer.suffix_ids"], file["tokenizer.mask_id"],
+                     file["tokenizer.unk_id"]), ([0], [2], 7, 3), "XLM-R: special tokens")
+        check_equal(dict(zip(*[iter(file.metadata["tokenizer.added"])] * 2))[7], 3, "XLM-R: <mask>")
+    for what, model, says in (
+            ("a piece twice", sentencepiece_model(pieces=T5_PIECES + [("a", 0, 1)]), ("'a'", "twice")),
+            ("no unknown piece", sentencepiece_model(pieces=T5_PIECES[:2]), ("unknown",)),
+            ("a word model", sentencepiece_model("word", T5_PIECES), ("type 3",)),
+            ("NaN", sentencepiece_model(pieces=T5_PIECES + [("x", math.nan, 1)]), ("piece 7", "nan")),
+            ("missing bytes", sentencepiece_model("bpe", LLAMA_PIECES[:100] + LLAMA_PIECES[101:]), ("<0x61>",)),
+            ("a control character", sentencepiece_model(pieces=T5_PIECES + [("x", 0, 3)]), ("'x'", "single character"))):
+        converter.refuse(what, sentencepiece_folder(converter, "spiece.model", model), says=says)
+    converter.refuse("ALBERT", sentencepiece_folder(converter, "spiece.model", sentencepiece_model(pieces=T5_PIECES),
+                                                    tokenizer_class="AlbertTokenizer"), says=("AlbertTokenizer",))
+
+
+def test_damaged_sentencepiece(converter, _):
+    """Whatever the bytes are: converted, or one sentence."""
+    data = sentencepiece_model(pieces=T5_PIECES, eos_id=1, bos_id=-1, unk_id=2).SerializeToString()
+    folder = sentencepiece_folder(converter, "spiece.model", data)
+    path = os.path.join(folder, "spiece.model")
+    for i in range(0, len(data), 7):
+        write(path, data[:i])
+        check_damaged(converter, folder, "spiece.model of %d bytes" % i, may_pass=True)
+    for i in range(40):
+        damaged = bytearray(data)
+        for _ in range(random.randrange(1, 4)):
+            damaged[random.randrange(len(damaged))] = random.randrange(256)
+        write(path, bytes(damaged))
+        check_damaged(converter, folder, "spiece.model, damage %d: %s" % (i, damaged.hex()), may_pass=True)
+
+
+def test_sentencepiece_json(converter, _):
+    """Forms of tokenizer.json that are supported, and the part that is not."""
+    unigram = tokenizers.Tokenizer(tokenizers.models.Unigram([(text, float(score)) for text, score, _ in T5_PIECES], unk_id=2))
+    unigram.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace()
+    unigram.decoder = tokenizers.decoders.Metaspace()
+
+    def folder(change, with_model=False):
+        value = json.loads(unigram.to_str())
+        change(value)
+        path = tokenizer_folder(converter, hf_model(vocab_size=512))
+        write_json(os.path.join(path, "tokenizer.json"), value)
+        if with_model:
+            model = sentencepiece_model(pieces=T5_PIECES, eos_id=1, bos_id=-1, unk_id=2)
+            write(os.path.join(path, "spiece.model"), model.SerializeToString())
+        return path
+
+    file = converter.convert("unigram's tokenizer.json", folder(lambda value: None))
+    if file:
+        check_equal([file[key] for key in ("tokenizer.kind", "tokenizer.rules", "tokenizer.metaspace",
+                                           "tokenizer.split_words", "tokenizer.unk_id")],
+                    ["unigram", "tokenizers", 3, 1, 2], "unigram's tokenizer.json")
+
+    def lowercase(value):
+        value["normalizer"] = {"type": "Lowercase"}
+    converter.refuse("Lowercase", folder(lowercase), says=("Lowercase",))
+    file = converter.convert("spiece.model instead", folder(lowercase, with_model=True), says=("Lowercase", "spiece.model"))
+    file and check_equal(file["tokenizer.rules"], "sentencepiece", "spiece.model instead")
+
+    def digits(value):
+        value["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [
+            {"type": "Digits", "individual_digits": True}, value["pre_tokenizer"]]}
+    converter.refuse("Digits", folder(digits), says=("Digits",))
+
+    def charsmap(value):
+        value["normalizer"] = {"type": "Precompiled", "precompiled_charsmap": "?"}
+    converter.refuse("charsmap", folder(charsmap), says=("base64",))
+
+    def score(value):
+        value["model"]["vocab"][4][1] = "high"
+    converter.refuse("a score", folder(score), says=("piece 4",))
+
+    def unknown(value):
+        value["model"]["unk_id"] = 70
+    converter.refuse("unk_id", folder(unknown), says=("unk_id",))
 
 
 def test_tokenizer_beside_file(converter, _):

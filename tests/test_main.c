@@ -212,6 +212,7 @@ void test_kernels(void);
 void test_layers(void);
 void test_models(void);
 void test_tokenizer(void);
+void test_sentencepiece(void);
 void test_sampling(void);
 void test_file(void);
 void test_generate(void);
@@ -221,8 +222,15 @@ static const struct {
     const char *name;
     void (*run)(void);
 } groups[] = {
-    {"kernels", test_kernels},   {"layers", test_layers}, {"models", test_models},     {"tokenizer", test_tokenizer},
-    {"sampling", test_sampling}, {"file", test_file},     {"generate", test_generate}, {"memory", test_memory},
+    {"kernels", test_kernels},
+    {"layers", test_layers},
+    {"models", test_models},
+    {"tokenizer", test_tokenizer},
+    {"sentencepiece", test_sentencepiece},
+    {"sampling", test_sampling},
+    {"file", test_file},
+    {"generate", test_generate},
+    {"memory", test_memory},
 };
 
 #define N_GROUPS (sizeof groups / sizeof *groups)

@@ -3301,15 +3301,14 @@ def read_sentencepiece_json(source, root):
     for token in root.list("added_tokens", []):
         fields = Fields(token if isinstance(token, dict) else {}, path + ": 'added_tokens'")
         text, flags = fields.text("content"), added_flags(fields)
-        if flags & ADDED_FLAGS["normalized"] and (pieces.rules.get("prepend") or not text.isascii() or " " in text):
-            raise ConvertError("%s: the added token %s is 'normalized', which is not supported with this normalizer"
-                               % (path, quote(text)))
         pieces.add(text, flags, fields.integer("id"))
     read_post_processor(source, root, pieces)
     return pieces
 
 
 def parse_unigram(model, pieces):
+    if model.integer("unk_id", None) is None:
+        raise ConvertError("%s: a Unigram model without 'unk_id' is not supported" % model.where)
     pieces.unk_id = model.integer("unk_id")
     for i, item in enumerate(model.list("vocab")):
         if not (isinstance(item, list) and len(item) == 2 and isinstance(item[0], str) and item[0]
