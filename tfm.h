@@ -365,6 +365,7 @@ typedef struct tfm_span {
                         * NULL: the span is the whole sequence and nothing is kept. */
     const float *mask; /* [n_rows][tokens before + n_rows], added to every head's scores (-INFINITY: not seen), or NULL.
                         * A token that sees nothing at all gets zeros. */
+    int same_mask;     /* 1: mask is [tokens before + n_rows], the same for every token */
     const tfm_kv *memory; /* for a block with cross-attention: the keys and values of the encoder's tokens */
 } tfm_span;
 
@@ -640,8 +641,10 @@ TFM_API tfm_status tfm_eval(tfm_session *session, const tfm_chunk *chunks, size_
 /* A text for an encoder. */
 typedef struct tfm_text {
     const int32_t *tokens; /* [n_tokens] */
-    const int32_t *types;  /* [n_tokens], token types; NULL: all 0 */
     size_t n_tokens;       /* 1 to n_positions */
+    const int32_t *types;  /* [n_tokens], token types; NULL: all 0 */
+    const int32_t *mask;   /* [n_tokens]: 0: a token that no token sees, and that is not pooled; NULL: all are seen.
+                            * There is no need for padding; this is for texts with holes. */
 } tfm_text;
 
 /* Runs texts of any lengths through the encoder, packed one behind another without padding; each token attends within its
@@ -3555,7 +3558,7 @@ static const float *tfm__score_bias(const tfm__attention_job *job, const tfm__sp
     const float *mask = job->cross ? NULL : view->span->mask, *bias = job->cross ? NULL : job->pass->bias;
     size_t k;
     if (mask)
-        mask += (position - view->past) * view->n_keys + start;
+        mask += (view->span->same_mask ? 0 : (position - view->past) * view->n_keys) + start;
     if (bias)
         bias += head * (2 * job->pass->reach - 1) + job->pass->reach - 1 + start - position;
     if (!mask || !bias)
@@ -9189,7 +9192,8 @@ struct tfm_session {
     float *selected;        /* [max_rows][d_model]: those whose results are wanted */
     int32_t *ids;           /* [max_rows]: the tokens of a pass, with their positions: */
     int32_t *positions;     /* [max_rows] */
-    int32_t *types;         /* [max_rows]: token types, for encoders */
+    int32_t *types;         /* [max_rows]: token types, for encoders; and their masks: 0 or -INFINITY */
+    float *masks;           /* [max_rows] */
     /* for generation */
     int32_t *prompt; /* [context, and at least source] */
     float *logits;   /* [vocab_size] */
@@ -9241,6 +9245,7 @@ static void tfm__carve_session(tfm_session *session, tfm__carver *carver) {
     session->ids = (int32_t *)tfm__carve(carver, rows, sizeof *session->ids);
     session->positions = (int32_t *)tfm__carve(carver, rows, sizeof *session->positions);
     session->types = (int32_t *)tfm__carve(carver, rows, sizeof *session->types);
+    session->masks = (float *)tfm__carve(carver, rows, sizeof *session->masks);
     session->prompt =
         (int32_t *)tfm__carve(carver, TFM__MAX(session->context, session->source), sizeof *session->prompt);
     session->logits = (float *)tfm__carve(carver, d->vocab_size, sizeof *session->logits);
@@ -9732,26 +9737,32 @@ static size_t tfm__gather_texts(tfm_session *session, const tfm_text *texts, siz
         for (i = 0; i < texts[n].n_tokens; i++) {
             session->ids[rows + i] = texts[n].tokens[i];
             session->types[rows + i] = texts[n].types ? texts[n].types[i] : 0;
+            session->masks[rows + i] = texts[n].mask && !texts[n].mask[i] ? -INFINITY : 0;
             session->positions[rows + i] = (int32_t)i;
         }
         memset(session->spans + n, 0, sizeof *session->spans);
         session->spans[n].n_rows = texts[n].n_tokens;
+        session->spans[n].mask = texts[n].mask ? session->masks + rows : NULL;
+        session->spans[n].same_mask = 1;
         rows += texts[n].n_tokens;
     }
     return n;
 }
 
-/* y[d_model] = the pooled rows x[n][d_model] of one text */
-static void tfm__pool(tfm_pooling pooling, const float *x, size_t n, size_t d_model, float *y) {
-    size_t row, i;
-    memcpy(y, x, d_model * sizeof *y);
-    for (row = 1; row < n && pooling != TFM_POOL_CLS; row++)
-        for (i = 0; i < d_model; i++) {
-            float value = x[row * d_model + i];
-            y[i] = pooling == TFM_POOL_MEAN ? y[i] + value : value > y[i] ? value : y[i];
-        }
-    for (i = 0; i < d_model && pooling == TFM_POOL_MEAN; i++)
-        y[i] /= (float)n;
+/* y[d_model] = the rows x[n][d_model] of one text pooled, those that the mask (or NULL) shows. */
+static void tfm__pool(tfm_pooling pooling, const float *x, const float *mask, size_t n, size_t d_model, float *y) {
+    size_t row, i, pooled = 0;
+    memset(y, 0, d_model * sizeof *y);
+    for (row = 0; row < n; row++) {
+        const float *from = x + row * d_model;
+        if ((mask && mask[row] != 0) || (pooling == TFM_POOL_CLS && pooled))
+            continue;
+        for (i = 0; i < d_model; i++)
+            y[i] = !pooled ? from[i] : pooling == TFM_POOL_MEAN ? y[i] + from[i] : from[i] > y[i] ? from[i] : y[i];
+        pooled++;
+    }
+    for (i = 0; i < d_model && pooling == TFM_POOL_MEAN && pooled; i++)
+        y[i] /= (float)pooled;
 }
 
 /* y / |y| */
@@ -9800,7 +9811,7 @@ static void tfm__encode_pooled(tfm__encoding *e, const float *x) {
     for (i = 0; i < e->n_texts; i++, y += d_model) {
         const size_t rows = e->session->spans[i].n_rows;
         if (e->pooling != TFM_NO_POOLING)
-            tfm__pool(e->pooling, x, rows, d_model, y);
+            tfm__pool(e->pooling, x, e->session->spans[i].mask, rows, d_model, y);
         if (e->normalize)
             tfm__to_length_1(y, d_model);
         x += rows * d_model;
@@ -9934,6 +9945,8 @@ static void tfm__remember(void *argument) {
 
 TFM_API tfm_status tfm_set_source(tfm_session *session, size_t sequence, const tfm_text *text, tfm_error *error) {
     const tfm_model *model = session->model;
+    const size_t d_model = model->description.d_model;
+    size_t i;
     tfm__remembering remembering;
     tfm__encoding encoding;
     tfm_status status;
@@ -9954,8 +9967,13 @@ TFM_API tfm_status tfm_set_source(tfm_session *session, size_t sequence, const t
         return status;
     remembering.session = session;
     remembering.memory = session->memories + sequence;
+    for (i = remembering.n_rows = 0; i < text->n_tokens; i++) /* of the results only those that the mask shows */
+        if (!text->mask || text->mask[i])
+            memmove(session->selected + remembering.n_rows++ * d_model, session->selected + i * d_model,
+                    d_model * sizeof *session->selected);
     remembering.memory->n_tokens = 0;
-    remembering.n_rows = text->n_tokens;
+    if (!remembering.n_rows)
+        return tfm__fail(error, TFM_ERROR_ARGUMENT, "the mask hides all of the text");
     session->kv[sequence].n_tokens = 0;
     tfm__with_threads(&session->engine->threads, tfm__remember, &remembering);
     return TFM_OK;

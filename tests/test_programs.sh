@@ -55,7 +55,7 @@ fails 2 "one argument too many" build/tfm info $model $model
 fails 2 "value is missing" build/tfm dump $model --ids
 fails 2 "needs --ids and -o" build/tfm dump $model
 fails 2 "expected a number" build/tfm dump $model --ids 1 --threads many -o $dir/x.npy
-fails 2 "expected logits or hidden" build/tfm dump $model --ids 1 --what everything -o $dir/x.npy
+fails 2 "expected logits, hidden or pooled" build/tfm dump $model --ids 1 --what everything -o $dir/x.npy
 fails 2 "unknown type" build/tfm quantize $model $dir/x.tfm --type f13
 fails 2 "unknown option" build/gpt2 --frobnicate
 fails 2 "value is missing" build/gpt2 -m
@@ -120,7 +120,7 @@ for ids in 1,2,4096 -1 99999999999; do
 done
 fails 1 "expected numbers" build/tfm dump $model --ids "" -o $dir/x.npy
 fails 1 "expected numbers" build/tfm dump $model --ids 1,,2 -o $dir/x.npy
-fails 1 "context is full" build/tfm dump $model --ids "$(seq -s , 1 513)" -o $dir/x.npy
+fails 1 "context of 513 tokens" build/tfm dump $model --ids "$(seq -s , 1 513)" -o $dir/x.npy
 fails 1 "unknown instruction set" build/tfm dump $model --ids 1 --isa 8086 -o $dir/x.npy
 export TFM_ISA=8086
 fails 1 "unknown instruction set" build/gpt2

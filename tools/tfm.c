@@ -65,7 +65,7 @@ static int fail_system(const char *path) {
 typedef struct arguments {
     const char *paths[2];
     int n_paths;
-    const char *ids, *what, *isa, *output, *type, *json, *svg;
+    const char *ids, *decoder_ids, *type_ids, *mask, *what, *isa, *output, *type, *json, *svg;
     int verify, decode, special, whole, plain, pair, types;
     long threads, context, stride, prompt, gen, batch;
 } arguments;
@@ -88,16 +88,29 @@ static int parse_number(const char *text, long *number) {
 /* 0, or the exit status of wrong usage. `allowed` are the names of the subcommand's options, separated by spaces. */
 static int parse(int argc, char **argv, int n_paths, const char *allowed, arguments *args) {
     const option options[] = {
-        {"--ids", &args->ids, NULL, NULL},         {"--what", &args->what, NULL, NULL},
-        {"--isa", &args->isa, NULL, NULL},         {"-o", &args->output, NULL, NULL},
-        {"--type", &args->type, NULL, NULL},       {"--threads", NULL, &args->threads, NULL},
-        {"--context", NULL, &args->context, NULL}, {"--stride", NULL, &args->stride, NULL},
-        {"--verify", NULL, NULL, &args->verify},   {"--decode", NULL, NULL, &args->decode},
-        {"--special", NULL, NULL, &args->special}, {"--whole", NULL, NULL, &args->whole},
-        {"--plain", NULL, NULL, &args->plain},     {"--json", &args->json, NULL, NULL},
-        {"--svg", &args->svg, NULL, NULL},         {"--prompt", NULL, &args->prompt, NULL},
-        {"--gen", NULL, &args->gen, NULL},         {"--batch", NULL, &args->batch, NULL},
-        {"--pair", NULL, NULL, &args->pair},       {"--types", NULL, NULL, &args->types},
+        {"--ids", &args->ids, NULL, NULL},
+        {"--what", &args->what, NULL, NULL},
+        {"--isa", &args->isa, NULL, NULL},
+        {"-o", &args->output, NULL, NULL},
+        {"--type", &args->type, NULL, NULL},
+        {"--threads", NULL, &args->threads, NULL},
+        {"--context", NULL, &args->context, NULL},
+        {"--stride", NULL, &args->stride, NULL},
+        {"--verify", NULL, NULL, &args->verify},
+        {"--decode", NULL, NULL, &args->decode},
+        {"--special", NULL, NULL, &args->special},
+        {"--whole", NULL, NULL, &args->whole},
+        {"--plain", NULL, NULL, &args->plain},
+        {"--json", &args->json, NULL, NULL},
+        {"--svg", &args->svg, NULL, NULL},
+        {"--prompt", NULL, &args->prompt, NULL},
+        {"--gen", NULL, &args->gen, NULL},
+        {"--batch", NULL, &args->batch, NULL},
+        {"--pair", NULL, NULL, &args->pair},
+        {"--types", NULL, NULL, &args->types},
+        {"--types", &args->type_ids, NULL, NULL},
+        {"--mask", &args->mask, NULL, NULL},
+        {"--decoder-ids", &args->decoder_ids, NULL, NULL},
     };
     int i;
     size_t k;
@@ -108,7 +121,8 @@ static int parse(int argc, char **argv, int n_paths, const char *allowed, argume
         char padded[64];
         snprintf(padded, sizeof padded, " %s ", argv[i]);
         for (k = 0; k < sizeof options / sizeof *options; k++)
-            if (!strcmp(argv[i], options[k].name) && strstr(allowed, padded))
+            if (!strcmp(argv[i], options[k].name) && strstr(allowed, padded) &&
+                (!options[k].flag || !strstr(allowed, " --types --mask "))) /* dump's --types has a value */
                 found = options + k;
         if (!found && argv[i][0] == '-' && argv[i][1])
             return usage("unknown option ", argv[i]);
@@ -128,14 +142,29 @@ static int parse(int argc, char **argv, int n_paths, const char *allowed, argume
     return args->n_paths < n_paths ? usage("an argument is missing", "") : 0;
 }
 
-static tfm_session *create_session(const tfm_model *model, const arguments *args, size_t context, tfm_error *error) {
+/* `source`: tokens for the encoder. 0: the model's positions. */
+static tfm_session *create_session_of(const tfm_model *model, const arguments *args, size_t context, size_t source,
+                                      tfm_error *error) {
     tfm_session_options options;
     memset(&options, 0, sizeof options);
     options.context = context;
+    options.source = source;
     options.engine.threads = (int)args->threads;
     if (tfm_isa_from_name(args->isa, &options.engine.isa, error) != TFM_OK)
         return NULL;
     return tfm_session_create(model, &options, error);
+}
+
+static tfm_session *create_session(const tfm_model *model, const arguments *args, size_t context, tfm_error *error) {
+    return create_session_of(model, args, context, 0, error);
+}
+
+/* For a text and a decoder's ids, as long as they are: relative positions have no other limit. */
+static tfm_session *create_session_for(const tfm_model *model, const arguments *args, const tfm_text *text,
+                                       size_t n_decoder_ids, tfm_error *error) {
+    if (tfm_model_description(model)->kind == TFM_ENCODER_DECODER)
+        return create_session_of(model, args, n_decoder_ids, text->n_tokens, error);
+    return create_session_of(model, args, text->n_tokens, 0, error);
 }
 
 /* ---- progress: a line on stderr that is written over, if that is a terminal */
@@ -298,8 +327,8 @@ static int quantize(int argc, char **argv) {
 
 /* ---- dump */
 
-/* Ids separated by commas. *ids is the caller's to free. NULL and a message if it is not that. */
-static int32_t *parse_ids(const char *text, size_t *n) {
+/* Numbers separated by commas, the value of an option; NULL, and a message, if it is not that. The caller frees them. */
+static int32_t *parse_ids(const char *option_name, const char *text, size_t *n) {
     int32_t *ids = (int32_t *)malloc((strlen(text) / 2 + 1) * sizeof *ids);
     const char *at = text;
     *n = 0;
@@ -314,11 +343,11 @@ static int32_t *parse_ids(const char *text, size_t *n) {
         at = end + 1;
     }
     free(ids);
-    fprintf(stderr, "tfm: --ids: expected numbers separated by commas, found '%.60s'\n", text);
+    fprintf(stderr, "tfm: %s: expected numbers separated by commas, found '%.60s'\n", option_name, text);
     return NULL;
 }
 
-/* A two-dimensional float32 array in NumPy's format, version 1.0. */
+/* A float32 array [rows][columns], or, if rows is 0, [columns], in NumPy's format, version 1.0. */
 static int write_npy(const char *path, const float *data, size_t rows, size_t columns) {
     char header[128];
     output out;
@@ -326,13 +355,102 @@ static int write_npy(const char *path, const float *data, size_t rows, size_t co
     if (output_open(&out, path))
         return 1;
     memcpy(header, "\x93NUMPY\x01\x00\x76\x00", 10); /* 0x76 = 118 bytes follow */
-    size = snprintf(header + 10, sizeof header - 10, "{'descr': '<f4', 'fortran_order': False, 'shape': (%lu, %lu), }",
-                    (unsigned long)rows, (unsigned long)columns);
+    if (rows)
+        size =
+            snprintf(header + 10, sizeof header - 10, "{'descr': '<f4', 'fortran_order': False, 'shape': (%lu, %lu), }",
+                     (unsigned long)rows, (unsigned long)columns);
+    else
+        size = snprintf(header + 10, sizeof header - 10, "{'descr': '<f4', 'fortran_order': False, 'shape': (%lu,), }",
+                        (unsigned long)columns);
     memset(header + 10 + size, ' ', sizeof header - 10 - (size_t)size);
     header[sizeof header - 1] = '\n';
     fwrite(header, 1, sizeof header, out.file);
-    fwrite(data, sizeof *data, rows * columns, out.file);
+    fwrite(data, sizeof *data, (rows ? rows : 1) * columns, out.file);
     return output_close(&out);
+}
+
+/* What is dumped: the inputs, and the outputs [rows][columns]. */
+typedef struct dumping {
+    tfm_text text;
+    int32_t *decoder_ids;
+    size_t n_decoder_ids;
+    tfm_output what;
+    int wants_pooled;
+    float *outputs;
+    size_t rows, columns;
+} dumping;
+
+static void dump_free(dumping *d) {
+    free((void *)d->text.tokens);
+    free((void *)d->text.types);
+    free((void *)d->text.mask);
+    free(d->decoder_ids);
+    free(d->outputs);
+}
+
+/* One number for each of --ids, or an exit status. */
+static int dump_list(const char *option_name, const char *text, size_t n_ids, const int32_t **list) {
+    size_t n;
+    if (!text)
+        return 0;
+    *list = parse_ids(option_name, text, &n);
+    if (*list && n != n_ids) {
+        fprintf(stderr, "tfm: %s has %lu numbers, and --ids %lu\n", option_name, (unsigned long)n,
+                (unsigned long)n_ids);
+        return 1;
+    }
+    return *list ? 0 : 1;
+}
+
+static int dump_inputs(const arguments *args, dumping *d) {
+    size_t n;
+    d->text.tokens = parse_ids("--ids", args->ids, &d->text.n_tokens);
+    if (!d->text.tokens)
+        return 1;
+    n = d->text.n_tokens;
+    if (dump_list("--types", args->type_ids, n, &d->text.types) || dump_list("--mask", args->mask, n, &d->text.mask))
+        return 1;
+    if (args->decoder_ids)
+        d->decoder_ids = parse_ids("--decoder-ids", args->decoder_ids, &d->n_decoder_ids);
+    return args->decoder_ids && !d->decoder_ids ? 1 : 0;
+}
+
+/* How many numbers will come out. A classifier's scores are the logits of a model that has no others. */
+static tfm_status dump_shape(dumping *d, const tfm_model *model, tfm_error *error) {
+    const tfm_description *description = tfm_model_description(model);
+    d->rows = d->decoder_ids ? d->n_decoder_ids : d->text.n_tokens;
+    d->columns = d->what == TFM_LOGITS ? description->vocab_size : description->d_model;
+    if (d->what == TFM_LOGITS && description->head == TFM_NO_HEAD && description->classifier) {
+        d->what = TFM_CLASSES;
+        d->columns = description->n_labels;
+        if (description->classifier == TFM_SEQUENCE_CLASSIFIER)
+            d->rows = 1;
+    }
+    if (d->what == TFM_POOLED)
+        d->rows = 1;
+    d->outputs = (float *)malloc(d->rows * d->columns * sizeof *d->outputs);
+    if (d->outputs)
+        return TFM_OK;
+    snprintf(error->message, sizeof error->message, "out of memory");
+    return error->status = TFM_ERROR_MEMORY;
+}
+
+static tfm_status dump_run(dumping *d, tfm_session *session, tfm_error *error) {
+    const tfm_kind kind = tfm_model_description(tfm_session_model(session))->kind;
+    tfm_chunk chunk;
+    chunk.sequence = 0;
+    chunk.tokens = d->decoder_ids ? d->decoder_ids : d->text.tokens;
+    chunk.n_tokens = chunk.n_outputs = d->rows;
+    if (kind == TFM_ENCODER || (kind == TFM_ENCODER_DECODER && !d->decoder_ids))
+        return tfm_encode(session, &d->text, 1, d->what, d->outputs, error);
+    if (kind == TFM_DECODER && (d->text.types || d->text.mask || d->decoder_ids)) {
+        snprintf(error->message, sizeof error->message,
+                 "a decoder takes --ids alone: --types, --mask and --decoder-ids are for models with an encoder");
+        return error->status = TFM_ERROR_ARGUMENT;
+    }
+    if (kind == TFM_ENCODER_DECODER && tfm_set_source(session, 0, &d->text, error) != TFM_OK)
+        return error->status;
+    return tfm_eval(session, &chunk, 1, d->what, d->outputs, error);
 }
 
 static int dump(int argc, char **argv) {
@@ -340,40 +458,30 @@ static int dump(int argc, char **argv) {
     tfm_error error = {TFM_OK, ""};
     tfm_model *model = NULL;
     tfm_session *session = NULL;
-    float *outputs = NULL;
-    tfm_output what = TFM_LOGITS;
-    tfm_chunk chunk;
-    int32_t *ids;
-    size_t width;
-    int status = parse(argc, argv, 1, " --ids --what --isa --threads -o ", &args);
+    dumping d;
+    int status = parse(argc, argv, 1, " --ids --decoder-ids --types --mask --what --isa --threads -o ", &args);
     if (status)
         return status;
+    memset(&d, 0, sizeof d);
     if (!args.ids || !args.output)
         return usage("dump needs --ids and -o", "");
     if (args.what && !strcmp(args.what, "hidden"))
-        what = TFM_HIDDEN;
+        d.what = TFM_HIDDEN;
+    else if (args.what && !strcmp(args.what, "pooled"))
+        d.what = TFM_POOLED;
     else if (args.what && strcmp(args.what, "logits"))
-        return usage("--what: expected logits or hidden, found ", args.what);
-    ids = parse_ids(args.ids, &chunk.n_tokens);
-    if (!ids)
-        return 1;
-    chunk.sequence = 0;
-    chunk.tokens = ids;
-    chunk.n_outputs = chunk.n_tokens;
-    model = tfm_load(args.paths[0], NULL, &error);
-    session = model ? create_session(model, &args, 0, &error) : NULL;
-    if (session) {
-        width = what == TFM_HIDDEN ? tfm_model_description(model)->d_model : tfm_model_description(model)->vocab_size;
-        outputs = (float *)malloc(chunk.n_tokens * width * sizeof *outputs);
-        if (!outputs)
-            status = fail("out of memory");
-        else if (tfm_eval(session, &chunk, 1, what, outputs, &error) == TFM_OK)
-            status = write_npy(args.output, outputs, chunk.n_tokens, width);
+        return usage("--what: expected logits, hidden or pooled, found ", args.what);
+    status = dump_inputs(&args, &d);
+    if (!status) {
+        const int wants_pooled = d.what == TFM_POOLED;
+        model = tfm_load(args.paths[0], NULL, &error);
+        session = model ? create_session_for(model, &args, &d.text, d.n_decoder_ids, &error) : NULL;
+        if (session && dump_shape(&d, model, &error) == TFM_OK && dump_run(&d, session, &error) == TFM_OK)
+            status = write_npy(args.output, d.outputs, wants_pooled ? 0 : d.rows, d.columns);
+        if (error.status != TFM_OK)
+            status = fail(error.message);
     }
-    if (error.status != TFM_OK)
-        status = fail(error.message);
-    free(outputs);
-    free(ids);
+    dump_free(&d);
     tfm_session_free(session);
     tfm_free(model);
     return status;
