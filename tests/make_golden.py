@@ -2,7 +2,7 @@
 """Writes tests/golden/: inputs, weights and expected outputs from PyTorch and transformers, for the C tests.
 
 usage: tests/make_golden.py [--check] [--demo CHECKPOINT] [layers] [models] [tokenizer] [wordpiece]
-                            [sentencepiece] [sampling]
+                            [sentencepiece] [sampling] [beams]
 
 Needs torch, transformers, sentencepiece and protobuf. Everything is seeded: the same versions write the same files. --check writes nothing: it
 says whether the files are what would be written, but for the last bits of random numbers, which other CPUs compute
@@ -16,6 +16,7 @@ The files are .tfm files (see tfm.h): arrays by name. So the tests read them wit
 """
 
 import argparse
+import copy
 import io
 import itertools
 import math
@@ -943,6 +944,165 @@ def write_sampling(directory):
     out.write(os.path.join(directory, "sampling.tfm"))
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# Encoder-decoders and beam search. live_seq2seq.py makes its own with the same functions.
+# ---------------------------------------------------------------------------------------------------------------------
+
+def random_t5(seed, end_scale=1.0, head_scale=1.0, kind=transformers.T5ForConditionalGeneration,
+              config=transformers.T5Config, **shape):
+    """A T5 with random weights that attend somewhere. end_scale: how far the logit of </s> swings, that is, how often a
+    text ends; head_scale: how sure the model is."""
+    torch.manual_seed(seed)
+    model = kind(config(**dict(dict(decoder_start_token_id=0, pad_token_id=0, eos_token_id=1), **shape)))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.dim() == 1:
+                parameter.copy_(1 + torch.randn_like(parameter) * 0.2)
+            elif "relative_attention_bias" in name:
+                parameter.copy_(torch.randn_like(parameter))
+            else:
+                parameter.copy_(torch.randn_like(parameter) * (1.3 / math.sqrt(parameter.shape[1])))
+        for name in ("q", "EncDecAttention.k"):  # queries that tell keys apart
+            for where, module in model.named_modules():
+                if where.endswith("." + name):
+                    module.weight.mul_(2.0)
+        model.shared.weight.mul_(math.sqrt(shape["d_model"]))
+        if model.config.tie_word_embeddings:
+            model.shared.weight[1] *= end_scale
+            model.decoder.final_layer_norm.weight.mul_(head_scale)
+        else:
+            model.lm_head.weight.mul_(head_scale)
+            model.lm_head.weight[1] *= end_scale
+    return model.eval()
+
+
+def generate(model, ids, **options):
+    """What transformers generates: (ids, score) for each of num_return_sequences, without the prompt or the start token,
+    with the token that ended them; the score is None without beams."""
+    options = dict(dict(num_beams=1, do_sample=False, return_dict_in_generate=True, output_scores=True), **options)
+    before = 1 if model.config.is_encoder_decoder else len(ids)
+    with torch.inference_mode():
+        out = model.generate(torch.tensor([ids]), attention_mask=torch.ones(1, len(ids), dtype=torch.long), **options)
+    scores = out.sequences_scores.tolist() if options["num_beams"] > 1 else [None]
+    end, results = model.config.eos_token_id, []
+    for row, score in zip(out.sequences[:, before:].tolist(), scores):
+        results.append((row[:row.index(end) + 1] if end in row else row, score))
+    return results
+
+
+def shifted(model, seed, size):
+    """The model with weights that are off by about `size` of themselves."""
+    torch.manual_seed(seed)
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.mul_(1 + size * torch.randn_like(parameter))
+    return other
+
+
+def is_clear_search(models, ids, **options):
+    """What the first model generates, if the others, all but the same, generate the same ids; otherwise None: where two
+    texts are equal but for rounding, either is right."""
+    first, *others = [generate(model, ids, **options) for model in models]
+    return first if all([ids for ids, _ in first] == [ids for ids, _ in other] for other in others) else None
+
+
+BEAM_CASES = [  # what generate is given, and for how many new tokens
+    (16, dict(num_beams=1)), (16, dict(num_beams=1, no_repeat_ngram_size=2)),
+    (16, dict(num_beams=4)), (16, dict(num_beams=4, num_return_sequences=4)),
+    (16, dict(num_beams=4, length_penalty=2.0)), (16, dict(num_beams=4, length_penalty=-1.0)),
+    (16, dict(num_beams=4, length_penalty=0.0)), (16, dict(num_beams=4, early_stopping=True, num_return_sequences=2)),
+    (16, dict(num_beams=4, early_stopping="never")), (16, dict(num_beams=4, early_stopping="never", length_penalty=0.5)),
+    (16, dict(num_beams=4, no_repeat_ngram_size=2)), (16, dict(num_beams=3, no_repeat_ngram_size=1)),
+    (12, dict(num_beams=4, min_new_tokens=12)), (150, dict(num_beams=4, min_new_tokens=149)), (9, dict(num_beams=7)),
+    (1, dict(num_beams=4, num_return_sequences=3)),
+]
+
+
+def put_beams(out, name, model, inputs):
+    """The cases' options as numbers, the ids and scores of their results. Which inputs are clear enough depends on the
+    case."""
+    model = model.double()
+    models = [model, shifted(model, 1, 1e-6)]
+    ends = []
+    for i, (n, options) in enumerate(BEAM_CASES):
+        early = {False: 0, True: 1, "never": 2}[options.get("early_stopping", False)]
+        out.ints("%s.%d.options" % (name, i), [
+            n, options["num_beams"], options.get("num_return_sequences", 1), options.get("min_new_tokens", 0), early,
+            round(1000 * options.get("length_penalty", 1)), options.get("no_repeat_ngram_size", 0)])
+        chosen = [(i + k) % len(inputs) for k in range(2 if n > 100 else 4)]
+        clear = [(k, found) for k, found in
+                 ((k, is_clear_search(models, inputs[k], max_new_tokens=n, **options)) for k in chosen) if found]
+        assert clear, (name, i)
+        out.ints("%s.%d.inputs" % (name, i), [k for k, _ in clear])
+        out.ints("%s.%d.sizes" % (name, i), [len(ids) for _, found in clear for ids, _ in found])
+        out.ints("%s.%d.ids" % (name, i), [token for _, found in clear for ids, _ in found for token in ids])
+        if options["num_beams"] > 1:
+            out.floats("%s.%d.scores" % (name, i), torch.tensor([score for _, found in clear for _, score in found]))
+        ends += [len(ids) < n for _, found in clear for ids, _ in found]
+    print("%s: %d of %d texts end by themselves" % (name, sum(ends), len(ends)))
+
+
+def t5_pieces(folder):
+    return train_pieces(folder, model_type="unigram", vocab_size=150, pad_id=0, eos_id=1, unk_id=2, bos_id=-1, rules=True)
+
+
+def put_t5(out, directory, folder):
+    """A T5 with a tokenizer: its encoder's results, its decoder's logits, what it answers to texts."""
+    pieces = t5_pieces(folder)
+    processor = sentencepiece.SentencePieceProcessor(model_proto=pieces.SerializeToString())
+    model = random_t5(4, end_scale=3.0, head_scale=1.0, vocab_size=len(pieces.pieces) + 3, d_model=18, d_kv=7, d_ff=40,
+                      num_heads=3, num_layers=2, num_decoder_layers=2, relative_attention_num_buckets=8,
+                      relative_attention_max_distance=20)
+    checkpoint = os.path.join(folder, "t5")
+    model.save_pretrained(checkpoint)
+    with open(os.path.join(checkpoint, "spiece.model"), "wb") as file:
+        file.write(pieces.SerializeToString())
+    with open(os.path.join(checkpoint, "tokenizer_config.json"), "w") as file:
+        file.write('{"tokenizer_class": "T5Tokenizer", "extra_ids": 0}')
+    convert(checkpoint, os.path.join(directory, "beams_t5.tfm"))
+    generator = random.Random(8)
+    lines = training_lines()
+    texts = [" ".join(generator.choice(lines).split()[:n]) for n in (1, 2, 3, 5, 8, 12, 4, 7, 30)]
+    inputs = [processor.encode(text) + [1] for text in texts]
+    put_texts(out, "t5.texts", texts)
+    put_ids(out, "t5.inputs", inputs)
+    model = model.double()
+    generated = [generate(model, ids, max_new_tokens=30)[0][0] for ids in inputs]
+    put_texts(out, "t5.answers", [processor.decode([token for token in ids if 2 < token < len(pieces.pieces)])
+                                  for ids in generated])
+    decoder_ids = [0] + [generator.randrange(len(pieces.pieces)) for _ in range(139)]
+    out.ints("t5.decoder_ids", decoder_ids)
+    with torch.inference_mode():
+        found = model(torch.tensor([inputs[5]]), decoder_input_ids=torch.tensor([decoder_ids]))
+    out.floats("t5.encoded", found.encoder_last_hidden_state[0])
+    out.floats("t5.logits", found.logits[0, ::23])
+    put_beams(out, "t5", model, inputs)
+
+
+def put_gpt2(out, directory, folder):
+    """A decoder: prompts that end before, at, and after the cache's page of 128 tokens."""
+    model = random_gpt2(5, n_embd=15, n_head=3, n_layer=2, n_positions=290, vocab_size=41, scale=3.0)
+    with torch.no_grad():
+        model.transformer.wte.weight[0] *= 1.3
+    checkpoint = os.path.join(folder, "gpt2")
+    model.save_pretrained(checkpoint)
+    convert(checkpoint, os.path.join(directory, "beams_gpt2.tfm"))
+    generator = random.Random(9)
+    inputs = [[generator.randrange(1, 41) for _ in range(n)] for n in (1, 2, 5, 9, 120, 127, 128, 129)]
+    put_ids(out, "gpt2.inputs", inputs)
+    model.generation_config.pad_token_id = 0
+    put_beams(out, "gpt2", model, inputs)
+
+
+def write_beams(directory):
+    out = Arrays()
+    with tempfile.TemporaryDirectory() as folder:
+        put_t5(out, directory, folder)
+        put_gpt2(out, directory, folder)
+    out.write(os.path.join(directory, "beams.tfm"))
+
+
 def check(writers, groups):
     """Whether the files are what would be written. Prints what differs."""
     wrong = 0
@@ -960,14 +1120,14 @@ def check(writers, groups):
 
 def main():
     parser = argparse.ArgumentParser(description="Writes the golden files of the C tests.")
-    parser.add_argument("groups", nargs="*", help="layers, models, tokenizer, wordpiece, sentencepiece, sampling; all of them by default")
+    parser.add_argument("groups", nargs="*", help="layers, models, tokenizer, wordpiece, sentencepiece, sampling, beams; all of them by default")
     parser.add_argument("--check", action="store_true", help="compare with the files that are there; write nothing")
     parser.add_argument("--demo", default=os.path.join(ROOT, "..", "shared", "demo-gpt2"),
                         help="the demo model's checkpoint (default: %(default)s)")
     arguments = parser.parse_args()
     writers = {"layers": write_layers, "models": write_models,
                "tokenizer": lambda directory: write_tokenizer(directory, arguments.demo), "sampling": write_sampling,
-               "wordpiece": write_wordpiece, "sentencepiece": write_sentencepiece}
+               "wordpiece": write_wordpiece, "sentencepiece": write_sentencepiece, "beams": write_beams}
     groups = arguments.groups or list(writers)
     for group in groups:
         if group not in writers:
@@ -978,6 +1138,7 @@ def main():
             print("tokenizer.tfm: not checked, as %s is not there" % arguments.demo)
             groups.remove("tokenizer")
         sys.exit(not check(writers, groups))
+    torch.set_num_threads(1)  # the models are too small to gain from more
     os.makedirs(GOLDEN, exist_ok=True)
     for group in groups:
         writers[group](GOLDEN)

@@ -216,6 +216,7 @@ void test_sentencepiece(void);
 void test_sampling(void);
 void test_file(void);
 void test_generate(void);
+void test_beams(void);
 void test_memory(void);
 
 static const struct {
@@ -230,6 +231,7 @@ static const struct {
     {"sampling", test_sampling},
     {"file", test_file},
     {"generate", test_generate},
+    {"beams", test_beams},
     {"memory", test_memory},
 };
 
