@@ -213,6 +213,7 @@ static int translate(tfm_session *session, const arguments *args, tfm_error *err
     size_t capacity = 0, size = 0, n_texts = 0;
     unsigned long number = 0;
     int status = 0, more = 1;
+    tfm_error line_error = {TFM_OK, ""};
     batch lines;
     lines.n = 0;
     while (!status && more > 0) {
@@ -222,9 +223,10 @@ static int translate(tfm_session *session, const arguments *args, tfm_error *err
         else if (more) {
             lines.number[lines.n] = ++number;
             lines.empty[lines.n] = size == 0;
-            if (size && set_line(session, line, size, n_texts++ * (size_t)args->beams, error) != TFM_OK)
-                status = fail_at(number, error->message);
-            lines.n++;
+            if (!size || set_line(session, line, size, n_texts++ * (size_t)args->beams, &line_error) == TFM_OK)
+                lines.n++;
+            else
+                more = 0; /* those before it are answered */
         }
         if (!status && lines.n && (more <= 0 || lines.n == BATCH)) {
             status = answer(session, args, &lines, error);
@@ -233,6 +235,8 @@ static int translate(tfm_session *session, const arguments *args, tfm_error *err
                 fprintf(stderr, "\rtranslate: %lu lines", number);
         }
     }
+    if (!status && line_error.status != TFM_OK)
+        status = fail_at(number, line_error.message);
     if (!status && ferror(stdin))
         status = fail_at(number + 1, "standard input can't be read");
     if (shows && number > BATCH)

@@ -948,10 +948,10 @@ def write_sampling(directory):
 # Encoder-decoders and beam search. live_seq2seq.py makes its own with the same functions.
 # ---------------------------------------------------------------------------------------------------------------------
 
-def random_t5(seed, end_scale=1.0, head_scale=1.0, kind=transformers.T5ForConditionalGeneration,
+def random_t5(seed, end_scale=1.0, kind=transformers.T5ForConditionalGeneration,
               config=transformers.T5Config, **shape):
     """A T5 with random weights that attend somewhere. end_scale: how far the logit of </s> swings, that is, how often a
-    text ends; head_scale: how sure the model is."""
+    text ends."""
     torch.manual_seed(seed)
     model = kind(config(**dict(dict(decoder_start_token_id=0, pad_token_id=0, eos_token_id=1), **shape)))
     with torch.no_grad():
@@ -966,12 +966,12 @@ def random_t5(seed, end_scale=1.0, head_scale=1.0, kind=transformers.T5ForCondit
             for where, module in model.named_modules():
                 if where.endswith("." + name):
                     module.weight.mul_(2.0)
-        model.shared.weight.mul_(math.sqrt(shape["d_model"]))
+        model.shared.weight.mul_(0.3 * math.sqrt(shape["d_model"]))  # small, or a tied head repeats the last token
         if model.config.tie_word_embeddings:
             model.shared.weight[1] *= end_scale
-            model.decoder.final_layer_norm.weight.mul_(head_scale)
+            model.decoder.final_layer_norm.weight.mul_(6)
         else:
-            model.lm_head.weight.mul_(head_scale)
+            model.lm_head.weight.mul_(2)
             model.lm_head.weight[1] *= end_scale
     return model.eval()
 
@@ -1051,7 +1051,7 @@ def put_t5(out, directory, folder):
     """A T5 with a tokenizer: its encoder's results, its decoder's logits, what it answers to texts."""
     pieces = t5_pieces(folder)
     processor = sentencepiece.SentencePieceProcessor(model_proto=pieces.SerializeToString())
-    model = random_t5(4, end_scale=3.0, head_scale=1.0, vocab_size=len(pieces.pieces) + 3, d_model=18, d_kv=7, d_ff=40,
+    model = random_t5(4, end_scale=2.0, vocab_size=len(pieces.pieces) + 3, d_model=18, d_kv=7, d_ff=40,
                       num_heads=3, num_layers=2, num_decoder_layers=2, relative_attention_num_buckets=8,
                       relative_attention_max_distance=20)
     checkpoint = os.path.join(folder, "t5")

@@ -4,7 +4,7 @@
 
 #include <math.h>
 
-#define TOLERANCE 1e-5
+#define TOLERANCE 5e-5 /* the random weights make sharp attention: transformers in fp32 is off by as much */
 #define N_MOST 16 /* prompts, and cases, at most */
 #define TOKENS_MOST 160
 

@@ -199,6 +199,55 @@ run build/tfm info "$dir/f32.tfm" --verify
 check "that is good, too" [ "$status" -eq 0 ]
 check "no temporary file stays" [ ! -e "$dir/f32.tfm.part" ]
 
+# ---- translate
+t5=tests/golden/beams_t5.tfm
+translate() { # what it writes for those lines
+    printf '%s' "$lines" | build/translate $t5 -n 20 "$@" 2>"$dir/err"
+}
+lines='in the
+abc de
+
+a b c d e, f
+d
+'
+answers=$(translate; echo end)
+check "translate: a line for each line" [ "$(echo "$answers" | wc -l)" -eq 6 ]
+check "translate: an empty line for an empty line" [ -z "$(echo "$answers" | sed -n 3p)" ]
+check "translate: something was written" [ ${#answers} -gt 20 ]
+check "translate: nothing on stderr" [ ! -s "$dir/err" ]
+check "translate: answers begin without a space" [ -z "$(echo "$answers" | grep '^ ')" ]
+ids=$(translate --ids)
+check "translate: the text is the ids'" [ "$(echo "$ids" | build/tfm tokenize $t5 --decode; echo end)" = "$answers" ]
+check "translate: two threads" [ "$ids" = "$(translate --ids --threads 2)" ]
+check "translate: plain C kernels" [ "$ids" = "$(translate --ids --isa scalar)" ]
+beams=$(translate --ids --beams 4)
+check "translate: beams find something else" [ "$ids" != "$beams" ]
+check "translate: beams, one thread" [ "$beams" = "$(translate --ids --beams 4 --threads 1)" ]
+all=$beams
+check "translate: a line alone gives the same" [ "$(echo "$all" | sed -n 2p)" = \
+    "$(echo 'abc de' | build/translate $t5 -n 20 --ids --beams 4)" ]
+check "translate: the length penalty counts" [ "$(translate --ids --beams 4 --length-penalty -5 | wc -w)" -le \
+    "$(translate --ids --beams 4 --length-penalty 5 | wc -w)" ]
+check "translate: no input, no output" [ -z "$(build/translate $t5 </dev/null)" ]
+{
+    echo a
+    seq -s ' a ' 1 600
+    echo b
+} | build/translate $t5 -n 5 --ids >"$dir/out" 2>"$dir/err"
+check "translate: a line that is too long" [ $? -eq 1 ]
+check "translate: names the line" says "^translate: line 2: .* tokens"
+check "translate: the lines before it are answered" [ "$(wc -l <"$dir/out")" -eq 1 ]
+fails 2 "model is missing" build/translate
+fails 2 "unknown option" build/translate $t5 --frobnicate
+fails 2 "value is missing" build/translate $t5 -n
+fails 2 "expected a number" build/translate $t5 --beams 0
+fails 2 "one argument too many" build/translate $t5 $t5
+fails 1 "no encoder-decoder" build/translate $model
+fails 1 "missing.tfm" build/translate $dir/missing.tfm
+fails 1 "unknown instruction set" build/translate $t5 --isa 8086
+run build/translate --help
+check "translate --help" [ "$status" -eq 0 ]
+
 rm -rf "$dir"
 echo "$passed passed, $failed failed"
 [ "$failed" -eq 0 ]
