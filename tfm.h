@@ -4099,6 +4099,7 @@ static size_t tfm__memory_scratch(const tfm_cross *cross, size_t rows) {
 static void tfm__memory(tfm_engine *engine, const tfm_block *block, size_t layer, const float *results, size_t n_rows,
                         tfm_kv *memory) {
     const tfm_attention *attention = &block->attention;
+    const size_t nobody = 0; /* attends: so that keys and values of a single token are stored here, too */
     size_t mark = engine->scratch_used, width = 2 * attention->n_kv_heads * attention->head_dim;
     float *kv = tfm__take(engine, n_rows, width);
     tfm__attention_job job;
@@ -4116,6 +4117,7 @@ static void tfm__memory(tfm_engine *engine, const tfm_block *block, size_t layer
     job.attention = attention;
     job.pass = &pass;
     job.layer = layer;
+    job.wanted = &nobody;
     job.keys = kv;
     job.key_stride = width;
     tfm__linear(engine, &block->cross.kv, tfm__input_of(results, n_rows, NULL), TFM_NO_ACTIVATION,

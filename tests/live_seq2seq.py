@@ -46,8 +46,10 @@ def variants(generator, n_pieces):
     gated = dict(feed_forward_proj="gated-gelu", tie_word_embeddings=False)
     yield "T5 v1.0", random_t5(vocab_size=n_pieces, **random_sizes(generator))
     yield "T5 v1.1", random_t5(vocab_size=n_pieces + odd(generator, 1, 30), **gated, **random_sizes(generator))
+    sizes = random_sizes(generator)
+    sizes["num_decoder_layers"] = sizes["num_layers"]  # transformers' mT5 makes a cache of num_layers for its decoder
     yield "mT5", random_t5(vocab_size=n_pieces + 5, kind=transformers.MT5ForConditionalGeneration,
-                           config=transformers.MT5Config, **random_sizes(generator))
+                           config=transformers.MT5Config, **sizes)
 
 
 def save(model, name, pieces, folder):
