@@ -34,9 +34,10 @@ def odd(generator, low, high):
 
 
 def random_sizes(generator):
+    n_layers = generator.randrange(1, 4)  # no less than the decoder's: transformers' cache has that many
     return dict(d_model=generator.choice([14, 24, 33, 52]), d_kv=generator.choice([5, 8, 11, 17]),
-                d_ff=odd(generator, 17, 90), num_heads=generator.choice([1, 3, 7]), num_layers=generator.randrange(1, 4),
-                num_decoder_layers=generator.randrange(1, 4), relative_attention_num_buckets=generator.choice([8, 12]),
+                d_ff=odd(generator, 17, 90), num_heads=generator.choice([1, 3, 7]), num_layers=n_layers,
+                num_decoder_layers=generator.randrange(1, n_layers + 1), relative_attention_num_buckets=generator.choice([8, 12]),
                 relative_attention_max_distance=generator.choice([15, 30]), end_scale=generator.choice([2.0, 3.0, 4.0]),
                 seed=generator.randrange(2 ** 31))
 
@@ -46,10 +47,8 @@ def variants(generator, n_pieces):
     gated = dict(feed_forward_proj="gated-gelu", tie_word_embeddings=False)
     yield "T5 v1.0", random_t5(vocab_size=n_pieces, **random_sizes(generator))
     yield "T5 v1.1", random_t5(vocab_size=n_pieces + odd(generator, 1, 30), **gated, **random_sizes(generator))
-    sizes = random_sizes(generator)
-    sizes["num_decoder_layers"] = sizes["num_layers"]  # transformers' mT5 makes a cache of num_layers for its decoder
     yield "mT5", random_t5(vocab_size=n_pieces + 5, kind=transformers.MT5ForConditionalGeneration,
-                           config=transformers.MT5Config, **sizes)
+                           config=transformers.MT5Config, **random_sizes(generator))
 
 
 def save(model, name, pieces, folder):
