@@ -2756,17 +2756,11 @@ static TFM__TARGET TFM__INLINE int32x4_t TFM__FN(codes)(const unsigned char *cod
 }
 #endif
 
-/* The inputs that a tile takes at a time. */
-typedef struct TFM__FN(groups) {
-    size_t first, end;
-} TFM__FN(groups);
-
-/* One tile: rows x (16 * panels) of y, over some groups of 64 inputs. For each group the integer sums become floats, times
+/* One tile: rows x (16 * panels) of y. For each group the integer sums become floats, times
  * both scales, and are added to the float sums: 2 x 12 accumulators for 4 rows x 48 outputs on AVX-512, all in registers.
  * Beside 192 products on the two multipliers stand the 24 multiplications of the scales: 89 % of the peak at most. */
 static TFM__TARGET TFM__INLINE void TFM__FN(tile_i8)(const int rows, const int panels, const tfm__matmul *job,
-                                                     size_t row, TFM__FN(groups) part_of_k, const unsigned char *w,
-                                                     float *y, size_t y_stride) {
+                                                     size_t row, const unsigned char *w, float *y, size_t y_stride) {
     const int columns = panels * TFM__PARTS;
     const size_t groups = tfm__groups(job->k), panel_bytes = job->panel_bytes, q_stride = groups * TFM__GROUP;
     const unsigned char *integers = w + tfm__integers_at(groups), *codes = w + TFM__CACHE_LINE;
@@ -2780,8 +2774,8 @@ static TFM__TARGET TFM__INLINE void TFM__FN(tile_i8)(const int rows, const int p
     for (r = 0; r < rows; r++)
         TFM__UNROLL
     for (c = 0; c < columns; c++)
-        sum[r][c] = part_of_k.first ? vf_load(y + (size_t)r * y_stride + c * TFM__LANES) : vf_set1(0);
-    for (g = part_of_k.first; g < part_of_k.end; g++) {
+        sum[r][c] = vf_set1(0);
+    for (g = 0; g < groups; g++) {
         vi part[TFM__TALL_I8][TFM__PANELS_I8 * TFM__PARTS], weights[TFM__PANELS_I8 * TFM__PARTS];
         TFM__UNROLL
         for (r = 0; r < rows; r++)
@@ -2824,63 +2818,52 @@ static TFM__TARGET TFM__INLINE void TFM__FN(tile_i8)(const int rows, const int p
 }
 
 static TFM__TARGET TFM__INLINE void TFM__FN(tile_rows_i8)(size_t rows, const int panels, const tfm__matmul *job,
-                                                          size_t row, TFM__FN(groups) part_of_k, const unsigned char *w,
-                                                          float *y, size_t y_stride) {
+                                                          size_t row, const unsigned char *w, float *y,
+                                                          size_t y_stride) {
     switch (rows) {
-    case 1: TFM__FN(tile_i8)(1, panels, job, row, part_of_k, w, y, y_stride); break;
-    case 2: TFM__FN(tile_i8)(2, panels, job, row, part_of_k, w, y, y_stride); break;
+    case 1: TFM__FN(tile_i8)(1, panels, job, row, w, y, y_stride); break;
+    case 2: TFM__FN(tile_i8)(2, panels, job, row, w, y, y_stride); break;
 #if TFM__ROWS_I8 == 4
-    case 3: TFM__FN(tile_i8)(3, panels, job, row, part_of_k, w, y, y_stride); break;
+    case 3: TFM__FN(tile_i8)(3, panels, job, row, w, y, y_stride); break;
 #endif
 #if TFM__TALL_I8 == 8
-    case 5: TFM__FN(tile_i8)(5, 1, job, row, part_of_k, w, y, y_stride); break;
-    case 6: TFM__FN(tile_i8)(6, 1, job, row, part_of_k, w, y, y_stride); break;
-    case 7: TFM__FN(tile_i8)(7, 1, job, row, part_of_k, w, y, y_stride); break;
-    case 8: TFM__FN(tile_i8)(8, 1, job, row, part_of_k, w, y, y_stride); break;
+    case 5: TFM__FN(tile_i8)(5, 1, job, row, w, y, y_stride); break;
+    case 6: TFM__FN(tile_i8)(6, 1, job, row, w, y, y_stride); break;
+    case 7: TFM__FN(tile_i8)(7, 1, job, row, w, y, y_stride); break;
+    case 8: TFM__FN(tile_i8)(8, 1, job, row, w, y, y_stride); break;
 #endif
-    default: TFM__FN(tile_i8)(TFM__ROWS_I8, panels, job, row, part_of_k, w, y, y_stride);
+    default: TFM__FN(tile_i8)(TFM__ROWS_I8, panels, job, row, w, y, y_stride);
     }
 }
 
 /* All rows of y, `at_once` a time, from the column on, in one tile's width: `step` columns. */
 static TFM__TARGET TFM__INLINE void TFM__FN(columns_i8)(const tfm__matmul *job, size_t column, size_t step,
-                                                        size_t at_once, TFM__FN(groups) part_of_k) {
+                                                        size_t at_once) {
     const unsigned char *w = (const unsigned char *)job->w + column / 16 * job->panel_bytes;
     size_t row, r, lanes = TFM__MIN(job->n - column, (size_t)16);
     for (row = 0; row < job->n_rows; row += at_once) {
         float *y = job->y + row * job->y_stride + column, side[TFM__TALL_I8 * 16];
         size_t rows = TFM__MIN(job->n_rows - row, at_once);
         if (step > 16)
-            TFM__FN(tile_rows_i8)(rows, TFM__PANELS_I8, job, row, part_of_k, w, y, job->y_stride);
+            TFM__FN(tile_rows_i8)(rows, TFM__PANELS_I8, job, row, w, y, job->y_stride);
         else if (lanes == 16)
-            TFM__FN(tile_rows_i8)(rows, 1, job, row, part_of_k, w, y, job->y_stride);
+            TFM__FN(tile_rows_i8)(rows, 1, job, row, w, y, job->y_stride);
         else { /* the last panel when n is not a multiple of 16 */
-            if (part_of_k.first)
-                for (r = 0; r < rows; r++)
-                    memcpy(side + r * 16, y + r * job->y_stride, lanes * sizeof *y);
-            TFM__FN(tile_rows_i8)(rows, 1, job, row, part_of_k, w, side, 16);
+            TFM__FN(tile_rows_i8)(rows, 1, job, row, w, side, 16);
             for (r = 0; r < rows; r++)
                 memcpy(y + r * job->y_stride, side + r * 16, lanes * sizeof *y);
         }
     }
 }
 
-/* With many rows, a tile's weights are taken in parts of 12 KiB, that all rows pass over while the first-level cache has
- * them; the float sums wait in y meanwhile. With few, as in batched decoding, the weights come from memory, and most of
- * the time with them: all rows go in one tall, narrow tile, so that reading never pauses for rows that come after. */
+/* With few rows, as in batched decoding, the weights come from memory, and most of the time with them: all rows go in one
+ * tall, narrow tile, so that reading never pauses for rows that come after. */
 static TFM__TARGET void TFM__FN(matmul_i8)(const tfm__matmul *job) {
-    const int few = job->n_rows <= TFM__TALL_I8, tall = few && job->n_rows > TFM__ROWS_I8;
-    const size_t groups = tfm__groups(job->k), groups_at_once = few ? groups : 12 / TFM__PANELS_I8;
+    const int tall = job->n_rows <= TFM__TALL_I8 && job->n_rows > TFM__ROWS_I8;
     size_t column = 0, step;
     for (; column < job->n; column += step) {
-        TFM__FN(groups) part_of_k;
         step = !tall && column + 16 * TFM__PANELS_I8 <= job->n ? 16 * TFM__PANELS_I8 : 16;
-        part_of_k.end = 0;
-        do {
-            part_of_k.first = part_of_k.end;
-            part_of_k.end = TFM__MIN(part_of_k.first + groups_at_once, groups);
-            TFM__FN(columns_i8)(job, column, step, tall ? job->n_rows : TFM__ROWS_I8, part_of_k);
-        } while (part_of_k.end < groups);
+        TFM__FN(columns_i8)(job, column, step, tall ? job->n_rows : TFM__ROWS_I8);
     }
 }
 
@@ -3152,6 +3135,8 @@ static void tfm__input_piece(void *argument, size_t index) {
  * as those of most models are, fall on the same few lines of the cache.) */
 #define TFM__LINEAR_ROWS ((size_t)32)
 #define TFM__LINEAR_COLUMNS ((size_t)192)
+/* With fewer pieces than this, threads that finish would wait long for others. */
+#define TFM__PIECES ((size_t)16)
 
 /* Pieces are cut so that the weights of one stay in the second-level cache while its rows pass by, in whole tiles (48 is
  * the widest), and for i8 in whole groups of 64, which the next layer wants quantized. A few rows, whose time goes into
@@ -3159,11 +3144,15 @@ static void tfm__input_piece(void *argument, size_t index) {
  * neighbours in the order of the pieces: its weights are read from memory once. */
 static void tfm__cut(tfm__linear_job *job) {
     const int few = job->input.n_rows <= 8;
+    size_t blocks;
     if (job->linear->weight.dtype == TFM_I8 || job->result.quantized.q)
         job->columns = few ? TFM__GROUP : TFM__LINEAR_COLUMNS;
     else
         job->columns = 3 * TFM__PANEL;
+    blocks = tfm__divide_up(job->linear->weight.shape[0], job->columns);
     job->rows = 4 * TFM__LINEAR_ROWS;
+    while (job->rows > TFM__LINEAR_ROWS && blocks * tfm__divide_up(job->input.n_rows, job->rows) < TFM__PIECES)
+        job->rows /= 2;
     job->row_blocks = tfm__divide_up(job->input.n_rows, job->rows);
 }
 
