@@ -192,7 +192,23 @@ TFM_API tfm_isa tfm_engine_isa(const tfm_engine *engine);
 
 /* ------------------------------------------------------------------------------------------------------------ tensors */
 
-typedef enum tfm_dtype { TFM_NO_DTYPE = 0, TFM_F32, TFM_F16, TFM_BF16, TFM_I8, TFM_DTYPE_COUNT } tfm_dtype;
+typedef enum tfm_dtype {
+    TFM_NO_DTYPE = 0,
+    TFM_F32,
+    TFM_F16,
+    TFM_BF16,
+    TFM_I8,
+    TFM_DTYPE_COUNT, /* of those that the kernels compute with. The others are only read, to be packed as one of those: */
+    TFM_PARTS = 15,  /* a matrix whose data is an array of tfm_tensor: matrices whose rows, in turn, are its rows */
+    TFM_Q4_0 = 18,   /* GGUF's blocks of quantized numbers: see "blocks" in floor b. Always in rows */
+    TFM_Q4_1 = 19,
+    TFM_Q5_0 = 22,
+    TFM_Q5_1 = 23,
+    TFM_Q8_0 = 24,
+    TFM_Q4_K = 28,
+    TFM_Q5_K = 29,
+    TFM_Q6_K = 30
+} tfm_dtype;
 
 /* How a matrix lies in memory. Its shape is [out, in] in all of them.
  *   rows    [out][in]               PyTorch's nn.Linear and nn.Embedding; also every vector
@@ -212,7 +228,8 @@ typedef struct tfm_tensor {
     const void *data;
 } tfm_tensor;
 
-/* "f32", "f16", "bf16", "i8"; NULL if out of range. tfm_dtype_from_name also takes "int8". */
+/* "f32", "f16", "bf16", "i8", "parts", "q4_0", ... "q6_k"; NULL if there is no such type. tfm_dtype_from_name knows those
+ * that a model can have in memory, the first four, and "int8". */
 TFM_API const char *tfm_dtype_name(tfm_dtype dtype);
 TFM_API tfm_status tfm_dtype_from_name(const char *name, tfm_dtype *dtype, tfm_error *error);
 
@@ -445,7 +462,8 @@ TFM_API size_t tfm_file_n_meta(const tfm_file *file);
 TFM_API const tfm_meta *tfm_file_meta(const tfm_file *file, size_t index);
 TFM_API size_t tfm_file_n_tensors(const tfm_file *file);
 TFM_API const tfm_entry *tfm_file_entry(const tfm_file *file, size_t index);
-/* The entry with that name, or NULL. */
+/* The entry with that name, or NULL. A matrix that is in the file in parts (NAME#0, NAME#1, ...) is found under its own
+ * name, too: its type is TFM_PARTS then. */
 TFM_API const tfm_entry *tfm_file_find(const tfm_file *file, const char *name);
 /* The metadata with that key, or NULL. */
 TFM_API const tfm_meta *tfm_file_find_meta(const tfm_file *file, const char *key);
@@ -519,7 +537,7 @@ typedef struct tfm_description {
 typedef struct tfm_model tfm_model;
 
 typedef struct tfm_load_options {
-    tfm_dtype dtype; /* the matrices' type in memory; 0: as in the file */
+    tfm_dtype dtype; /* the matrices' type in memory; 0: as in the file, or TFM_I8 if it has GGUF's quantized types */
     int verify;      /* 1: compare the checksum of every tensor (reads the whole file) */
     int copy;    /* 1: copy weights into memory, in 2 MiB pages where the system has them, instead of using the mapped
                        * file in place: they are read faster, but loading takes time and nothing is shared */
@@ -1350,8 +1368,21 @@ static uint32_t tfm__crc(const tfm__crc_tables *crc, uint32_t value, const void 
 static const char *const tfm__dtype_names[TFM_DTYPE_COUNT] = {NULL, "f32", "f16", "bf16", "i8"};
 static const size_t tfm__dtype_sizes[TFM_DTYPE_COUNT] = {0, 4, 2, 2, 1};
 
+/* How a row lies in blocks: the numbers and the bytes of one, and what makes floats of 32 of its numbers. */
+#define TFM__UNIT ((size_t)32)
+typedef struct tfm__block_format {
+    tfm_dtype dtype;
+    const char *name;
+    size_t numbers, bytes;
+    void (*unit)(const unsigned char *block, size_t unit, float *floats); /* floats[32], from number 32 unit on */
+} tfm__block_format;
+static const tfm__block_format *tfm__blocks_of(tfm_dtype dtype); /* NULL: that type has no blocks */
+
 TFM_API const char *tfm_dtype_name(tfm_dtype dtype) {
-    return (unsigned)dtype < TFM_DTYPE_COUNT ? tfm__dtype_names[dtype] : NULL;
+    const tfm__block_format *format = tfm__blocks_of(dtype);
+    if (format)
+        return format->name;
+    return dtype == TFM_PARTS ? "parts" : (unsigned)dtype < TFM_DTYPE_COUNT ? tfm__dtype_names[dtype] : NULL;
 }
 
 TFM_API tfm_status tfm_dtype_from_name(const char *name, tfm_dtype *dtype, tfm_error *error) {
@@ -1393,6 +1424,22 @@ static int tfm__is_matrix_dtype(tfm_dtype dtype, tfm_layout layout) {
     return tfm__is_float(dtype) || (dtype == TFM_I8 && layout == TFM_PANELS);
 }
 
+/* Whether a matrix can be read, to be packed. */
+static int tfm__is_readable(const tfm_tensor *matrix) {
+    const tfm__block_format *format = tfm__blocks_of(matrix->dtype);
+    const tfm_tensor *part = (const tfm_tensor *)matrix->data;
+    size_t rows;
+    if (format)
+        return matrix->layout == TFM_ROWS && matrix->shape[1] % format->numbers == 0;
+    if (matrix->dtype != TFM_PARTS)
+        return tfm__is_matrix_dtype(matrix->dtype, matrix->layout);
+    for (rows = 0; rows < matrix->shape[0]; rows += (part++)->shape[0])
+        if (part->dtype == TFM_PARTS || !part->shape[0] || part->shape[0] > matrix->shape[0] - rows ||
+            part->n_dims != 2 || part->shape[1] != matrix->shape[1] || !tfm__is_readable(part))
+            return 0;
+    return matrix->layout == TFM_ROWS;
+}
+
 /* ---- int8
  * A weight is s q: q an integer from -127 to 127, s the scale of its output and its group of 64 inputs. (One scale for
  * a whole row is not enough: real models have channels that are 20 to 100 times larger than the rest.) A scale takes one
@@ -1423,7 +1470,16 @@ static size_t tfm__panel_bytes(tfm_dtype dtype, size_t in) {
 }
 
 TFM_API size_t tfm_tensor_bytes(const tfm_tensor *tensor) {
-    size_t elements = tfm__product(tensor->shape[0], tensor->shape[1]);
+    size_t elements = tfm__product(tensor->shape[0], tensor->shape[1]), size = 0, rows;
+    const tfm__block_format *format = tfm__blocks_of(tensor->dtype);
+    const tfm_tensor *part = (const tfm_tensor *)tensor->data;
+    if (format)
+        return tfm__product(tfm__product(tensor->shape[0], tensor->shape[1] / format->numbers), format->bytes);
+    if (tensor->dtype == TFM_PARTS) {
+        for (rows = 0; rows < tensor->shape[0]; rows += (part++)->shape[0])
+            size += tfm_tensor_bytes(part);
+        return size;
+    }
     if (tensor->layout == TFM_PANELS)
         return tfm__product(tfm__divide_up(tensor->shape[0], TFM__PANEL),
                             tfm__panel_bytes(tensor->dtype, tensor->shape[1]));
@@ -1508,6 +1564,157 @@ static void tfm__from_floats(tfm_dtype dtype, const float *floats, size_t n, voi
             halves[i] = tfm__to_bf16(floats[i]);
 }
 
+/* ---- blocks
+ * GGUF's files hold matrices in rows of blocks: 32 or 256 integers of 4 to 8 bits with a scale that they share. The larger
+ * blocks have a scale for each 32 or 16 of their integers, too, in units of the block's. They are only read here:
+ * what a model computes with is packed from them. d and m are halves; q[i] is the integer of number i.
+ *   q4_0  d, 16 bytes with q[i] in the low and q[i + 16] in the high half of byte i           d (q - 8)
+ *   q4_1  d, m, and the same                                                                d q + m
+ *   q5_0  d, 32 fifth bits, 16 bytes as before                                              d (q - 16)
+ *   q5_1  d, m, and the same                                                                d q + m
+ *   q8_0  d, 32 signed bytes                                                                d q
+ *   q4_k  d, m, 12 bytes with a scale s and a minimum t of 6 bits for each 32 numbers, and, for each 64 numbers, 32
+ *         bytes with the first 32 in their low and the others in their high halves                  d s q - m t
+ *   q5_k  the same with 32 bytes of fifth bits before the fourths: bit u of byte i is that of number 32 u + i
+ *   q6_k  for each 128 numbers 64 bytes with four bits: numbers 0 to 63 in their low and 64 to 127 in their high halves;
+ *         for each 128 numbers 32 bytes with two more: bits 2 u of byte i are those of number 32 u + i; 16 signed bytes
+ *         s, one for each 16 numbers; d                                                       d s (q - 32) */
+
+static float tfm__half_at(const unsigned char *p) {
+    return tfm__from_f16((uint16_t)(p[0] | p[1] << 8));
+}
+
+static void tfm__q4_0_unit(const unsigned char *block, size_t unit, float *floats) {
+    const float d = tfm__half_at(block);
+    size_t i;
+    (void)unit;
+    for (i = 0; i < 16; i++) {
+        floats[i] = d * (float)((block[2 + i] & 15) - 8);
+        floats[i + 16] = d * (float)((block[2 + i] >> 4) - 8);
+    }
+}
+
+static void tfm__q4_1_unit(const unsigned char *block, size_t unit, float *floats) {
+    const float d = tfm__half_at(block), m = tfm__half_at(block + 2);
+    size_t i;
+    (void)unit;
+    for (i = 0; i < 16; i++) {
+        floats[i] = d * (float)(block[4 + i] & 15) + m;
+        floats[i + 16] = d * (float)(block[4 + i] >> 4) + m;
+    }
+}
+
+/* The integers of a q5_0 or q5_1 block, from its fifth bits on. */
+static void tfm__q5_integers(const unsigned char *bits, int *q) {
+    int i;
+    for (i = 0; i < 16; i++) {
+        q[i] = (bits[4 + i] & 15) | (bits[i / 8] >> i % 8 & 1) << 4;
+        q[i + 16] = bits[4 + i] >> 4 | (bits[2 + i / 8] >> i % 8 & 1) << 4;
+    }
+}
+
+static void tfm__q5_0_unit(const unsigned char *block, size_t unit, float *floats) {
+    const float d = tfm__half_at(block);
+    int q[TFM__UNIT];
+    size_t i;
+    (void)unit;
+    tfm__q5_integers(block + 2, q);
+    for (i = 0; i < TFM__UNIT; i++)
+        floats[i] = d * (float)(q[i] - 16);
+}
+
+static void tfm__q5_1_unit(const unsigned char *block, size_t unit, float *floats) {
+    const float d = tfm__half_at(block), m = tfm__half_at(block + 2);
+    int q[TFM__UNIT];
+    size_t i;
+    (void)unit;
+    tfm__q5_integers(block + 4, q);
+    for (i = 0; i < TFM__UNIT; i++)
+        floats[i] = d * (float)q[i] + m;
+}
+
+static void tfm__q8_0_unit(const unsigned char *block, size_t unit, float *floats) {
+    const float d = tfm__half_at(block);
+    size_t i;
+    (void)unit;
+    for (i = 0; i < TFM__UNIT; i++)
+        floats[i] = d * (float)(signed char)block[2 + i];
+}
+
+/* The scale and the minimum of a unit of q4_k and q5_k. Of the 12 bytes, 0 to 3 hold the scales and 4 to 7 the minima of
+ * units 0 to 3 in their low 6 bits; of units 4 to 7, 8 to 11 hold the low 4 bits of both, and the high 2 bits of the first
+ * eight bytes the rest. */
+static void tfm__k_scales(const unsigned char *block, size_t unit, float *scale, float *minimum) {
+    const unsigned char *packed = block + 4;
+    int s, t;
+    if (unit < 4) {
+        s = packed[unit] & 63;
+        t = packed[unit + 4] & 63;
+    } else {
+        s = (packed[unit + 4] & 15) | packed[unit - 4] >> 6 << 4;
+        t = packed[unit + 4] >> 4 | packed[unit] >> 6 << 4;
+    }
+    *scale = tfm__half_at(block) * (float)s;
+    *minimum = tfm__half_at(block + 2) * (float)t;
+}
+
+static void tfm__q4_k_unit(const unsigned char *block, size_t unit, float *floats) {
+    const unsigned char *q = block + 16 + unit / 2 * TFM__UNIT;
+    float scale, minimum;
+    size_t i;
+    tfm__k_scales(block, unit, &scale, &minimum);
+    for (i = 0; i < TFM__UNIT; i++)
+        floats[i] = scale * (float)(q[i] >> unit % 2 * 4 & 15) - minimum;
+}
+
+static void tfm__q5_k_unit(const unsigned char *block, size_t unit, float *floats) {
+    const unsigned char *fifths = block + 16, *q = fifths + TFM__UNIT + unit / 2 * TFM__UNIT;
+    float scale, minimum;
+    size_t i;
+    tfm__k_scales(block, unit, &scale, &minimum);
+    for (i = 0; i < TFM__UNIT; i++)
+        floats[i] = scale * (float)((q[i] >> unit % 2 * 4 & 15) | (fifths[i] >> unit & 1) << 4) - minimum;
+}
+
+static void tfm__q6_k_unit(const unsigned char *block, size_t unit, float *floats) {
+    const size_t half = unit / 4, quarter = unit % 4; /* of the block, of that half */
+    const unsigned char *low = block + half * 64 + quarter % 2 * TFM__UNIT, *high = block + 128 + half * TFM__UNIT;
+    const unsigned char *scales = block + 192 + 2 * unit;
+    const float d = tfm__half_at(block + 208);
+    size_t i;
+    for (i = 0; i < TFM__UNIT; i++) {
+        int q = (low[i] >> quarter / 2 * 4 & 15) | (high[i] >> 2 * quarter & 3) << 4;
+        floats[i] = d * (float)(signed char)scales[i / 16] * (float)(q - 32);
+    }
+}
+
+static const tfm__block_format *tfm__blocks_of(tfm_dtype dtype) {
+    static const tfm__block_format formats[] = {
+        {TFM_Q4_0, "q4_0", 32, 18, tfm__q4_0_unit},   {TFM_Q4_1, "q4_1", 32, 20, tfm__q4_1_unit},
+        {TFM_Q5_0, "q5_0", 32, 22, tfm__q5_0_unit},   {TFM_Q5_1, "q5_1", 32, 24, tfm__q5_1_unit},
+        {TFM_Q8_0, "q8_0", 32, 34, tfm__q8_0_unit},   {TFM_Q4_K, "q4_k", 256, 144, tfm__q4_k_unit},
+        {TFM_Q5_K, "q5_k", 256, 176, tfm__q5_k_unit}, {TFM_Q6_K, "q6_k", 256, 210, tfm__q6_k_unit}};
+    size_t i;
+    for (i = 0; (unsigned)dtype > TFM_PARTS && i < sizeof formats / sizeof formats[0]; i++)
+        if (formats[i].dtype == dtype)
+            return &formats[i];
+    return NULL;
+}
+
+/* n numbers of a row in blocks, from number `first` on. */
+static void tfm__from_blocks(const tfm__block_format *format, const unsigned char *row, size_t first, size_t n,
+                             float *floats) {
+    float unit[TFM__UNIT];
+    size_t i, skip, size;
+    for (i = 0; i < n; i += size) {
+        const unsigned char *block = row + (first + i) / format->numbers * format->bytes;
+        skip = (first + i) % TFM__UNIT;
+        size = TFM__MIN(TFM__UNIT - skip, n - i);
+        format->unit(block, (first + i) % format->numbers / TFM__UNIT, unit);
+        memcpy(floats + i, unit + skip, size * sizeof *unit);
+    }
+}
+
 /* ---- panels */
 
 static const void *tfm__at(const void *data, tfm_dtype dtype, size_t element) {
@@ -1530,8 +1737,21 @@ static void tfm__from_i8(const unsigned char *panel, size_t groups, size_t lane,
 
 /* n numbers from a row of a matrix of any layout, the first from column `column`, as fp32. */
 static void tfm__matrix_row(const tfm_tensor *matrix, size_t index, size_t column, size_t n, float *row) {
+    const tfm__block_format *format = tfm__blocks_of(matrix->dtype);
     size_t out = matrix->shape[0], in = matrix->shape[1], first, stride;
     const char *data = (const char *)matrix->data;
+    if (matrix->dtype == TFM_PARTS) {
+        const tfm_tensor *part = (const tfm_tensor *)matrix->data;
+        for (; index >= part->shape[0]; part++)
+            index -= part->shape[0];
+        tfm__matrix_row(part, index, column, n, row);
+        return;
+    }
+    if (format) {
+        tfm__from_blocks(format, (const unsigned char *)data + index * (in / format->numbers) * format->bytes, column, n,
+                         row);
+        return;
+    }
     if (matrix->layout == TFM_ROWS)
         first = index * in, stride = 1;
     else if (matrix->layout == TFM_COLS)
@@ -1735,8 +1955,9 @@ TFM_API tfm_status tfm_pack(const tfm_tensor *matrix, tfm_dtype dtype, const tfm
     alone.count = 1;
     if (matrix->n_dims != 2 || !matrix->shape[0] || !matrix->shape[1] || !matrix->data)
         return tfm__fail(error, TFM_ERROR_ARGUMENT, "tfm_pack: expected a matrix");
-    if (!tfm__is_matrix_dtype(matrix->dtype, matrix->layout) || !tfm__is_matrix_dtype(dtype, TFM_PANELS))
-        return tfm__fail(error, TFM_ERROR_UNSUPPORTED, "tfm_pack: expected f32, f16, bf16, or i8 in panels");
+    if (!tfm__is_readable(matrix) || !tfm__is_matrix_dtype(dtype, TFM_PANELS))
+        return tfm__fail(error, TFM_ERROR_UNSUPPORTED,
+                         "tfm_pack: expected f32, f16, bf16, i8 in panels or whole blocks in rows");
     *packed = tfm__tensor(dtype, TFM_PANELS, matrix->shape[0], matrix->shape[1], NULL);
     size = tfm_tensor_bytes(packed);
     panels = tfm__allocate_aligned(&memory, size, TFM__CACHE_LINE);
@@ -4306,11 +4527,13 @@ struct tfm_file {
     tfm__bytes bytes;
     int owned;      /* 1: bytes are unmapped on closing */
     char name[256]; /* for error messages */
-    size_t n_meta, n_entries;
+    size_t n_meta, n_entries, n_whole;
     tfm_meta *meta;          /* [n_meta], in the file's order */
-    tfm_entry *entries;      /* [n_entries], in the file's order */
+    tfm_entry *entries;      /* [n_entries], in the file's order; [n_whole] matrices whose parts are among those */
+    tfm_tensor *parts;       /* the data of those */
+    uint32_t *whole;         /* [n_entries]: which of all entries that one is a part of, or itself */
     uint32_t *meta_by_key;   /* [n_meta]: sorted by key */
-    uint32_t *entry_by_name; /* [n_entries]: sorted by name */
+    uint32_t *entry_by_name; /* [n_entries + n_whole]: sorted by name */
 };
 
 static uint32_t tfm__u32(const unsigned char *p) {
@@ -4419,32 +4642,40 @@ static tfm_status tfm__parse_meta(tfm_file *file, size_t at, size_t end, tfm_err
 static tfm_status tfm__parse_entry(const tfm_file *file, const unsigned char *p, size_t data_start, tfm_entry *entry,
                                    tfm_error *error) {
     tfm_tensor *tensor = &entry->tensor;
+    const uint64_t most = (uint64_t)TFM__MIN(file->bytes.size, SIZE_MAX / 2) * 2; /* no number has less than 4 bits */
     uint64_t elements = 1, offset = tfm__u64(p + 48), size = tfm__u64(p + 56);
+    const tfm__block_format *format = tfm__blocks_of((tfm_dtype)tfm__u32(p + 4));
     int name_size = (int)TFM__MIN(entry->name_size, 100), i;
     tensor->dtype = (tfm_dtype)tfm__u32(p + 4);
     tensor->layout = (tfm_layout)tfm__u32(p + 8);
     tensor->n_dims = (int)TFM__MIN(tfm__u32(p + 12), 255);
     entry->crc = tfm__u32(p + 64);
-    if (!tfm__is_float(tensor->dtype) && tensor->dtype != TFM_I8)
+    if (!tfm__is_float(tensor->dtype) && tensor->dtype != TFM_I8 && !format)
         return tfm__fail(error, TFM_ERROR_UNSUPPORTED, "%s: tensor '%.*s' has the unknown type %lu", file->name,
                          name_size, entry->name, (unsigned long)tfm__u32(p + 4));
     if ((unsigned)tensor->layout >= TFM_LAYOUT_COUNT)
         return tfm__fail(error, TFM_ERROR_UNSUPPORTED, "%s: tensor '%.*s' has the unknown layout %lu", file->name,
                          name_size, entry->name, (unsigned long)tfm__u32(p + 8));
-    if (!tfm__is_matrix_dtype(tensor->dtype, tensor->layout))
+    if (tensor->dtype == TFM_I8 && tensor->layout != TFM_PANELS)
         return tfm__fail(error, TFM_ERROR_FORMAT, "%s: tensor '%.*s' is i8, but not in panels", file->name, name_size,
                          entry->name);
+    if (format && (tensor->layout != TFM_ROWS || tensor->n_dims != 2))
+        return tfm__fail(error, TFM_ERROR_FORMAT, "%s: tensor '%.*s' is %s, but not a matrix in rows", file->name,
+                         name_size, entry->name, format->name);
     if (tensor->n_dims < 1 || tensor->n_dims > TFM_MAX_DIMS || (tensor->layout != TFM_ROWS && tensor->n_dims != 2))
         return tfm__fail(error, TFM_ERROR_FORMAT, "%s: tensor '%.*s' has %d dimensions", file->name, name_size,
                          entry->name, tensor->n_dims);
     for (i = 0; i < TFM_MAX_DIMS; i++) {
         uint64_t n = tfm__u64(p + 16 + 8 * i);
-        if (!n || n > file->bytes.size || (i >= tensor->n_dims && n != 1) || elements > file->bytes.size / n)
+        if (!n || n > most || (i >= tensor->n_dims && n != 1) || elements > most / n)
             return tfm__fail(error, TFM_ERROR_FORMAT, "%s: tensor '%.*s' has an impossible shape", file->name,
                              name_size, entry->name);
-        elements *= n; /* no more than the file has bytes, so that nothing below overflows */
+        elements *= n; /* no more than the file has half bytes, so that nothing below overflows */
         tensor->shape[i] = (size_t)n;
     }
+    if (format && tensor->shape[1] % format->numbers)
+        return tfm__fail(error, TFM_ERROR_FORMAT, "%s: tensor '%.*s' is %s, but its rows are not whole blocks of %lu",
+                         file->name, name_size, entry->name, format->name, (unsigned long)format->numbers);
     if (size != tfm_tensor_bytes(tensor))
         return tfm__fail(error, TFM_ERROR_FORMAT, "%s: tensor '%.*s' has %llu bytes, but its shape needs %llu",
                          file->name, name_size, entry->name, (unsigned long long)size,
@@ -4463,10 +4694,11 @@ static tfm_status tfm__parse_directory(tfm_file *file, size_t at, size_t end, si
     if (n > (end - at) / 80)
         return tfm__fail(error, TFM_ERROR_FORMAT, "%s: the directory is too small for %lu tensors", file->name,
                          (unsigned long)n);
-    file->entries = (tfm_entry *)tfm__allocate(&file->allocator, n * sizeof *file->entries);
-    file->entry_by_name = (uint32_t *)tfm__allocate(&file->allocator, n * sizeof *file->entry_by_name);
-    if (!file->entries || !file->entry_by_name)
-        return tfm__fail_memory(error, n * sizeof *file->entries);
+    file->entries = (tfm_entry *)tfm__allocate(&file->allocator, 2 * n * sizeof *file->entries);
+    file->entry_by_name = (uint32_t *)tfm__allocate(&file->allocator, 2 * n * sizeof *file->entry_by_name);
+    file->whole = (uint32_t *)tfm__allocate(&file->allocator, n * sizeof *file->whole);
+    if (!file->entries || !file->entry_by_name || !file->whole)
+        return tfm__fail_memory(error, 2 * n * sizeof *file->entries);
     for (; file->n_entries < n; file->n_entries++) {
         const unsigned char *p = file->bytes.data + at;
         tfm_entry *entry = file->entries + file->n_entries;
@@ -4485,7 +4717,7 @@ static tfm_status tfm__parse_directory(tfm_file *file, size_t at, size_t end, si
                              "%s: the data of tensor '%.*s' overlaps that of the one before it", file->name,
                              (int)TFM__MIN(entry->name_size, 100), entry->name);
         last = (const unsigned char *)entry->tensor.data + tfm_tensor_bytes(&entry->tensor);
-        file->entry_by_name[file->n_entries] = (uint32_t)file->n_entries;
+        file->entry_by_name[file->n_entries] = file->whole[file->n_entries] = (uint32_t)file->n_entries;
         at += 72 + tfm__round_up(entry->name_size, 8);
     }
     if (at != end)
@@ -4497,6 +4729,52 @@ static tfm_status tfm__parse_directory(tfm_file *file, size_t at, size_t end, si
             return tfm__fail(error, TFM_ERROR_FORMAT, "%s: tensor '%.*s' is there twice", file->name,
                              (int)TFM__MIN(entry->name_size, 100), entry->name);
         }
+    return TFM_OK;
+}
+
+/* ---- matrices in parts: NAME#0, NAME#1, ... hold the rows of NAME, which is an entry more, of the type TFM_PARTS */
+
+/* Joins the parts of the entry `first`, whose name ends in #0, and returns how many there are. */
+static size_t tfm__join(tfm_file *file, const tfm_entry *first, tfm_entry *whole, tfm_tensor *parts) {
+    const tfm_entry *entry = first;
+    size_t rows = 0, n = 0;
+    char name[128];
+    *whole = *first;
+    whole->name_size -= 2;
+    for (; entry && entry->tensor.n_dims == 2 && entry->tensor.shape[1] == first->tensor.shape[1]; n++) {
+        parts[n] = entry->tensor;
+        rows += parts[n].shape[0];
+        file->whole[entry - file->entries] = (uint32_t)(whole - file->entries);
+        snprintf(name, sizeof name, "%.*s#%lu", (int)whole->name_size, whole->name, (unsigned long)n + 1);
+        entry = tfm_file_find(file, name);
+    }
+    whole->tensor = tfm__tensor(TFM_PARTS, TFM_ROWS, rows, first->tensor.shape[1], parts);
+    return n;
+}
+
+static tfm_status tfm__join_parts(tfm_file *file, tfm_error *error) {
+    const size_t n = file->n_entries;
+    size_t used = 0, n_whole = 0, i;
+    char name[128];
+    file->parts = (tfm_tensor *)tfm__allocate(&file->allocator, n * sizeof *file->parts);
+    if (!file->parts)
+        return tfm__fail_memory(error, n * sizeof *file->parts);
+    for (i = 0; i < n; i++) {
+        const tfm_entry *entry = file->entries + i;
+        if (entry->name_size < 3 || entry->name_size > 100 || entry->tensor.n_dims != 2 ||
+            memcmp(entry->name + entry->name_size - 2, "#0", 2) || memchr(entry->name, 0, entry->name_size))
+            continue;
+        snprintf(name, sizeof name, "%.*s", (int)entry->name_size - 2, entry->name);
+        if (tfm_file_find(file, name))
+            return tfm__fail(error, TFM_ERROR_FORMAT, "%s: tensor '%s' is there both whole and in parts", file->name,
+                             name);
+        used += tfm__join(file, entry, file->entries + n + n_whole, file->parts + used);
+        file->entry_by_name[n + n_whole] = (uint32_t)(n + n_whole);
+        n_whole++;
+    }
+    file->n_whole = n_whole; /* now tfm_file_find sees them */
+    if (n_whole)
+        tfm__sort(file->entry_by_name, n + n_whole, tfm__compare_entries, file);
     return TFM_OK;
 }
 
@@ -4533,7 +4811,9 @@ static tfm_status tfm__parse_file(tfm_file *file, tfm_error *error) {
         return tfm__fail(error, TFM_ERROR_FORMAT, "%s: the header's checksum is wrong: the file is damaged",
                          file->name);
     status = tfm__parse_meta(file, TFM__HEADER_SIZE, directory, error);
-    return status == TFM_OK ? tfm__parse_directory(file, directory, end, tfm__u32(p + 56), error) : status;
+    if (status == TFM_OK)
+        status = tfm__parse_directory(file, directory, end, tfm__u32(p + 56), error);
+    return status == TFM_OK ? tfm__join_parts(file, error) : status;
 }
 
 TFM_API void tfm_file_close(tfm_file *file) {
@@ -4544,6 +4824,8 @@ TFM_API void tfm_file_close(tfm_file *file) {
     tfm__release(&allocator, file->meta);
     tfm__release(&allocator, file->meta_by_key);
     tfm__release(&allocator, file->entries);
+    tfm__release(&allocator, file->parts);
+    tfm__release(&allocator, file->whole);
     tfm__release(&allocator, file->entry_by_name);
 #ifndef TFM_NO_STDIO
     if (file->owned)
@@ -4622,7 +4904,7 @@ TFM_API const tfm_entry *tfm_file_entry(const tfm_file *file, size_t index) {
 }
 
 TFM_API const tfm_entry *tfm_file_find(const tfm_file *file, const char *name) {
-    size_t low = 0, high = file->n_entries, size = strlen(name);
+    size_t low = 0, high = file->n_entries + file->n_whole, size = strlen(name);
     while (low < high) {
         size_t middle = low + (high - low) / 2;
         const tfm_entry *entry = file->entries + file->entry_by_name[middle];
@@ -4648,7 +4930,12 @@ TFM_API const tfm_meta *tfm_file_find_meta(const tfm_file *file, const char *key
 /* The tensor's data in the mapped file is not needed again soon: lets the system take the memory back, so that a file
  * that is read through once need not fit in memory. */
 static void tfm__file_forget(const tfm_file *file, const tfm_tensor *tensor) {
-    if (file->bytes.mapped)
+    const tfm_tensor *part = (const tfm_tensor *)tensor->data;
+    size_t rows;
+    if (tensor->dtype == TFM_PARTS)
+        for (rows = 0; rows < tensor->shape[0]; rows += (part++)->shape[0])
+            tfm__file_forget(file, part);
+    else if (file->bytes.mapped)
         tfm__advise_unneeded(tensor->data, tfm_tensor_bytes(tensor));
 }
 
@@ -4678,7 +4965,7 @@ TFM_API tfm_status tfm_file_verify(const tfm_file *file, tfm_error *error) {
  * values -> out, and, in a gated FFN, up -> down (the gate is not linear). */
 
 typedef struct tfm__folding {
-    tfm__factors *of; /* [n_entries] of the file */
+    tfm__factors *of; /* [n_entries + n_whole] of the file */
     float *floats;
     size_t size, used; /* floats */
 } tfm__folding;
@@ -4709,13 +4996,13 @@ static int tfm__stack_says(const tfm_file *file, const char *stack, const char *
            !memcmp(meta->values, word, meta->count);
 }
 
-/* A tensor of a block that can take part: a matrix of floats, or a vector. */
+/* A tensor of a block that can take part: a matrix that is yet to be packed, or a vector. */
 static const tfm_entry *tfm__block_entry(const tfm_file *file, const char *stack, size_t layer, const char *part) {
     const tfm_entry *entry;
     char name[96];
     snprintf(name, sizeof name, "%s.blocks.%lu.%s", stack, (unsigned long)layer, part);
     entry = tfm_file_find(file, name);
-    return entry && tfm__is_float(entry->tensor.dtype) && entry->tensor.n_dims <= 2 ? entry : NULL;
+    return entry && entry->tensor.dtype != TFM_I8 && entry->tensor.n_dims <= 2 ? entry : NULL;
 }
 
 static tfm__foldable tfm__find_foldable(const tfm_file *file, const char *stack, size_t layer) {
@@ -4920,7 +5207,7 @@ static void tfm__fold_free(tfm__folding *folding, const tfm_allocator *allocator
 /* The factors for all of a file's tensors. */
 static tfm_status tfm__fold(const tfm_file *file, tfm__folding *folding, const tfm_allocator *allocator,
                             tfm_error *error) {
-    size_t of_size = tfm__product(file->n_entries, sizeof *folding->of), run;
+    size_t of_size = tfm__product(file->n_entries + file->n_whole, sizeof *folding->of), run;
     memset(folding, 0, sizeof *folding);
     folding->of = (tfm__factors *)tfm__allocate_zeroed(allocator, of_size);
     if (!folding->of)
@@ -5004,6 +5291,12 @@ static tfm_status tfm__write_padding(const tfm__rewrite *rewrite, size_t to, tfm
     return tfm__write(rewrite, zeros, to - rewrite->size, error);
 }
 
+/* What is written in the place of an entry: that, or the whole of which it is the first part; NULL for its other parts. */
+static const tfm_entry *tfm__written(const tfm_file *file, size_t index) {
+    const tfm_entry *entry = file->entries + index, *whole = file->entries + file->whole[index];
+    return whole == entry || ((const tfm_tensor *)whole->tensor.data)->data == entry->tensor.data ? whole : NULL;
+}
+
 /* Converts and writes one tensor, and notes its checksum in the directory at `directory`. */
 static tfm_status tfm__rewrite_tensor(tfm__rewrite *rewrite, const tfm__crc_tables *crc, const tfm_entry *entry,
                                       unsigned char *directory, tfm_error *error) {
@@ -5045,23 +5338,40 @@ static tfm_status tfm__rewrite_tensor(tfm__rewrite *rewrite, const tfm__crc_tabl
     return status;
 }
 
-/* Fills the new directory (in place, over the old one): dtype, layout, offset and size of each tensor. */
+/* Writes the new directory over the old one, which is no smaller: dtype, layout, offset and size of each tensor. */
 static void tfm__plan_rewrite(tfm__rewrite *rewrite) {
-    unsigned char *directory = rewrite->head + (size_t)tfm__u64(rewrite->head + 40);
-    size_t end = rewrite->head_size, i;
-    for (i = 0; i < rewrite->from->n_entries; i++) {
-        const tfm_entry *entry = rewrite->from->entries + i;
-        tfm_tensor target = tfm__rewritten(rewrite, entry);
-        end = tfm__round_up(end, TFM__CACHE_LINE);
-        tfm__put_u32(directory + 4, (uint32_t)target.dtype);
-        tfm__put_u32(directory + 8, (uint32_t)target.layout);
-        tfm__put_u64(directory + 48, end);
-        tfm__put_u64(directory + 56, tfm_tensor_bytes(&target));
-        end += tfm_tensor_bytes(&target);
+    const tfm_file *from = rewrite->from;
+    unsigned char *directory = rewrite->head + (size_t)tfm__u64(rewrite->head + 40), *entry_at = directory;
+    size_t n = 0, size, end, i;
+    for (i = 0; i < from->n_entries; i++) {
+        const tfm_entry *entry = tfm__written(from, i);
+        tfm_tensor target;
+        if (!entry)
+            continue;
+        target = tfm__rewritten(rewrite, entry);
+        size = tfm__round_up(entry->name_size, 8);
+        memset(entry_at, 0, 72 + size);
+        tfm__put_u32(entry_at, (uint32_t)entry->name_size);
+        tfm__put_u32(entry_at + 4, (uint32_t)target.dtype);
+        tfm__put_u32(entry_at + 8, (uint32_t)target.layout);
+        tfm__put_u32(entry_at + 12, (uint32_t)target.n_dims);
+        for (end = 0; end < TFM_MAX_DIMS; end++)
+            tfm__put_u64(entry_at + 16 + 8 * end, target.shape[end]);
+        tfm__put_u64(entry_at + 56, tfm_tensor_bytes(&target));
+        memcpy(entry_at + 72, entry->name, entry->name_size);
         rewrite->total += tfm_tensor_bytes(&entry->tensor);
-        directory += 72 + tfm__round_up(entry->name_size, 8);
+        entry_at += 72 + size;
+        n++;
+    }
+    rewrite->head_size = (size_t)(entry_at - rewrite->head);
+    for (end = rewrite->head_size; directory < entry_at; directory += 72 + tfm__round_up(tfm__u32(directory), 8)) {
+        end = tfm__round_up(end, TFM__CACHE_LINE);
+        tfm__put_u64(directory + 48, end);
+        end += (size_t)tfm__u64(directory + 56);
     }
     tfm__put_u64(rewrite->head + 16, end);
+    tfm__put_u64(rewrite->head + 48, rewrite->head_size - (size_t)tfm__u64(rewrite->head + 40));
+    tfm__put_u32(rewrite->head + 56, (uint32_t)n);
 }
 
 static tfm_status tfm__rewrite_file(tfm__rewrite *rewrite, tfm_error *error) {
@@ -5074,7 +5384,9 @@ static tfm_status tfm__rewrite_file(tfm__rewrite *rewrite, tfm_error *error) {
     status = tfm__write(rewrite, rewrite->head, rewrite->head_size, error); /* again when the checksums are known */
     rewrite->size = rewrite->head_size;
     for (i = 0; status == TFM_OK && i < rewrite->from->n_entries; i++) {
-        const tfm_entry *entry = rewrite->from->entries + i;
+        const tfm_entry *entry = tfm__written(rewrite->from, i);
+        if (!entry)
+            continue;
         status = tfm__rewrite_tensor(rewrite, &crc, entry, directory, error);
         directory += 72 + tfm__round_up(entry->name_size, 8);
     }
@@ -8458,6 +8770,15 @@ static const tfm_entry *tfm__load_entry(tfm__loader *loader, const char *name, s
     return entry;
 }
 
+/* Whether a file holds blocks, with which the kernels can't compute. */
+static int tfm__has_blocks(const tfm_file *file) {
+    size_t i;
+    for (i = 0; i < file->n_entries; i++)
+        if (tfm__blocks_of(file->entries[i].tensor.dtype))
+            return 1;
+    return 0;
+}
+
 /* A matrix for the kernels: in panels. */
 static void tfm__load_matrix(tfm__loader *loader, const char *name, size_t out, size_t in, tfm_tensor *matrix) {
     const tfm_entry *entry = tfm__load_entry(loader, name, out, in, 0);
@@ -8466,6 +8787,8 @@ static void tfm__load_matrix(tfm__loader *loader, const char *name, size_t out, 
     if (!entry)
         return;
     dtype = loader->dtype ? loader->dtype : entry->tensor.dtype;
+    if (dtype == TFM_PARTS) /* of types that differ, which without blocks only a strange file has */
+        dtype = TFM_F32;
     *matrix = tfm__tensor(dtype, TFM_PANELS, out, in, entry->tensor.data);
     if (loader->copy || entry->tensor.layout != TFM_PANELS || entry->tensor.dtype != dtype) {
         char *memory = tfm__loader_take(loader, tfm_tensor_bytes(matrix));
@@ -8918,7 +9241,7 @@ static tfm_status tfm__load_with(tfm__loader *loader, tfm_model *model, const tf
     loader->reader.file = model->file;
     loader->reader.error = error;
     loader->threads.count = tfm__thread_count(options->threads);
-    loader->dtype = options->dtype;
+    loader->dtype = options->dtype || !tfm__has_blocks(model->file) ? options->dtype : TFM_I8;
     loader->copy = options->copy;
     if ((unsigned)options->dtype >= TFM_DTYPE_COUNT)
         return tfm__fail(error, TFM_ERROR_UNSUPPORTED, "unknown type %d", (int)options->dtype);
@@ -8927,7 +9250,7 @@ static tfm_status tfm__load_with(tfm__loader *loader, tfm_model *model, const tf
     tfm__read_description(&loader->reader, model);
     if (loader->reader.status != TFM_OK)
         return loader->reader.status;
-    if (options->dtype == TFM_I8 && tfm__fold(model->file, &loader->folding, &model->allocator, error) != TFM_OK)
+    if (loader->dtype == TFM_I8 && tfm__fold(model->file, &loader->folding, &model->allocator, error) != TFM_OK)
         return TFM_ERROR_MEMORY;
     model->encoder.blocks =
         (tfm_block *)tfm__allocate_zeroed(&model->allocator, d->encoder.n_layers * sizeof *model->encoder.blocks);

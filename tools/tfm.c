@@ -453,6 +453,19 @@ static tfm_status dump_run(dumping *d, tfm_session *session, tfm_error *error) {
     return tfm_eval(session, &chunk, 1, d->what, d->outputs, error);
 }
 
+/* The model, to be compared with others: so GGUF's quantized types, which only the packing rounds again, become fp32. */
+static tfm_model *dump_load(const char *path, tfm_error *error) {
+    tfm_load_options options;
+    tfm_file *file = tfm_file_open(path, NULL, error);
+    size_t i;
+    memset(&options, 0, sizeof options);
+    for (i = 0; file && i < tfm_file_n_tensors(file); i++)
+        if (tfm_file_entry(file, i)->tensor.dtype >= TFM_DTYPE_COUNT)
+            options.dtype = TFM_F32;
+    tfm_file_close(file);
+    return file ? tfm_load(path, &options, error) : NULL;
+}
+
 static int dump(int argc, char **argv) {
     arguments args;
     tfm_error error = {TFM_OK, ""};
@@ -474,7 +487,7 @@ static int dump(int argc, char **argv) {
     status = dump_inputs(&args, &d);
     if (!status) {
         const int wants_pooled = d.what == TFM_POOLED;
-        model = tfm_load(args.paths[0], NULL, &error);
+        model = dump_load(args.paths[0], &error);
         session = model ? create_session_for(model, &args, &d.text, d.n_decoder_ids, &error) : NULL;
         if (session && dump_shape(&d, model, &error) == TFM_OK && dump_run(&d, session, &error) == TFM_OK)
             status = write_npy(args.output, d.outputs, wants_pooled ? 0 : d.rows, d.columns);
