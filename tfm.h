@@ -614,6 +614,12 @@ TFM_API const char *tfm_token_text(const tfm_model *model, int32_t id, size_t *s
 /* 1 if the token ends a text. */
 TFM_API int tfm_is_end_token(const tfm_model *model, int32_t id);
 
+/* 1 if the token is a mark that generated text does not show, as </s>. */
+TFM_API int tfm_is_special_token(const tfm_model *model, int32_t id);
+
+/* The token that an encoder-decoder's decoder begins with, or -1 if the model does not say. */
+TFM_API int32_t tfm_start_token(const tfm_model *model);
+
 /* ----------------------------------------------------------------------------------------------------------- sessions */
 
 typedef struct tfm_session_options {
@@ -703,10 +709,11 @@ typedef struct tfm_sampling {
     size_t n_logit_bias;
     float
         repeat_penalty; /* logits of tokens that the sequence has: divided by it if positive, else multiplied. 0: off */
-    float temperature;  /* logits are divided by it. 0: greedy, the largest logit (the lowest id among equals) */
-    size_t top_k;       /* only the k likeliest tokens (and those equal to the k-th). 0: all */
-    float top_p;        /* only the likeliest tokens that together reach this probability. 0 or 1: all */
-    float min_p;        /* only tokens at least this likely, relative to the likeliest. 0: all */
+    size_t no_repeat_ngram; /* so many tokens in a row never come twice in a sequence. 0: off */
+    float temperature;      /* logits are divided by it. 0: greedy, the largest logit (the lowest id among equals) */
+    size_t top_k;           /* only the k likeliest tokens (and those equal to the k-th). 0: all */
+    float top_p;            /* only the likeliest tokens that together reach this probability. 0 or 1: all */
+    float min_p;            /* only tokens at least this likely, relative to the likeliest. 0: all */
 } tfm_sampling;
 
 /* Random numbers: PCG32 (O'Neill 2014). The same seed gives the same numbers everywhere. */
@@ -717,8 +724,8 @@ TFM_API void tfm_random_seed(tfm_random *random, uint64_t seed);
 /* Uniform in [0, 1). */
 TFM_API double tfm_random_uniform(tfm_random *random);
 
-/* Chooses a token from logits[vocab_size]; the logits are changed. `history` (the tokens so far) is for the repeat
- * penalty and may be NULL. `random` is not used when greedy. Logits that are NaN are never chosen. `work` holds
+/* Chooses a token from logits[vocab_size]; the logits are changed. `history` (the tokens so far) is for repeat_penalty
+ * and no_repeat_ngram and may be NULL. `random` is not used when greedy. Logits that are NaN are never chosen. `work` holds
  * vocab_size int32_t. TFM_ERROR_ARGUMENT if an option is out of range or no token is left. */
 TFM_API tfm_status tfm_sample(const tfm_sampling *sampling, float *logits, size_t vocab_size, const int32_t *history,
                               size_t n_history, tfm_random *random, int32_t *work, int32_t *token, tfm_error *error);
@@ -764,14 +771,76 @@ typedef struct tfm_generate_stats {
 
 /* Continues a prompt: tokenizes it, evaluates it, then chooses token after token; each new piece of text goes to `print`
  * (which may be NULL). An empty prompt is an error, as is one that is longer than the context. When the context runs
- * full without options->shift the text so far has been printed and the status is TFM_ERROR_CONTEXT_FULL. */
+ * full without options->shift the text so far has been printed and the status is TFM_ERROR_CONTEXT_FULL.
+ * With an encoder-decoder the prompt is the text that is answered (translated, summarized): tfm_set_source with it, as
+ * the tokenizer ends it, then tfm_generate_ids without ids. The answer begins without a space. */
 TFM_API tfm_status tfm_generate(tfm_session *session, const char *prompt, const tfm_generate_options *options,
                                 tfm_print print, void *print_user, tfm_error *error);
 
-/* The same for a prompt of token ids; works without a tokenizer (nothing is printed then, see on_token). */
+/* The same for a prompt of token ids; works without a tokenizer (nothing is printed then, see on_token). With an
+ * encoder-decoder these are the decoder's first tokens, after a tfm_set_source; n_prompt = 0: tfm_start_token. */
 TFM_API tfm_status tfm_generate_ids(tfm_session *session, const int32_t *prompt, size_t n_prompt,
                                     const tfm_generate_options *options, tfm_print print, void *print_user,
                                     tfm_error *error);
+
+/* ------------------------------------------------------------------------------------- several prompts, beam search */
+
+/* What a text begins with. For an encoder-decoder these are the decoder's tokens; none: tfm_start_token. */
+typedef struct tfm_prompt {
+    const int32_t *tokens; /* [n_tokens] */
+    size_t n_tokens;
+} tfm_prompt;
+
+/* What it is continued with. */
+typedef struct tfm_result {
+    const int32_t
+        *tokens; /* [n_tokens], without the prompt, with the token that ended the text; the session's own, until
+                            * the next call of one of these two functions */
+    size_t n_tokens;
+    tfm_stop stop;
+    float score; /* beam search: the sum of the tokens' log-probabilities / n_tokens ** length_penalty */
+} tfm_result;
+
+/* Continues several prompts, of any lengths, side by side, so that they share each read of the weights: prompt i in the
+ * sequence options->sequence + i, which it overwrites (an encoder-decoder's prompts answer to those sequences' sources;
+ * prompts may be NULL there). Each gives the tokens that tfm_generate_ids gives with the seed options->seed + i.
+ * results [n_prompts]. A text that fills the context ends with TFM_STOP_CONTEXT, which is no error. Nothing is printed:
+ * of the options append, shift, stop_strings, on_token and stats must be 0. Memory for the results is made in the first
+ * call, and kept. */
+TFM_API tfm_status tfm_generate_batch(tfm_session *session, const tfm_prompt *prompts, size_t n_prompts,
+                                      const tfm_generate_options *options, tfm_result *results, tfm_error *error);
+
+/* When a search ends before max_tokens. `beams` results are kept; the best beam that goes on could still be better than
+ * the worst of those if its score, divided by n ** length_penalty, is. */
+typedef enum tfm_early_stopping {
+    TFM_STOP_UNLIKELY = 0, /* it is not, n being its length so far (transformers' early_stopping=False) */
+    TFM_STOP_FULL,         /* the same, or there are `beams` results (True) */
+    TFM_STOP_SURE          /* it is not for any length: n is max_tokens if that makes it better ("never") */
+} tfm_early_stopping;
+
+typedef struct tfm_beam_options {
+    size_t beams;          /* 0: 4. 1: greedy, the likeliest token each time */
+    size_t n_best;         /* results for each prompt, 1 to beams; 0: 1 */
+    size_t max_tokens;     /* new tokens; 0: as many as the context has room for */
+    size_t min_tokens;     /* no text ends before it has so many new tokens, the one that ends it not counted */
+    float length_penalty;  /* scores are divided by length ** length_penalty: more than 0 favours long texts. 0: 1 */
+    int no_length_penalty; /* 1: scores are sums (transformers' length_penalty=0) */
+    tfm_early_stopping early_stopping;
+    size_t no_repeat_ngram; /* as in tfm_sampling */
+    size_t sequence;        /* the first that is used */
+} tfm_beam_options;
+
+/* Beam search, as transformers' generate(num_beams=beams): keeps the `beams` likeliest beginnings of a continuation, and
+ * returns the n_best best that ended, best first (fewer than n_best possible ones: n_tokens = 0, the score -INFINITY).
+ * Prompts, of any lengths, are searched side by side and do not depend on each other; of equal candidates the one with
+ * the lower beam, then the lower token is better. Prompt i takes the sequences sequence + i * beams, ... + beams - 1, all
+ * of which are empty afterwards; an encoder-decoder's source is that of the first of them, which keeps it (the others
+ * lose theirs; prompts may be NULL).
+ * The beams of a prompt share the cache's pages (tfm_kv) as far as their texts are the same, and the source's: where they
+ * part, no more than the last page is copied. results [n_prompts][n_best]. Memory for the search is made in the first
+ * call, and kept. TFM_ERROR_CONTEXT_FULL if a prompt and max_tokens do not fit into the context. */
+TFM_API tfm_status tfm_beam_search(tfm_session *session, const tfm_prompt *prompts, size_t n_prompts,
+                                   const tfm_beam_options *options, tfm_result *results, tfm_error *error);
 
 #ifdef __cplusplus
 }
@@ -9465,9 +9534,12 @@ static size_t tfm__longest_token(const tfm_model *model) {
     return longest;
 }
 
-/* 1 if the token is not shown to people. */
-static int tfm__is_special(const tfm_model *model, int32_t id) {
+TFM_API int tfm_is_special_token(const tfm_model *model, int32_t id) {
     return model->has_tokenizer && tfm__token_is_special(&model->tokenizer, id);
+}
+
+TFM_API int32_t tfm_start_token(const tfm_model *model) {
+    return model->start_id;
 }
 
 TFM_API int tfm_is_end_token(const tfm_model *model, int32_t id) {
@@ -9512,6 +9584,8 @@ struct tfm_session {
     int32_t *work;   /* [vocab_size] */
     char *text;      /* [text_size]: text that is held back */
     size_t text_size;
+    void *search_memory; /* of tfm_beam_search and tfm_generate_batch; grows, never shrinks */
+    size_t search_size;
 };
 
 /* ---- creation */
@@ -9636,8 +9710,21 @@ static size_t tfm__stack_scratch(const tfm_model *model, const tfm__stack *stack
     return TFM__MAX(scratch, tfm__logits_scratch(model, rows));
 }
 
-/* Scratch for the largest pass that there can be, so that tfm_eval never allocates. (tfm_encode may: what it needs depends
- * on the texts.) */
+/* Scratch of the longest source: see tfm_set_source. */
+static size_t tfm__source_scratch(const tfm_session *session) {
+    const tfm_model *model = session->model;
+    size_t floats;
+    tfm_span span;
+    memset(&span, 0, sizeof span);
+    span.n_rows = session->source;
+    floats = tfm__stack_scratch(model, &model->encoder, &span, 1, session->source);
+    if (model->decoder.shape->n_layers)
+        floats = TFM__MAX(floats, tfm__memory_scratch(&model->decoder.blocks->cross, session->source));
+    return floats;
+}
+
+/* Scratch for the largest pass that there can be, so that tfm_eval and tfm_set_source never allocate. (tfm_encode may: what
+ * it needs depends on the texts.) */
 static tfm_status tfm__session_scratch(tfm_session *session, tfm_error *error) {
     const tfm_model *model = session->model;
     size_t floats = 0;
@@ -9649,6 +9736,8 @@ static tfm_status tfm__session_scratch(tfm_session *session, tfm_error *error) {
         floats = tfm__stack_scratch(model, &model->decoder, session->spans, session->n_sequences, session->context);
         session->spans[0].n_rows = 0;
     }
+    if (model->description.kind == TFM_ENCODER_DECODER)
+        floats = TFM__MAX(floats, tfm__source_scratch(session));
     if (model->has_tokenizer) {
         size_t longest = TFM__MAX(session->context, session->source);
         size_t bytes = tfm__product(longest, TFM__MIN(tfm__longest_token(model), (size_t)64));
@@ -9740,6 +9829,7 @@ TFM_API void tfm_session_free(tfm_session *session) {
     tfm_engine_free(session->engine);
     tfm__release_aligned(&allocator, session->pool);
     tfm__release_aligned(&allocator, session->memory_pool);
+    tfm__release_aligned(&allocator, session->search_memory);
     tfm__release_aligned(&allocator, session->pages); /* the first of the carved pieces */
     tfm__release(&allocator, session);
 }
@@ -10437,6 +10527,19 @@ static void tfm__penalize(float penalty, float *logits, size_t vocab_size, const
     }
 }
 
+/* Forbids the tokens that would make the sequence's last tokens, `size` of them, the same as some before (Paulus et al.
+ * 2017). */
+static void tfm__forbid_repeats(size_t size, float *logits, size_t vocab_size, const int32_t *history,
+                                size_t n_history) {
+    const int32_t *last = history + n_history - (size - 1);
+    size_t i;
+    for (i = 0; i + size <= n_history; i++) {
+        int32_t token = history[i + size - 1];
+        if (!memcmp(history + i, last, (size - 1) * sizeof *last) && token >= 0 && (size_t)token < vocab_size)
+            logits[token] = -INFINITY;
+    }
+}
+
 /* The largest logit's token, the first among equals; vocab_size if every logit is NaN or -infinity. */
 static size_t tfm__likeliest(const float *logits, size_t vocab_size) {
     float lane[16], largest = -INFINITY;
@@ -10534,6 +10637,8 @@ TFM_API tfm_status tfm_sample(const tfm_sampling *sampling, float *logits, size_
         logits[sampling->logit_bias[i].token] += sampling->logit_bias[i].bias;
     if (sampling->repeat_penalty > 0 && sampling->repeat_penalty != 1 && history)
         tfm__penalize(sampling->repeat_penalty, logits, vocab_size, history, n_history, work);
+    if (sampling->no_repeat_ngram && history && sampling->no_repeat_ngram <= n_history)
+        tfm__forbid_repeats(sampling->no_repeat_ngram, logits, vocab_size, history, n_history);
     best = tfm__likeliest(logits, vocab_size);
     if (best == vocab_size)
         return tfm__fail(error, TFM_ERROR_ARGUMENT, "no token can be chosen: every logit is NaN or -infinity");
@@ -10561,6 +10666,7 @@ typedef struct tfm__stream {
     size_t n_stops;
     tfm_print print; /* NULL: only the stop strings matter */
     void *user;
+    tfm__decoder decoder; /* how far the text is, where it begins with the sequence: that of an encoder-decoder */
 } tfm__stream;
 
 /* Hands on the first n bytes, with U+FFFD for what can't be UTF-8. Returns what the caller's function returned. */
@@ -10617,6 +10723,22 @@ static tfm_stop tfm__stream_add(tfm__stream *stream, const char *text, size_t si
     return stream->size > held && tfm__stream_print(stream, stream->size - held) ? TFM_STOP_CALLBACK : TFM_STOP_NONE;
 }
 
+/* A token's text, as it goes on from the prompt; the text of an encoder-decoder has no prompt, and begins with its first
+ * token. */
+static const char *tfm__stream_text(const tfm_model *model, tfm__decoder *decoder, int32_t token, unsigned char *memory,
+                                    size_t *size) {
+    const char *text;
+    *size = 0;
+    if (tfm_is_special_token(model, token))
+        return NULL;
+    if (model->description.kind != TFM_ENCODER_DECODER || !tfm_token_text(model, token, size))
+        return tfm_token_text(model, token, size);
+    text = (const char *)tfm__kind_decode(&model->tokenizer, token, decoder, memory, size);
+    decoder->n_ids++;
+    decoder->size += *size;
+    return text;
+}
+
 /* ---- generation */
 
 static tfm_status tfm__check_generate(const tfm_session *session, const tfm_generate_options *options,
@@ -10639,6 +10761,21 @@ static int tfm__is_stop_token(const tfm_session *session, const tfm_generate_opt
         if (options->stop_tokens[i] == token)
             return 1;
     return !options->ignore_end && tfm_is_end_token(session->model, token);
+}
+
+/* An encoder-decoder's tokens, where none are given. */
+static tfm_status tfm__begin_decoder(const tfm_session *session, const tfm_generate_options *options,
+                                     const int32_t **prompt, size_t *n_prompt, tfm_error *error) {
+    const tfm_model *model = session->model;
+    if (model->description.kind != TFM_ENCODER_DECODER || *n_prompt || options->append)
+        return TFM_OK;
+    if (model->start_id < 0)
+        return tfm__fail(error, TFM_ERROR_ARGUMENT,
+                         "%s: the file has no generation.start_id, so the decoder's first tokens must be given",
+                         model->file->name);
+    *prompt = &model->start_id;
+    *n_prompt = 1;
+    return TFM_OK;
 }
 
 /* Brings the sequence to the prompt; the logits of its last token are in session->logits. */
@@ -10685,6 +10822,7 @@ static tfm_status tfm__step(tfm_session *session, int32_t token, const tfm_gener
 static tfm_status tfm__continue(tfm_session *session, const tfm_generate_options *options, tfm__stream *stream,
                                 tfm_generate_stats *stats, tfm_error *error) {
     size_t vocab_size = session->model->description.vocab_size;
+    unsigned char memory[TFM__MAX_PIECE_TEXT];
     tfm_random random;
     tfm_random_seed(&random, options->seed);
     for (;;) {
@@ -10702,7 +10840,7 @@ static tfm_status tfm__continue(tfm_session *session, const tfm_generate_options
         else if (tfm__is_stop_token(session, options, token))
             stats->stop = TFM_STOP_END_TOKEN;
         else {
-            text = tfm__is_special(session->model, token) ? NULL : tfm_token_text(session->model, token, &size);
+            text = tfm__stream_text(session->model, &stream->decoder, token, memory, &size);
             stats->stop = text ? tfm__stream_add(stream, text, size) : TFM_STOP_NONE;
             if (stats->stop == TFM_STOP_NONE && stats->n_generated == options->max_tokens)
                 stats->stop = TFM_STOP_MAX_TOKENS;
@@ -10715,6 +10853,15 @@ static tfm_status tfm__continue(tfm_session *session, const tfm_generate_options
         if (status != TFM_OK)
             return status;
     }
+}
+
+/* What the sequence's tokens so far would have shown, so that what comes goes on from there. */
+static void tfm__stream_skip(const tfm_session *session, size_t sequence, tfm__stream *stream) {
+    unsigned char memory[TFM__MAX_PIECE_TEXT];
+    size_t n_tokens, size, i;
+    const int32_t *tokens = tfm_sequence_tokens(session, sequence, &n_tokens);
+    for (i = 0; i < n_tokens; i++)
+        tfm__stream_text(session->model, &stream->decoder, tokens[i], memory, &size);
 }
 
 TFM_API tfm_status tfm_generate_ids(tfm_session *session, const int32_t *prompt, size_t n_prompt,
@@ -10737,26 +10884,672 @@ TFM_API tfm_status tfm_generate_ids(tfm_session *session, const int32_t *prompt,
     stream.user = print_user;
     status = tfm__check_generate(session, options, error);
     if (status == TFM_OK)
+        status = tfm__begin_decoder(session, options, &prompt, &n_prompt, error);
+    if (status == TFM_OK)
         status = tfm__prefill(session, prompt, n_prompt, options, stats, error);
     if (status != TFM_OK)
         return status;
+    tfm__stream_skip(session, options->sequence, &stream);
     status = tfm__continue(session, options, &stream, stats, error);
     if (stream.size && stats->stop != TFM_STOP_CALLBACK && tfm__stream_print(&stream, stream.size))
         stats->stop = TFM_STOP_CALLBACK;
     return status;
 }
 
+/* The prompt's tokens are a sequence's source. */
+static tfm_status tfm__prompt_as_source(tfm_session *session, size_t n_prompt, size_t sequence, tfm_error *error) {
+    tfm_text text;
+    memset(&text, 0, sizeof text);
+    text.tokens = session->prompt;
+    text.n_tokens = n_prompt;
+    if (!n_prompt)
+        return tfm__fail(error, TFM_ERROR_ARGUMENT, "the prompt is empty: there is nothing to answer");
+    if (n_prompt > session->source)
+        return tfm__fail(error, TFM_ERROR_CONTEXT_FULL,
+                         "the prompt has %lu tokens, but the encoder has room for %lu: see tfm_session_options.source",
+                         (unsigned long)n_prompt, (unsigned long)session->source);
+    return tfm_set_source(session, sequence, &text, error);
+}
+
 TFM_API tfm_status tfm_generate(tfm_session *session, const char *prompt, const tfm_generate_options *options,
                                 tfm_print print, void *print_user, tfm_error *error) {
+    const int answers = session->model->description.kind == TFM_ENCODER_DECODER;
     unsigned flags = options && options->special ? TFM_TOKENIZE_SPECIAL : 0;
     tfm_engine *engine = session->engine; /* whose scratch memory is idle */
     size_t n_prompt;
-    tfm_status status =
-        tfm__tokenize(session->model, engine->scratch, engine->scratch_size * sizeof *engine->scratch, prompt,
-                      strlen(prompt), flags, session->prompt, session->context, &n_prompt, error);
+    tfm_status status = tfm__tokenize(session->model, engine->scratch, engine->scratch_size * sizeof *engine->scratch,
+                                      prompt, strlen(prompt), flags, session->prompt,
+                                      answers ? session->source : session->context, &n_prompt, error);
+    if (status == TFM_OK && answers) {
+        status = tfm__prompt_as_source(session, n_prompt, options ? options->sequence : 0, error);
+        n_prompt = 0;
+    }
     if (status != TFM_OK)
         return status;
     return tfm_generate_ids(session, session->prompt, n_prompt, options, print, print_user, error);
+}
+
+/* ---- several prompts side by side: what tfm_generate_batch and tfm_beam_search have in common */
+
+/* A continuation that may go on. */
+typedef struct tfm__beam {
+    float score;   /* the sum of the log-probabilities of its new tokens */
+    size_t parent; /* the beam of the step before whose tokens it begins with */
+    int32_t token; /* its newest, which is not in its sequence yet */
+} tfm__beam;
+
+/* One prompt and its continuations: beam b is in the sequence first + b. */
+typedef struct tfm__group {
+    size_t first, n_prompt;
+    size_t max_new, n_new; /* tokens that each beam may have, and has */
+    size_t n_beams;        /* that go on; 0: the search is over */
+    size_t row;            /* their logits, in this step: rows row, row + 1, ... */
+    size_t n_rows;         /* 1 after the prompt, which all beams share */
+    tfm__beam *beams;      /* [beams] */
+    size_t n_finished;
+    tfm_result *finished; /* [beams]: best first */
+    int32_t *tokens;      /* [beams][max_new]: what `finished` points to, in any order */
+    tfm_random random;
+} tfm__group;
+
+/* What a row of logits offers: the best tokens and their log-probabilities. */
+typedef struct tfm__offer {
+    uint32_t token;
+    float score;
+} tfm__offer;
+
+typedef struct tfm__search {
+    tfm_session *session;
+    tfm_beam_options options; /* with the usual in place of 0 */
+    size_t n_groups, max_new, keep;
+    tfm__group *groups;   /* [n_groups] */
+    tfm_chunk *chunks;    /* [n_groups beams] */
+    size_t *row_sequence; /* [n_groups beams]: whose logits a row is */
+    float *logits;        /* [n_groups beams][vocab_size] */
+    tfm__offer *offers;   /* [n_groups beams][keep], best first */
+    size_t *n_offers;     /* [n_groups beams] */
+    tfm__beam *beams;     /* [n_groups][beams] */
+    tfm_result *finished; /* [n_groups][beams] */
+    int32_t *tokens;      /* [n_groups][beams][max_new] */
+    /* of one group at a time */
+    tfm__beam *candidates; /* [beams keep] */
+    uint32_t *order;       /* [beams keep] */
+    uint32_t *page_tables; /* [beams][n_pages] */
+    uint32_t *page_uses;   /* [beams n_pages]: how many beams a page is in */
+    int32_t *old_tokens;   /* [beams][context] */
+} tfm__search;
+
+static void tfm__carve_search(tfm__search *search, tfm__carver *carver) {
+    const tfm_session *session = search->session;
+    const size_t beams = search->options.beams, rows = tfm__product(search->n_groups, beams), keep = search->keep;
+    search->groups = (tfm__group *)tfm__carve(carver, search->n_groups, sizeof *search->groups);
+    search->chunks = (tfm_chunk *)tfm__carve(carver, rows, sizeof *search->chunks);
+    search->row_sequence = (size_t *)tfm__carve(carver, rows, sizeof *search->row_sequence);
+    search->logits =
+        (float *)tfm__carve(carver, tfm__product(rows, session->model->description.vocab_size), sizeof *search->logits);
+    search->offers = (tfm__offer *)tfm__carve(carver, tfm__product(rows, keep), sizeof *search->offers);
+    search->n_offers = (size_t *)tfm__carve(carver, rows, sizeof *search->n_offers);
+    search->beams = (tfm__beam *)tfm__carve(carver, rows, sizeof *search->beams);
+    search->finished = (tfm_result *)tfm__carve(carver, rows, sizeof *search->finished);
+    search->tokens = (int32_t *)tfm__carve(carver, tfm__product(rows, search->max_new), sizeof *search->tokens);
+    search->candidates = (tfm__beam *)tfm__carve(carver, tfm__product(beams, keep), sizeof *search->candidates);
+    search->order = (uint32_t *)tfm__carve(carver, tfm__product(beams, keep), sizeof *search->order);
+    search->page_tables =
+        (uint32_t *)tfm__carve(carver, tfm__product(beams, session->n_pages), sizeof *search->page_tables);
+    search->page_uses =
+        (uint32_t *)tfm__carve(carver, tfm__product(beams, session->n_pages), sizeof *search->page_uses);
+    search->old_tokens =
+        (int32_t *)tfm__carve(carver, tfm__product(beams, session->context), sizeof *search->old_tokens);
+}
+
+static tfm_status tfm__search_memory(tfm__search *search, tfm_error *error) {
+    tfm_session *session = search->session;
+    tfm__carver carver = {NULL, 0};
+    tfm__carve_search(search, &carver);
+    if (carver.used > session->search_size) {
+        void *memory = tfm__allocate_aligned(&session->allocator, carver.used, TFM__CACHE_LINE);
+        if (!memory)
+            return tfm__fail_memory(error, carver.used);
+        tfm__release_aligned(&session->allocator, session->search_memory);
+        session->search_memory = memory;
+        session->search_size = carver.used;
+    }
+    carver.memory = (char *)session->search_memory;
+    carver.used = 0;
+    tfm__carve_search(search, &carver);
+    return TFM_OK;
+}
+
+/* The prompt of group i. */
+static tfm_status tfm__search_prompt(const tfm__search *search, const tfm_prompt *prompts, size_t i, tfm_prompt *prompt,
+                                     tfm_error *error) {
+    const tfm_model *model = search->session->model;
+    memset(prompt, 0, sizeof *prompt);
+    if (prompts)
+        *prompt = prompts[i];
+    if (prompt->n_tokens)
+        return TFM_OK;
+    if (model->description.kind != TFM_ENCODER_DECODER)
+        return tfm__fail(error, TFM_ERROR_ARGUMENT, "prompt %lu is empty: there is nothing to continue",
+                         (unsigned long)i);
+    if (model->start_id < 0)
+        return tfm__fail(error, TFM_ERROR_ARGUMENT,
+                         "%s: the file has no generation.start_id, so the decoder's first tokens must be given",
+                         model->file->name);
+    prompt->tokens = &model->start_id;
+    prompt->n_tokens = 1;
+    return TFM_OK;
+}
+
+/* How many new tokens there may be after each prompt: the longest room, or what was asked for, which must fit (`strict`)
+ * or is cut. The last token of a text is never evaluated, so it needs no room. */
+static tfm_status tfm__search_rooms(tfm__search *search, const tfm_prompt *prompts, int strict, tfm_error *error) {
+    const size_t context = search->session->context, asked = search->options.max_tokens;
+    size_t i;
+    search->max_new = 0;
+    for (i = 0; i < search->n_groups; i++) {
+        tfm_prompt prompt;
+        tfm_status status = tfm__search_prompt(search, prompts, i, &prompt, error);
+        size_t room = prompt.n_tokens > context ? 0 : context - prompt.n_tokens + 1;
+        if (status != TFM_OK)
+            return status;
+        if (!room || (strict && asked > room))
+            return tfm__fail(error, TFM_ERROR_CONTEXT_FULL,
+                             "prompt %lu has %lu tokens and %lu more are asked for, but the context has room for %lu",
+                             (unsigned long)i, (unsigned long)prompt.n_tokens, (unsigned long)asked,
+                             (unsigned long)context);
+        search->max_new = TFM__MAX(search->max_new, asked ? TFM__MIN(asked, room) : room);
+    }
+    return TFM_OK;
+}
+
+/* Sequences for all groups, and a head to search with. */
+static tfm_status tfm__check_search(const tfm__search *search, tfm_error *error) {
+    const tfm_session *session = search->session;
+    const tfm_beam_options *options = &search->options;
+    if (session->model->description.kind == TFM_ENCODER || session->model->description.head == TFM_NO_HEAD)
+        return tfm__fail(error, TFM_ERROR_UNSUPPORTED, "the model writes no text: it is an encoder, or has no head");
+    if (options->sequence > session->n_sequences ||
+        search->n_groups > (session->n_sequences - options->sequence) / options->beams)
+        return tfm__fail(error, TFM_ERROR_ARGUMENT,
+                         "%lu prompts with %lu beams from sequence %lu on, but the session has %lu sequences: see "
+                         "tfm_session_options.n_sequences",
+                         (unsigned long)search->n_groups, (unsigned long)options->beams,
+                         (unsigned long)options->sequence, (unsigned long)session->n_sequences);
+    return TFM_OK;
+}
+
+/* Empties the groups' sequences and evaluates the prompts; their logits are the first rows. */
+static tfm_status tfm__search_begin(tfm__search *search, const tfm_prompt *prompts, tfm_error *error) {
+    tfm_session *session = search->session;
+    const size_t beams = search->options.beams;
+    size_t i, b;
+    for (i = 0; i < search->n_groups; i++) {
+        tfm__group *group = search->groups + i;
+        tfm_chunk *chunk = search->chunks + i;
+        tfm_prompt prompt;
+        size_t room;
+        tfm_status status = tfm__search_prompt(search, prompts, i, &prompt, error);
+        if (status != TFM_OK)
+            return status;
+        room = session->context - prompt.n_tokens + 1;
+        memset(group, 0, sizeof *group);
+        group->first = search->options.sequence + i * beams;
+        group->n_prompt = prompt.n_tokens;
+        group->max_new = search->options.max_tokens ? TFM__MIN(search->options.max_tokens, room) : room;
+        group->row = i;
+        group->n_rows = group->n_beams = 1;
+        group->beams = search->beams + i * beams;
+        group->finished = search->finished + i * beams;
+        group->tokens = search->tokens + i * beams * search->max_new;
+        memset(group->beams, 0, beams * sizeof *group->beams);
+        memset(group->finished, 0, beams * sizeof *group->finished);
+        for (b = 0; b < beams; b++)
+            session->kv[group->first + b].n_tokens = 0;
+        search->row_sequence[i] = group->first;
+        chunk->sequence = group->first;
+        chunk->tokens = prompt.tokens;
+        chunk->n_tokens = prompt.n_tokens;
+        chunk->n_outputs = 1;
+    }
+    return tfm_eval(session, search->chunks, search->n_groups, TFM_LOGITS, search->logits, error);
+}
+
+/* Evaluates the newest tokens of all beams that go on. *n_rows: how many those are. */
+static tfm_status tfm__search_step(tfm__search *search, size_t *n_rows, tfm_error *error) {
+    size_t i, b;
+    for (i = *n_rows = 0; i < search->n_groups; i++) {
+        tfm__group *group = search->groups + i;
+        group->row = *n_rows;
+        group->n_rows = group->n_beams;
+        for (b = 0; b < group->n_beams; b++, ++*n_rows) {
+            tfm_chunk *chunk = search->chunks + *n_rows;
+            search->row_sequence[*n_rows] = chunk->sequence = group->first + b;
+            chunk->tokens = &group->beams[b].token;
+            chunk->n_tokens = chunk->n_outputs = 1;
+        }
+    }
+    return *n_rows ? tfm_eval(search->session, search->chunks, *n_rows, TFM_LOGITS, search->logits, error) : TFM_OK;
+}
+
+/* ---- several prompts: greedy, sampling */
+
+/* Chooses the group's next token. */
+static tfm_status tfm__batch_choose(tfm__search *search, tfm__group *group, const tfm_generate_options *options,
+                                    tfm_error *error) {
+    tfm_session *session = search->session;
+    const size_t vocab_size = session->model->description.vocab_size;
+    tfm_result *result = group->finished;
+    size_t n_history;
+    const int32_t *history = tfm_sequence_tokens(session, group->first, &n_history);
+    tfm_status status = tfm_sample(&options->sampling, search->logits + group->row * vocab_size, vocab_size, history,
+                                   n_history, &group->random, session->work, &group->beams->token, error);
+    if (status != TFM_OK)
+        return status;
+    group->tokens[group->n_new++] = group->beams->token;
+    if (tfm__is_stop_token(session, options, group->beams->token))
+        result->stop = TFM_STOP_END_TOKEN;
+    else if (group->n_new == group->max_new)
+        result->stop = group->n_new == options->max_tokens ? TFM_STOP_MAX_TOKENS : TFM_STOP_CONTEXT;
+    result->tokens = group->tokens;
+    result->n_tokens = group->n_new;
+    group->n_beams = result->stop == TFM_STOP_NONE;
+    return TFM_OK;
+}
+
+static tfm_status tfm__check_batch(const tfm_generate_options *options, tfm_error *error) {
+    if (!options->append && !options->shift && !options->n_stop_strings && !options->on_token && !options->stats)
+        return TFM_OK;
+    return tfm__fail(error, TFM_ERROR_ARGUMENT,
+                     "tfm_generate_batch does not know the options append, shift, stop_strings, on_token and stats");
+}
+
+TFM_API tfm_status tfm_generate_batch(tfm_session *session, const tfm_prompt *prompts, size_t n_prompts,
+                                      const tfm_generate_options *options, tfm_result *results, tfm_error *error) {
+    tfm_generate_options usual;
+    tfm__search search;
+    tfm_status status;
+    size_t n_rows = n_prompts, i;
+    memset(&usual, 0, sizeof usual);
+    memset(&search, 0, sizeof search);
+    if (!options)
+        options = &usual;
+    search.session = session;
+    search.n_groups = n_prompts;
+    search.options.beams = 1;
+    search.options.max_tokens = options->max_tokens;
+    search.options.sequence = options->sequence;
+    status = tfm__check_batch(options, error);
+    if (status == TFM_OK)
+        status = tfm__check_search(&search, error);
+    if (status == TFM_OK)
+        status = tfm__search_rooms(&search, prompts, 0, error);
+    if (status == TFM_OK)
+        status = tfm__search_memory(&search, error);
+    if (status == TFM_OK)
+        status = tfm__search_begin(&search, prompts, error);
+    for (i = 0; i < n_prompts && status == TFM_OK; i++)
+        tfm_random_seed(&search.groups[i].random, options->seed + i);
+    while (n_rows && status == TFM_OK) {
+        for (i = 0; i < n_prompts && status == TFM_OK; i++)
+            if (search.groups[i].n_beams)
+                status = tfm__batch_choose(&search, search.groups + i, options, error);
+        if (status == TFM_OK)
+            status = tfm__search_step(&search, &n_rows, error);
+    }
+    for (i = 0; i < n_prompts && status == TFM_OK; i++)
+        results[i] = *search.groups[i].finished;
+    return status;
+}
+
+/* ---- beam search: what the logits offer */
+
+#define TFM__SCORE_BLOCK ((size_t)2048)
+
+/* log(sum of exp(x)), NaN if one is. */
+static float tfm__log_sum(const tfm__kernels *kernels, const float *x, size_t n) {
+    float block[TFM__SCORE_BLOCK];
+    tfm__softmax softmax;
+    size_t i, size;
+    softmax.max = -INFINITY;
+    softmax.sum = 0;
+    for (i = 0; i < n; i += size) {
+        size = TFM__MIN(TFM__SCORE_BLOCK, n - i);
+        memcpy(block, x + i, size * sizeof *x);
+        kernels->softmax_block(&softmax, block, size, 1, NULL);
+    }
+    return softmax.max + (float)log((double)softmax.sum);
+}
+
+/* The k largest of x, best first, the first among equals; NaN and -infinity are left out. Returns how many. */
+static size_t tfm__largest(const float *x, size_t n, size_t k, tfm__offer *best) {
+    float limit = -INFINITY;
+    size_t count = 0, i, end, at;
+    for (i = 0; i < n; i = end) {
+        int any = 0;
+        end = TFM__MIN(i + 16, n);
+        for (at = i; at < end; at++) /* mostly there is nothing, and compilers make vectors of this */
+            any |= x[at] > limit;
+        for (; any && i < end; i++) {
+            if (!(x[i] > limit))
+                continue;
+            count += count < k;
+            for (at = count - 1; at > 0 && best[at - 1].score < x[i]; at--)
+                best[at] = best[at - 1];
+            best[at].score = x[i];
+            best[at].token = (uint32_t)i;
+            limit = count == k ? best[k - 1].score : limit;
+        }
+    }
+    return count;
+}
+
+/* A row's best tokens and their log-probabilities. What is forbidden is left out, and keeps its share of the
+ * probability. */
+static void tfm__offer_row(void *argument, size_t row) {
+    const tfm__search *search = (const tfm__search *)argument;
+    const tfm_session *session = search->session;
+    const tfm_model *model = session->model;
+    const size_t vocab_size = model->description.vocab_size, sequence = search->row_sequence[row];
+    const tfm__group *group = search->groups + (sequence - search->options.sequence) / search->options.beams;
+    float *logits = search->logits + row * vocab_size;
+    tfm__offer *offers = search->offers + row * search->keep;
+    float log_sum = tfm__log_sum(session->engine->kernels, logits, vocab_size);
+    size_t n_history, i, n;
+    const int32_t *history = tfm_sequence_tokens(session, sequence, &n_history);
+    if (search->options.no_repeat_ngram && search->options.no_repeat_ngram <= n_history)
+        tfm__forbid_repeats(search->options.no_repeat_ngram, logits, vocab_size, history, n_history);
+    for (i = 0; group->n_new < search->options.min_tokens && i < model->n_end_ids; i++)
+        logits[model->end_ids[i]] = -INFINITY;
+    n = log_sum == log_sum ? tfm__largest(logits, vocab_size, search->keep, offers) : 0;
+    for (i = 0; i < n; i++)
+        offers[i].score -= log_sum;
+    search->n_offers[row] = n;
+}
+
+/* ---- beam search: one step of one group */
+
+/* Better first; among equals the lower beam, then the lower token. */
+static int tfm__compare_candidates(const void *context, uint32_t a, uint32_t b) {
+    const tfm__beam *x = (const tfm__beam *)context + a, *y = (const tfm__beam *)context + b;
+    if (x->score != y->score)
+        return x->score > y->score ? -1 : 1;
+    if (x->parent != y->parent)
+        return x->parent < y->parent ? -1 : 1;
+    return (x->token > y->token) - (x->token < y->token);
+}
+
+/* All that the group's rows offer, in order. Returns how many. */
+static size_t tfm__collect(tfm__search *search, const tfm__group *group) {
+    size_t n = 0, row, i;
+    for (row = 0; row < group->n_rows; row++)
+        for (i = 0; i < search->n_offers[group->row + row]; i++, n++) {
+            const tfm__offer *offer = search->offers + (group->row + row) * search->keep + i;
+            search->candidates[n].score = group->beams[row].score + offer->score;
+            search->candidates[n].parent = row;
+            search->candidates[n].token = (int32_t)offer->token;
+            search->order[n] = (uint32_t)n;
+        }
+    tfm__sort(search->order, n, tfm__compare_candidates, search->candidates);
+    return n;
+}
+
+static float tfm__length_divisor(const tfm__search *search, size_t n_tokens) {
+    return (float)pow((double)n_tokens, (double)search->options.length_penalty);
+}
+
+/* A continuation that ended: kept if it is one of the best. The place of the worst becomes free for it. */
+static void tfm__finish_beam(tfm__search *search, tfm__group *group, const tfm__beam *beam, tfm_stop stop) {
+    const size_t beams = search->options.beams, sequence = group->first + beam->parent;
+    const int32_t *before = search->session->tokens + sequence * search->session->context + group->n_prompt;
+    int32_t *tokens = group->tokens + group->n_finished * search->max_new;
+    float score = beam->score / tfm__length_divisor(search, group->n_new + 1);
+    size_t at;
+    if (group->n_finished == beams) {
+        if (!(score > group->finished[beams - 1].score))
+            return;
+        tokens = group->tokens + (size_t)(group->finished[beams - 1].tokens - group->tokens);
+        group->n_finished--;
+    }
+    for (at = group->n_finished++; at > 0 && group->finished[at - 1].score < score; at--)
+        group->finished[at] = group->finished[at - 1];
+    memcpy(tokens, before, group->n_new * sizeof *tokens);
+    tokens[group->n_new] = beam->token;
+    group->finished[at].tokens = tokens;
+    group->finished[at].n_tokens = group->n_new + 1;
+    group->finished[at].stop = stop;
+    group->finished[at].score = score;
+}
+
+/* 1 if a beam may still become better than the worst result. (transformers' score of a result that is not there is
+ * -1e9.) */
+static int tfm__may_improve(const tfm__search *search, const tfm__group *group) {
+    const tfm_beam_options *options = &search->options;
+    const int longest = options->early_stopping == TFM_STOP_SURE && options->length_penalty > 0;
+    float worst = group->n_finished == options->beams ? group->finished[options->beams - 1].score : -1e9f;
+    return group->beams[0].score / tfm__length_divisor(search, longest ? group->max_new : group->n_new) > worst;
+}
+
+/* Of the candidates in order the first beams * (end tokens + 1) count: those that end and are among the first `beams` are
+ * results, the first `beams` others go on. */
+static void tfm__choose_beams(tfm__search *search, tfm__group *group) {
+    const tfm_beam_options *options = &search->options;
+    const size_t n = TFM__MIN(tfm__collect(search, group), search->keep);
+    const int last = group->n_new + 1 == group->max_new;
+    size_t i;
+    for (i = group->n_beams = 0; i < n; i++) {
+        const tfm__beam *candidate = search->candidates + search->order[i];
+        const int ends = tfm_is_end_token(search->session->model, candidate->token);
+        if (!ends && !last && group->n_beams < options->beams)
+            group->beams[group->n_beams++] = *candidate;
+        else if ((ends || last) && i < options->beams)
+            tfm__finish_beam(search, group, candidate, ends ? TFM_STOP_END_TOKEN : TFM_STOP_MAX_TOKENS);
+    }
+    group->n_new++;
+    if (group->n_beams && (!tfm__may_improve(search, group) ||
+                           (options->early_stopping == TFM_STOP_FULL && group->n_finished == options->beams)))
+        group->n_beams = 0;
+}
+
+/* ---- beam search: the beams' pages */
+
+typedef struct tfm__page_copy {
+    tfm_kv kv; /* without a table: pages are those of the pool */
+    size_t from, to, n_tokens;
+} tfm__page_copy;
+
+/* One layer's keys and values of a page's first tokens. */
+static void tfm__copy_page_layer(void *argument, size_t layer) {
+    const tfm__page_copy *copy = (const tfm__page_copy *)argument;
+    const tfm_kv *kv = &copy->kv;
+    const size_t size = tfm__dtype_sizes[kv->dtype] * TFM__PANEL, dim = kv->head_dim;
+    size_t head, d;
+    for (head = 0; head < kv->n_kv_heads; head++) {
+        const char *values = tfm__kv_at(kv, layer, copy->from, 1, head);
+        char *to = tfm__kv_at(kv, layer, copy->to, 1, head);
+        memcpy(tfm__kv_at(kv, layer, copy->to, 0, head), tfm__kv_at(kv, layer, copy->from, 0, head),
+               tfm__divide_up(copy->n_tokens, TFM__PANEL) * dim * size);
+        for (d = 0; d < tfm__divide_up(dim, TFM__PANEL); d++)
+            memcpy(to + d * kv->page_tokens * size, values + d * kv->page_tokens * size, copy->n_tokens * size);
+    }
+}
+
+static void tfm__copy_page(const tfm_session *session, size_t from, size_t to, size_t n_tokens) {
+    tfm__page_copy copy;
+    copy.kv = session->kv[0];
+    copy.kv.pages = NULL;
+    copy.from = from;
+    copy.to = to;
+    copy.n_tokens = n_tokens;
+    tfm__run(session->engine, copy.kv.n_layers, 2 * n_tokens * copy.kv.n_kv_heads * copy.kv.head_dim,
+             tfm__copy_page_layer, &copy);
+}
+
+/* Gives every beam of the group a last page of its own, with room for one more token. The group's sequences brought
+ * n_pages pages each, so there is always a free one. */
+static void tfm__part_pages(tfm__search *search, const tfm__group *group) {
+    const tfm_session *session = search->session;
+    const size_t n_pages = session->n_pages, n_tokens = session->kv[group->first].n_tokens;
+    const size_t last = n_tokens / TFM_KV_PAGE, filled = n_tokens % TFM_KV_PAGE;
+    const size_t base = group->first * n_pages; /* the first of the group's pages */
+    uint32_t *tables = session->pages + base, *uses = search->page_uses;
+    size_t b, i, unused = 0;
+    memset(uses, 0, search->options.beams * n_pages * sizeof *uses);
+    for (b = 0; b < group->n_beams; b++)
+        for (i = 0; i < last + (filled > 0); i++)
+            uses[tables[b * n_pages + i] - base]++;
+    for (b = 0; b < group->n_beams; b++) {
+        uint32_t *page = tables + b * n_pages + last;
+        if (filled && uses[*page - base] == 1)
+            continue;
+        while (uses[unused])
+            unused++;
+        uses[unused] = 1;
+        if (filled) {
+            uses[*page - base]--;
+            tfm__copy_page(session, *page, base + unused, filled);
+        }
+        *page = (uint32_t)(base + unused);
+    }
+}
+
+/* The sequences of the group's beams become those of their parents. */
+static void tfm__follow_parents(tfm__search *search, const tfm__group *group) {
+    tfm_session *session = search->session;
+    const size_t n_pages = session->n_pages, context = session->context, n_tokens = session->kv[group->first].n_tokens;
+    const size_t beams = search->options.beams;
+    uint32_t *tables = session->pages + group->first * n_pages;
+    int32_t *tokens = session->tokens + group->first * context;
+    size_t b;
+    memcpy(search->page_tables, tables, beams * n_pages * sizeof *tables);
+    for (b = 0; b < group->n_rows; b++)
+        memcpy(search->old_tokens + b * n_tokens, tokens + b * context, n_tokens * sizeof *tokens);
+    for (b = 0; b < group->n_beams; b++) {
+        const size_t parent = group->beams[b].parent;
+        memcpy(tables + b * n_pages, search->page_tables + parent * n_pages, n_pages * sizeof *tables);
+        memcpy(tokens + b * context, search->old_tokens + parent * n_tokens, n_tokens * sizeof *tokens);
+        session->kv[group->first + b].n_tokens = n_tokens;
+    }
+    tfm__part_pages(search, group);
+}
+
+/* All beams of a prompt answer to the source of the first. */
+static void tfm__share_sources(const tfm__search *search) {
+    tfm_session *session = search->session;
+    const size_t beams = search->options.beams;
+    size_t i;
+    if (session->model->description.kind == TFM_ENCODER_DECODER)
+        for (i = 0; i < search->n_groups * beams; i++)
+            session->memories[search->options.sequence + i] =
+                session->memories[search->options.sequence + i / beams * beams];
+}
+
+/* Every sequence has its own pages again, and is empty; the first of each prompt still has its source. */
+static void tfm__unshare(const tfm__search *search) {
+    tfm_session *session = search->session;
+    const size_t beams = search->options.beams, source_pages = tfm__kv_pages(session->source);
+    size_t i, k;
+    for (i = 0; i < search->n_groups * beams; i++) {
+        const size_t sequence = search->options.sequence + i;
+        for (k = 0; k < session->n_pages; k++)
+            session->pages[sequence * session->n_pages + k] = (uint32_t)(sequence * session->n_pages + k);
+        session->kv[sequence].n_tokens = 0;
+        if (session->model->description.kind == TFM_ENCODER_DECODER && i % beams) {
+            session->memories[sequence].pages = session->memory_pages + sequence * source_pages;
+            session->memories[sequence].n_tokens = 0;
+        }
+    }
+}
+
+/* ---- beam search */
+
+static tfm_status tfm__check_beams(const tfm__search *search, tfm_error *error) {
+    const tfm_beam_options *options = &search->options;
+    const size_t vocab_size = search->session->model->description.vocab_size;
+    if (options->n_best > options->beams)
+        return tfm__fail(error, TFM_ERROR_ARGUMENT, "%lu results are asked for, but there are %lu beams",
+                         (unsigned long)options->n_best, (unsigned long)options->beams);
+    if (!(fabsf(options->length_penalty) <= 100))
+        return tfm__fail(error, TFM_ERROR_ARGUMENT, "the length penalty is %g, expected -100 to 100",
+                         (double)options->length_penalty);
+    if ((unsigned)options->early_stopping > TFM_STOP_SURE)
+        return tfm__fail(error, TFM_ERROR_ARGUMENT, "unknown kind of early stopping %d", (int)options->early_stopping);
+    if (search->keep / options->beams > vocab_size)
+        return tfm__fail(error, TFM_ERROR_ARGUMENT, "a vocabulary of %lu tokens is too small for beam search",
+                         (unsigned long)vocab_size);
+    return TFM_OK;
+}
+
+/* Steps until all groups are done. */
+static tfm_status tfm__search_beams(tfm__search *search, tfm_error *error) {
+    const tfm_session *session = search->session;
+    size_t n_rows = search->n_groups, i;
+    tfm_status status = TFM_OK;
+    while (n_rows && status == TFM_OK) {
+        tfm__run(session->engine, n_rows, 8 * session->model->description.vocab_size, tfm__offer_row, search);
+        for (i = 0; i < search->n_groups; i++) {
+            tfm__group *group = search->groups + i;
+            if (!group->n_beams)
+                continue;
+            tfm__choose_beams(search, group);
+            if (group->n_beams)
+                tfm__follow_parents(search, group);
+            else if (!group->n_finished)
+                return tfm__fail(error, TFM_ERROR_ARGUMENT,
+                                 "prompt %lu: no token can be chosen: every logit is NaN, -infinity or forbidden",
+                                 (unsigned long)i);
+        }
+        status = tfm__search_step(search, &n_rows, error);
+    }
+    return status;
+}
+
+static void tfm__search_results(const tfm__search *search, tfm_result *results) {
+    size_t i, k;
+    for (i = 0; i < search->n_groups; i++)
+        for (k = 0; k < search->options.n_best; k++, results++) {
+            memset(results, 0, sizeof *results);
+            results->score = -INFINITY;
+            if (k < search->groups[i].n_finished)
+                *results = search->groups[i].finished[k];
+        }
+}
+
+TFM_API tfm_status tfm_beam_search(tfm_session *session, const tfm_prompt *prompts, size_t n_prompts,
+                                   const tfm_beam_options *options, tfm_result *results, tfm_error *error) {
+    tfm__search search;
+    tfm_status status;
+    memset(&search, 0, sizeof search);
+    search.session = session;
+    search.n_groups = n_prompts;
+    if (options)
+        search.options = *options;
+    if (!search.options.beams)
+        search.options.beams = 4;
+    if (!search.options.n_best)
+        search.options.n_best = 1;
+    if (!search.options.length_penalty)
+        search.options.length_penalty = search.options.no_length_penalty ? 0.0f : 1.0f;
+    if (search.options.beams == 1)
+        search.options.early_stopping = TFM_STOP_FULL;
+    search.keep = tfm__product(search.options.beams, TFM__MAX(2, session->model->n_end_ids + 1));
+    status = tfm__check_search(&search, error);
+    if (status == TFM_OK)
+        status = tfm__check_beams(&search, error);
+    if (status == TFM_OK)
+        status = tfm__search_rooms(&search, prompts, 1, error);
+    if (status == TFM_OK && n_prompts)
+        status = tfm__search_memory(&search, error);
+    if (status != TFM_OK || !n_prompts)
+        return status;
+    tfm__share_sources(&search);
+    status = tfm__search_begin(&search, prompts, error);
+    if (status == TFM_OK)
+        status = tfm__search_beams(&search, error);
+    if (status == TFM_OK)
+        tfm__search_results(&search, results);
+    tfm__unshare(&search);
+    return status;
 }
 
 #endif /* TFM_IMPLEMENTATION */
