@@ -501,6 +501,8 @@ typedef enum tfm_positions {
 typedef enum tfm_head { TFM_NO_HEAD = 0, TFM_TIED_HEAD, TFM_OWN_HEAD } tfm_head;
 typedef enum tfm_pooling { TFM_NO_POOLING = 0, TFM_POOL_CLS, TFM_POOL_MEAN, TFM_POOL_MAX } tfm_pooling;
 typedef enum tfm_classifier { TFM_NO_CLASSIFIER = 0, TFM_SEQUENCE_CLASSIFIER, TFM_TOKEN_CLASSIFIER } tfm_classifier;
+/* What a classifier's results say: one class is right (softmax), any number of them are (sigmoid), or they are values. */
+typedef enum tfm_problem { TFM_SINGLE_LABEL = 0, TFM_MULTI_LABEL, TFM_REGRESSION } tfm_problem;
 
 /* A stack of blocks that are alike. */
 typedef struct tfm_stack {
@@ -527,9 +529,11 @@ typedef struct tfm_description {
     tfm_activation head_transform; /* of the layer before the head; TFM_NO_ACTIVATION: no layer */
     int pooler;                    /* 1: the first token's result through a layer and its activation */
     tfm_activation pooler_activation, classifier_activation;
-    tfm_pooling pooling; /* what the model's embeddings of texts are made of */
-    int pool_normalize;  /* 1: and divided by their length */
+    tfm_pooling pooling;    /* what the model's embeddings of texts are made of */
+    int pool_normalize;     /* 1: and divided by their length */
+    size_t pool_max_tokens; /* texts that are embedded should be cut to so many tokens; 0: nothing is said */
     tfm_classifier classifier;
+    tfm_problem classifier_problem;
     size_t n_labels;
     tfm_stack encoder, decoder; /* n_layers = 0 and n_positions = 0: not there */
 } tfm_description;
@@ -8690,6 +8694,7 @@ static const char *const tfm__activation_words[] = {"none",       "relu", "gelu"
                                                     "quick_gelu", "silu", "tanh", NULL};
 static const char *const tfm__pooling_words[] = {"none", "cls", "mean", "max", NULL};
 static const char *const tfm__classifier_words[] = {"none", "sequence", "token", NULL};
+static const char *const tfm__problem_words[] = {"single", "multi", "regression", NULL};
 
 /* Reads keys "encoder.*" or "decoder.*". */
 static void tfm__read_stack(tfm__reader *reader, const char *prefix, tfm_stack *stack) {
@@ -8746,9 +8751,11 @@ static void tfm__read_classes(tfm__reader *reader, tfm_model *model) {
     const tfm_entry *weight = tfm_file_find(reader->file, "classifier.weight");
     d->pooling = (tfm_pooling)tfm__read_word(reader, "pooling", tfm__pooling_words, 0);
     d->pool_normalize = (int)tfm__read_size(reader, "pool_normalize", 0, 1, 0);
+    d->pool_max_tokens = tfm__read_size(reader, "pool_max_tokens", 0, TFM__MAX_SIZE, 0);
     d->pooler = tfm_file_find_meta(reader->file, "pooler_activation") != NULL;
     d->pooler_activation = (tfm_activation)tfm__read_word(reader, "pooler_activation", tfm__activation_words, 0);
     d->classifier = (tfm_classifier)tfm__read_word(reader, "classifier", tfm__classifier_words, 0);
+    d->classifier_problem = (tfm_problem)tfm__read_word(reader, "classifier_problem", tfm__problem_words, 0);
     d->classifier_activation =
         (tfm_activation)tfm__read_word(reader, "classifier_activation", tfm__activation_words, 0);
     d->n_labels = d->classifier && weight ? weight->tensor.shape[0] : 0;
