@@ -199,8 +199,8 @@ typedef enum tfm_dtype {
     TFM_BF16,
     TFM_I8,
     TFM_DTYPE_COUNT, /* of those that the kernels compute with. The others are only read, to be packed as one of those: */
-    TFM_PARTS = 15,  /* a matrix whose data is an array of tfm_tensor: matrices whose rows, in turn, are its rows */
-    TFM_Q4_0 = 18,   /* GGUF's blocks of quantized numbers: see "blocks" in floor b. Always in rows */
+    TFM_PARTS = 15, /* a matrix whose data is an array of tfm_tensor: matrices whose rows, in turn, are its rows */
+    TFM_Q4_0 = 18,  /* GGUF's blocks of quantized numbers: see "blocks" in floor b. Always in rows */
     TFM_Q4_1 = 19,
     TFM_Q5_0 = 22,
     TFM_Q5_1 = 23,
@@ -1128,7 +1128,9 @@ typedef struct tfm__threads {
     void *user;
     int count;
 #ifdef TFM__TEAM
-    tfm__team *team; /* the threads that wait for work, or NULL */
+    tfm__team *team;                /* the threads that wait for work, or NULL */
+    double alone_until, alone_time; /* seconds: see tfm__held_up */
+    unsigned on_time;               /* passes since a thread was held up */
 #endif
 } tfm__threads;
 
@@ -1199,29 +1201,53 @@ static void tfm__team_wait(tfm__team *team) {
             tfm__pause(&waited);
 }
 
+/* Another process has one of the cores: a thread that took a piece was put to sleep for milliseconds, and all waited for
+ * it. For a while this thread works alone; the while doubles each time that the others turn out to be late again. */
+static void tfm__held_up(tfm__threads *threads) {
+    threads->alone_time = threads->alone_time > 0 ? TFM__MIN(2 * threads->alone_time, 0.5) : 0.03;
+    threads->alone_until = omp_get_wtime() + threads->alone_time;
+    threads->on_time = 0;
+}
+
 /* A job for the team, by the thread that leads it. n < 2^32. */
-static void tfm__team_for(tfm__team *team, size_t n, tfm_task task, void *argument) {
+static void tfm__team_for(tfm__threads *threads, size_t n, tfm_task task, void *argument) {
+    tfm__team *team = threads->team;
     uint64_t generation = (__atomic_load_n(&team->ticket, __ATOMIC_RELAXED) >> 32) + 1;
+    double start, done;
     unsigned waited = 0;
+    if (threads->on_time == 0 && threads->alone_until > omp_get_wtime()) {
+        tfm__serial_for(NULL, n, task, argument);
+        return;
+    }
+    start = omp_get_wtime();
     team->task[generation & 1] = task;
     team->argument[generation & 1] = argument;
     team->n[generation & 1] = (uint32_t)n;
     __atomic_store_n(&team->finished, 0, __ATOMIC_RELAXED);
     __atomic_store_n(&team->ticket, generation << 32 | n, __ATOMIC_RELEASE);
     tfm__team_work(team);
+    done = omp_get_wtime();
     while (__atomic_load_n(&team->finished, __ATOMIC_ACQUIRE) != n)
         tfm__pause(&waited);
+    if (waited > 1000) { /* longer than work, and longer than pieces take: held up */
+        double now = omp_get_wtime();
+        if (now - done > 3e-4 && now - done > done - start)
+            tfm__held_up(threads);
+    }
 }
 #endif
 
 /* Runs body(argument) on this thread, with the other threads at hand for the tfm__parallel calls within. */
 static void tfm__with_threads(tfm__threads *threads, void (*body)(void *argument), void *argument) {
 #ifdef TFM__TEAM
-    if (!threads->parallel_for && threads->count > 1 && !threads->team) {
+    if (!threads->parallel_for && threads->count > 1 && !threads->team &&
+        (threads->on_time || threads->alone_until <= omp_get_wtime())) {
+        double over = 0;
         tfm__team team;
         memset(&team, 0, sizeof team);
         team.share = 4 * (uint32_t)threads->count;
-#pragma omp parallel num_threads(threads->count) default(none) shared(team, threads, body, argument)
+        threads->on_time++;
+#pragma omp parallel num_threads(threads->count) default(none) shared(team, threads, body, argument, over)
         {
             if (omp_get_thread_num())
                 tfm__team_wait(&team);
@@ -1229,8 +1255,15 @@ static void tfm__with_threads(tfm__threads *threads, void (*body)(void *argument
                 threads->team = omp_get_num_threads() > 1 ? &team : NULL;
                 body(argument);
                 threads->team = NULL;
+                over = omp_get_wtime();
                 __atomic_store_n(&team.over, 1, __ATOMIC_RELEASE);
             }
+        }
+        if (threads->on_time && omp_get_wtime() - over > 3e-4)
+            tfm__held_up(threads);
+        if (threads->on_time > 50) {
+            threads->alone_time = 0;
+            threads->on_time = 1;
         }
         return;
     }
@@ -1251,7 +1284,7 @@ static void tfm__run_loop(void *argument) {
     tfm__loop *loop = (tfm__loop *)argument;
 #ifdef TFM__TEAM
     if (loop->threads->team) {
-        tfm__team_for(loop->threads->team, loop->n, loop->task, loop->argument);
+        tfm__team_for(loop->threads, loop->n, loop->task, loop->argument);
         return;
     }
 #endif
@@ -1821,8 +1854,8 @@ static void tfm__matrix_row(const tfm_tensor *matrix, size_t index, size_t colum
         return;
     }
     if (format) {
-        tfm__from_blocks(format, (const unsigned char *)data + index * (in / format->numbers) * format->bytes, column, n,
-                         row);
+        tfm__from_blocks(format, (const unsigned char *)data + index * (in / format->numbers) * format->bytes, column,
+                         n, row);
         return;
     }
     if (matrix->layout == TFM_ROWS)
