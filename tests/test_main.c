@@ -217,6 +217,7 @@ void test_sampling(void);
 void test_file(void);
 void test_generate(void);
 void test_memory(void);
+void test_chat(void);
 
 static const struct {
     const char *name;
@@ -231,6 +232,7 @@ static const struct {
     {"file", test_file},
     {"generate", test_generate},
     {"memory", test_memory},
+    {"chat", test_chat},
 };
 
 #define N_GROUPS (sizeof groups / sizeof *groups)
