@@ -193,7 +193,23 @@ TFM_API tfm_isa tfm_engine_isa(const tfm_engine *engine);
 
 /* ------------------------------------------------------------------------------------------------------------ tensors */
 
-typedef enum tfm_dtype { TFM_NO_DTYPE = 0, TFM_F32, TFM_F16, TFM_BF16, TFM_I8, TFM_DTYPE_COUNT } tfm_dtype;
+typedef enum tfm_dtype {
+    TFM_NO_DTYPE = 0,
+    TFM_F32,
+    TFM_F16,
+    TFM_BF16,
+    TFM_I8,
+    TFM_DTYPE_COUNT, /* of those that the kernels compute with. The others are only read, to be packed as one of those: */
+    TFM_PARTS = 15, /* a matrix whose data is an array of tfm_tensor: matrices whose rows, in turn, are its rows */
+    TFM_Q4_0 = 18,  /* GGUF's blocks of quantized numbers: see "blocks" in floor b. Always in rows */
+    TFM_Q4_1 = 19,
+    TFM_Q5_0 = 22,
+    TFM_Q5_1 = 23,
+    TFM_Q8_0 = 24,
+    TFM_Q4_K = 28,
+    TFM_Q5_K = 29,
+    TFM_Q6_K = 30
+} tfm_dtype;
 
 /* How a matrix lies in memory. Its shape is [out, in] in all of them.
  *   rows    [out][in]               PyTorch's nn.Linear and nn.Embedding; also every vector
@@ -213,7 +229,8 @@ typedef struct tfm_tensor {
     const void *data;
 } tfm_tensor;
 
-/* "f32", "f16", "bf16", "i8"; NULL if out of range. tfm_dtype_from_name also takes "int8". */
+/* "f32", "f16", "bf16", "i8", "parts", "q4_0", ... "q6_k"; NULL if there is no such type. tfm_dtype_from_name knows those
+ * that a model can have in memory, the first four, and "int8". */
 TFM_API const char *tfm_dtype_name(tfm_dtype dtype);
 TFM_API tfm_status tfm_dtype_from_name(const char *name, tfm_dtype *dtype, tfm_error *error);
 
@@ -446,7 +463,8 @@ TFM_API size_t tfm_file_n_meta(const tfm_file *file);
 TFM_API const tfm_meta *tfm_file_meta(const tfm_file *file, size_t index);
 TFM_API size_t tfm_file_n_tensors(const tfm_file *file);
 TFM_API const tfm_entry *tfm_file_entry(const tfm_file *file, size_t index);
-/* The entry with that name, or NULL. */
+/* The entry with that name, or NULL. A matrix that is in the file in parts (NAME#0, NAME#1, ...) is found under its own
+ * name, too: its type is TFM_PARTS then. */
 TFM_API const tfm_entry *tfm_file_find(const tfm_file *file, const char *name);
 /* The metadata with that key, or NULL. */
 TFM_API const tfm_meta *tfm_file_find_meta(const tfm_file *file, const char *key);
@@ -484,6 +502,8 @@ typedef enum tfm_positions {
 typedef enum tfm_head { TFM_NO_HEAD = 0, TFM_TIED_HEAD, TFM_OWN_HEAD } tfm_head;
 typedef enum tfm_pooling { TFM_NO_POOLING = 0, TFM_POOL_CLS, TFM_POOL_MEAN, TFM_POOL_MAX } tfm_pooling;
 typedef enum tfm_classifier { TFM_NO_CLASSIFIER = 0, TFM_SEQUENCE_CLASSIFIER, TFM_TOKEN_CLASSIFIER } tfm_classifier;
+/* What a classifier's results say: one class is right (softmax), any number of them are (sigmoid), or they are values. */
+typedef enum tfm_problem { TFM_SINGLE_LABEL = 0, TFM_MULTI_LABEL, TFM_REGRESSION } tfm_problem;
 
 /* A stack of blocks that are alike. */
 typedef struct tfm_stack {
@@ -510,9 +530,11 @@ typedef struct tfm_description {
     tfm_activation head_transform; /* of the layer before the head; TFM_NO_ACTIVATION: no layer */
     int pooler;                    /* 1: the first token's result through a layer and its activation */
     tfm_activation pooler_activation, classifier_activation;
-    tfm_pooling pooling; /* what the model's embeddings of texts are made of */
-    int pool_normalize;  /* 1: and divided by their length */
+    tfm_pooling pooling;    /* what the model's embeddings of texts are made of */
+    int pool_normalize;     /* 1: and divided by their length */
+    size_t pool_max_tokens; /* texts that are embedded should be cut to so many tokens; 0: nothing is said */
     tfm_classifier classifier;
+    tfm_problem classifier_problem;
     size_t n_labels;
     tfm_stack encoder, decoder; /* n_layers = 0 and n_positions = 0: not there */
 } tfm_description;
@@ -520,7 +542,7 @@ typedef struct tfm_description {
 typedef struct tfm_model tfm_model;
 
 typedef struct tfm_load_options {
-    tfm_dtype dtype; /* the matrices' type in memory; 0: as in the file */
+    tfm_dtype dtype; /* the matrices' type in memory; 0: as in the file, or TFM_I8 if it has GGUF's quantized types */
     int verify;      /* 1: compare the checksum of every tensor (reads the whole file) */
     int copy;    /* 1: copy weights into memory, in 2 MiB pages where the system has them, instead of using the mapped
                        * file in place: they are read faster, but loading takes time and nothing is shared */
@@ -596,6 +618,12 @@ TFM_API const char *tfm_token_text(const tfm_model *model, int32_t id, size_t *s
 
 /* 1 if the token ends a text. */
 TFM_API int tfm_is_end_token(const tfm_model *model, int32_t id);
+
+/* 1 if the token is a mark that generated text does not show, as </s>. */
+TFM_API int tfm_is_special_token(const tfm_model *model, int32_t id);
+
+/* The token that an encoder-decoder's decoder begins with, or -1 if the model does not say. */
+TFM_API int32_t tfm_start_token(const tfm_model *model);
 
 /* ----------------------------------------------------------------------------------------------------------- sessions */
 
@@ -686,10 +714,11 @@ typedef struct tfm_sampling {
     size_t n_logit_bias;
     float
         repeat_penalty; /* logits of tokens that the sequence has: divided by it if positive, else multiplied. 0: off */
-    float temperature;  /* logits are divided by it. 0: greedy, the largest logit (the lowest id among equals) */
-    size_t top_k;       /* only the k likeliest tokens (and those equal to the k-th). 0: all */
-    float top_p;        /* only the likeliest tokens that together reach this probability. 0 or 1: all */
-    float min_p;        /* only tokens at least this likely, relative to the likeliest. 0: all */
+    size_t no_repeat_ngram; /* so many tokens in a row never come twice in a sequence. 0: off */
+    float temperature;      /* logits are divided by it. 0: greedy, the largest logit (the lowest id among equals) */
+    size_t top_k;           /* only the k likeliest tokens (and those equal to the k-th). 0: all */
+    float top_p;            /* only the likeliest tokens that together reach this probability. 0 or 1: all */
+    float min_p;            /* only tokens at least this likely, relative to the likeliest. 0: all */
 } tfm_sampling;
 
 /* Random numbers: PCG32 (O'Neill 2014). The same seed gives the same numbers everywhere. */
@@ -700,8 +729,8 @@ TFM_API void tfm_random_seed(tfm_random *random, uint64_t seed);
 /* Uniform in [0, 1). */
 TFM_API double tfm_random_uniform(tfm_random *random);
 
-/* Chooses a token from logits[vocab_size]; the logits are changed. `history` (the tokens so far) is for the repeat
- * penalty and may be NULL. `random` is not used when greedy. Logits that are NaN are never chosen. `work` holds
+/* Chooses a token from logits[vocab_size]; the logits are changed. `history` (the tokens so far) is for repeat_penalty
+ * and no_repeat_ngram and may be NULL. `random` is not used when greedy. Logits that are NaN are never chosen. `work` holds
  * vocab_size int32_t. TFM_ERROR_ARGUMENT if an option is out of range or no token is left. */
 TFM_API tfm_status tfm_sample(const tfm_sampling *sampling, float *logits, size_t vocab_size, const int32_t *history,
                               size_t n_history, tfm_random *random, int32_t *work, int32_t *token, tfm_error *error);
@@ -747,15 +776,76 @@ typedef struct tfm_generate_stats {
 
 /* Continues a prompt: tokenizes it, evaluates it, then chooses token after token; each new piece of text goes to `print`
  * (which may be NULL). An empty prompt is an error, as is one that is longer than the context. When the context runs
- * full without options->shift the text so far has been printed and the status is TFM_ERROR_CONTEXT_FULL. */
+ * full without options->shift the text so far has been printed and the status is TFM_ERROR_CONTEXT_FULL.
+ * With an encoder-decoder the prompt is the text that is answered (translated, summarized): tfm_set_source with it, as
+ * the tokenizer ends it, then tfm_generate_ids without ids. The answer begins without a space. */
 TFM_API tfm_status tfm_generate(tfm_session *session, const char *prompt, const tfm_generate_options *options,
                                 tfm_print print, void *print_user, tfm_error *error);
 
-/* The same for a prompt of token ids; works without a tokenizer (nothing is printed then, see on_token). */
+/* The same for a prompt of token ids; works without a tokenizer (nothing is printed then, see on_token). With an
+ * encoder-decoder these are the decoder's first tokens, after a tfm_set_source; n_prompt = 0: tfm_start_token. */
 TFM_API tfm_status tfm_generate_ids(tfm_session *session, const int32_t *prompt, size_t n_prompt,
                                     const tfm_generate_options *options, tfm_print print, void *print_user,
                                     tfm_error *error);
 
+/* ------------------------------------------------------------------------------------- several prompts, beam search */
+
+/* What a text begins with. For an encoder-decoder these are the decoder's tokens; none: tfm_start_token. */
+typedef struct tfm_prompt {
+    const int32_t *tokens; /* [n_tokens] */
+    size_t n_tokens;
+} tfm_prompt;
+
+/* What it is continued with. */
+typedef struct tfm_result {
+    const int32_t
+        *tokens; /* [n_tokens], without the prompt, with the token that ended the text; the session's own, until
+                            * the next call of one of these two functions */
+    size_t n_tokens;
+    tfm_stop stop;
+    float score; /* beam search: the sum of the tokens' log-probabilities / n_tokens ** length_penalty */
+} tfm_result;
+
+/* Continues several prompts, of any lengths, side by side, so that they share each read of the weights: prompt i in the
+ * sequence options->sequence + i, which it overwrites (an encoder-decoder's prompts answer to those sequences' sources;
+ * prompts may be NULL there). Each gives the tokens that tfm_generate_ids gives with the seed options->seed + i.
+ * results [n_prompts]. A text that fills the context ends with TFM_STOP_CONTEXT, which is no error. Nothing is printed:
+ * of the options append, shift, stop_strings, on_token and stats must be 0. Memory for the results is made in the first
+ * call, and kept. */
+TFM_API tfm_status tfm_generate_batch(tfm_session *session, const tfm_prompt *prompts, size_t n_prompts,
+                                      const tfm_generate_options *options, tfm_result *results, tfm_error *error);
+
+/* When a search ends before max_tokens. `beams` results are kept; the best beam that goes on could still be better than
+ * the worst of those if its score, divided by n ** length_penalty, is. */
+typedef enum tfm_early_stopping {
+    TFM_STOP_UNLIKELY = 0, /* it is not, n being its length so far (transformers' early_stopping=False) */
+    TFM_STOP_FULL,         /* the same, or there are `beams` results (True) */
+    TFM_STOP_SURE          /* it is not for any length: n is max_tokens if that makes it better ("never") */
+} tfm_early_stopping;
+
+typedef struct tfm_beam_options {
+    size_t beams;          /* 0: 4. 1: greedy, the likeliest token each time */
+    size_t n_best;         /* results for each prompt, 1 to beams; 0: 1 */
+    size_t max_tokens;     /* new tokens; 0: as many as the context has room for */
+    size_t min_tokens;     /* no text ends before it has so many new tokens, the one that ends it not counted */
+    float length_penalty;  /* scores are divided by length ** length_penalty: more than 0 favours long texts. 0: 1 */
+    int no_length_penalty; /* 1: scores are sums (transformers' length_penalty=0) */
+    tfm_early_stopping early_stopping;
+    size_t no_repeat_ngram; /* as in tfm_sampling */
+    size_t sequence;        /* the first that is used */
+} tfm_beam_options;
+
+/* Beam search, as transformers' generate(num_beams=beams): keeps the `beams` likeliest beginnings of a continuation, and
+ * returns the n_best best that ended, best first (fewer than n_best possible ones: n_tokens = 0, the score -INFINITY).
+ * Prompts, of any lengths, are searched side by side and do not depend on each other; of equal candidates the one with
+ * the lower beam, then the lower token is better. Prompt i takes the sequences sequence + i * beams, ... + beams - 1, all
+ * of which are empty afterwards; an encoder-decoder's source is that of the first of them, which keeps it (the others
+ * lose theirs; prompts may be NULL).
+ * The beams of a prompt share the cache's pages (tfm_kv) as far as their texts are the same, and the source's: where they
+ * part, no more than the last page is copied. results [n_prompts][n_best]. Memory for the search is made in the first
+ * call, and kept. TFM_ERROR_CONTEXT_FULL if a prompt and max_tokens do not fit into the context. */
+TFM_API tfm_status tfm_beam_search(tfm_session *session, const tfm_prompt *prompts, size_t n_prompts,
+                                   const tfm_beam_options *options, tfm_result *results, tfm_error *error);
 /* --------------------------------------------------------------------------------------------------------------- chat
  * A conversation with memory. A tfm_chat holds the turns, renders them by the model's chat template into one context within
  * a budget of tokens, and lets the model answer. The context begins as the one before it did, so that only what is new is
@@ -1453,8 +1543,21 @@ static uint32_t tfm__crc(const tfm__crc_tables *crc, uint32_t value, const void 
 static const char *const tfm__dtype_names[TFM_DTYPE_COUNT] = {NULL, "f32", "f16", "bf16", "i8"};
 static const size_t tfm__dtype_sizes[TFM_DTYPE_COUNT] = {0, 4, 2, 2, 1};
 
+/* How a row lies in blocks: the numbers and the bytes of one, and what makes floats of 32 of its numbers. */
+#define TFM__UNIT ((size_t)32)
+typedef struct tfm__block_format {
+    tfm_dtype dtype;
+    const char *name;
+    size_t numbers, bytes;
+    void (*unit)(const unsigned char *block, size_t unit, float *floats); /* floats[32], from number 32 unit on */
+} tfm__block_format;
+static const tfm__block_format *tfm__blocks_of(tfm_dtype dtype); /* NULL: that type has no blocks */
+
 TFM_API const char *tfm_dtype_name(tfm_dtype dtype) {
-    return (unsigned)dtype < TFM_DTYPE_COUNT ? tfm__dtype_names[dtype] : NULL;
+    const tfm__block_format *format = tfm__blocks_of(dtype);
+    if (format)
+        return format->name;
+    return dtype == TFM_PARTS ? "parts" : (unsigned)dtype < TFM_DTYPE_COUNT ? tfm__dtype_names[dtype] : NULL;
 }
 
 TFM_API tfm_status tfm_dtype_from_name(const char *name, tfm_dtype *dtype, tfm_error *error) {
@@ -1496,6 +1599,22 @@ static int tfm__is_matrix_dtype(tfm_dtype dtype, tfm_layout layout) {
     return tfm__is_float(dtype) || (dtype == TFM_I8 && layout == TFM_PANELS);
 }
 
+/* Whether a matrix can be read, to be packed. */
+static int tfm__is_readable(const tfm_tensor *matrix) {
+    const tfm__block_format *format = tfm__blocks_of(matrix->dtype);
+    const tfm_tensor *part = (const tfm_tensor *)matrix->data;
+    size_t rows;
+    if (format)
+        return matrix->layout == TFM_ROWS && matrix->shape[1] % format->numbers == 0;
+    if (matrix->dtype != TFM_PARTS)
+        return tfm__is_matrix_dtype(matrix->dtype, matrix->layout);
+    for (rows = 0; rows < matrix->shape[0]; rows += (part++)->shape[0])
+        if (part->dtype == TFM_PARTS || !part->shape[0] || part->shape[0] > matrix->shape[0] - rows ||
+            part->n_dims != 2 || part->shape[1] != matrix->shape[1] || !tfm__is_readable(part))
+            return 0;
+    return matrix->layout == TFM_ROWS;
+}
+
 /* ---- int8
  * A weight is s q: q an integer from -127 to 127, s the scale of its output and its group of 64 inputs. (One scale for
  * a whole row is not enough: real models have channels that are 20 to 100 times larger than the rest.) A scale takes one
@@ -1526,7 +1645,16 @@ static size_t tfm__panel_bytes(tfm_dtype dtype, size_t in) {
 }
 
 TFM_API size_t tfm_tensor_bytes(const tfm_tensor *tensor) {
-    size_t elements = tfm__product(tensor->shape[0], tensor->shape[1]);
+    size_t elements = tfm__product(tensor->shape[0], tensor->shape[1]), size = 0, rows;
+    const tfm__block_format *format = tfm__blocks_of(tensor->dtype);
+    const tfm_tensor *part = (const tfm_tensor *)tensor->data;
+    if (format)
+        return tfm__product(tfm__product(tensor->shape[0], tensor->shape[1] / format->numbers), format->bytes);
+    if (tensor->dtype == TFM_PARTS) {
+        for (rows = 0; rows < tensor->shape[0]; rows += (part++)->shape[0])
+            size += tfm_tensor_bytes(part);
+        return size;
+    }
     if (tensor->layout == TFM_PANELS)
         return tfm__product(tfm__divide_up(tensor->shape[0], TFM__PANEL),
                             tfm__panel_bytes(tensor->dtype, tensor->shape[1]));
@@ -1611,6 +1739,157 @@ static void tfm__from_floats(tfm_dtype dtype, const float *floats, size_t n, voi
             halves[i] = tfm__to_bf16(floats[i]);
 }
 
+/* ---- blocks
+ * GGUF's files hold matrices in rows of blocks: 32 or 256 integers of 4 to 8 bits with a scale that they share. The larger
+ * blocks have a scale for each 32 or 16 of their integers, too, in units of the block's. They are only read here:
+ * what a model computes with is packed from them. d and m are halves; q[i] is the integer of number i.
+ *   q4_0  d, 16 bytes with q[i] in the low and q[i + 16] in the high half of byte i           d (q - 8)
+ *   q4_1  d, m, and the same                                                                d q + m
+ *   q5_0  d, 32 fifth bits, 16 bytes as before                                              d (q - 16)
+ *   q5_1  d, m, and the same                                                                d q + m
+ *   q8_0  d, 32 signed bytes                                                                d q
+ *   q4_k  d, m, 12 bytes with a scale s and a minimum t of 6 bits for each 32 numbers, and, for each 64 numbers, 32
+ *         bytes with the first 32 in their low and the others in their high halves                  d s q - m t
+ *   q5_k  the same with 32 bytes of fifth bits before the fourths: bit u of byte i is that of number 32 u + i
+ *   q6_k  for each 128 numbers 64 bytes with four bits: numbers 0 to 63 in their low and 64 to 127 in their high halves;
+ *         for each 128 numbers 32 bytes with two more: bits 2 u of byte i are those of number 32 u + i; 16 signed bytes
+ *         s, one for each 16 numbers; d                                                       d s (q - 32) */
+
+static float tfm__half_at(const unsigned char *p) {
+    return tfm__from_f16((uint16_t)(p[0] | p[1] << 8));
+}
+
+static void tfm__q4_0_unit(const unsigned char *block, size_t unit, float *floats) {
+    const float d = tfm__half_at(block);
+    size_t i;
+    (void)unit;
+    for (i = 0; i < 16; i++) {
+        floats[i] = d * (float)((block[2 + i] & 15) - 8);
+        floats[i + 16] = d * (float)((block[2 + i] >> 4) - 8);
+    }
+}
+
+static void tfm__q4_1_unit(const unsigned char *block, size_t unit, float *floats) {
+    const float d = tfm__half_at(block), m = tfm__half_at(block + 2);
+    size_t i;
+    (void)unit;
+    for (i = 0; i < 16; i++) {
+        floats[i] = d * (float)(block[4 + i] & 15) + m;
+        floats[i + 16] = d * (float)(block[4 + i] >> 4) + m;
+    }
+}
+
+/* The integers of a q5_0 or q5_1 block, from its fifth bits on. */
+static void tfm__q5_integers(const unsigned char *bits, int *q) {
+    int i;
+    for (i = 0; i < 16; i++) {
+        q[i] = (bits[4 + i] & 15) | (bits[i / 8] >> i % 8 & 1) << 4;
+        q[i + 16] = bits[4 + i] >> 4 | (bits[2 + i / 8] >> i % 8 & 1) << 4;
+    }
+}
+
+static void tfm__q5_0_unit(const unsigned char *block, size_t unit, float *floats) {
+    const float d = tfm__half_at(block);
+    int q[TFM__UNIT];
+    size_t i;
+    (void)unit;
+    tfm__q5_integers(block + 2, q);
+    for (i = 0; i < TFM__UNIT; i++)
+        floats[i] = d * (float)(q[i] - 16);
+}
+
+static void tfm__q5_1_unit(const unsigned char *block, size_t unit, float *floats) {
+    const float d = tfm__half_at(block), m = tfm__half_at(block + 2);
+    int q[TFM__UNIT];
+    size_t i;
+    (void)unit;
+    tfm__q5_integers(block + 4, q);
+    for (i = 0; i < TFM__UNIT; i++)
+        floats[i] = d * (float)q[i] + m;
+}
+
+static void tfm__q8_0_unit(const unsigned char *block, size_t unit, float *floats) {
+    const float d = tfm__half_at(block);
+    size_t i;
+    (void)unit;
+    for (i = 0; i < TFM__UNIT; i++)
+        floats[i] = d * (float)(signed char)block[2 + i];
+}
+
+/* The scale and the minimum of a unit of q4_k and q5_k. Of the 12 bytes, 0 to 3 hold the scales and 4 to 7 the minima of
+ * units 0 to 3 in their low 6 bits; of units 4 to 7, 8 to 11 hold the low 4 bits of both, and the high 2 bits of the first
+ * eight bytes the rest. */
+static void tfm__k_scales(const unsigned char *block, size_t unit, float *scale, float *minimum) {
+    const unsigned char *packed = block + 4;
+    int s, t;
+    if (unit < 4) {
+        s = packed[unit] & 63;
+        t = packed[unit + 4] & 63;
+    } else {
+        s = (packed[unit + 4] & 15) | packed[unit - 4] >> 6 << 4;
+        t = packed[unit + 4] >> 4 | packed[unit] >> 6 << 4;
+    }
+    *scale = tfm__half_at(block) * (float)s;
+    *minimum = tfm__half_at(block + 2) * (float)t;
+}
+
+static void tfm__q4_k_unit(const unsigned char *block, size_t unit, float *floats) {
+    const unsigned char *q = block + 16 + unit / 2 * TFM__UNIT;
+    float scale, minimum;
+    size_t i;
+    tfm__k_scales(block, unit, &scale, &minimum);
+    for (i = 0; i < TFM__UNIT; i++)
+        floats[i] = scale * (float)(q[i] >> unit % 2 * 4 & 15) - minimum;
+}
+
+static void tfm__q5_k_unit(const unsigned char *block, size_t unit, float *floats) {
+    const unsigned char *fifths = block + 16, *q = fifths + TFM__UNIT + unit / 2 * TFM__UNIT;
+    float scale, minimum;
+    size_t i;
+    tfm__k_scales(block, unit, &scale, &minimum);
+    for (i = 0; i < TFM__UNIT; i++)
+        floats[i] = scale * (float)((q[i] >> unit % 2 * 4 & 15) | (fifths[i] >> unit & 1) << 4) - minimum;
+}
+
+static void tfm__q6_k_unit(const unsigned char *block, size_t unit, float *floats) {
+    const size_t half = unit / 4, quarter = unit % 4; /* of the block, of that half */
+    const unsigned char *low = block + half * 64 + quarter % 2 * TFM__UNIT, *high = block + 128 + half * TFM__UNIT;
+    const unsigned char *scales = block + 192 + 2 * unit;
+    const float d = tfm__half_at(block + 208);
+    size_t i;
+    for (i = 0; i < TFM__UNIT; i++) {
+        int q = (low[i] >> quarter / 2 * 4 & 15) | (high[i] >> 2 * quarter & 3) << 4;
+        floats[i] = d * (float)(signed char)scales[i / 16] * (float)(q - 32);
+    }
+}
+
+static const tfm__block_format *tfm__blocks_of(tfm_dtype dtype) {
+    static const tfm__block_format formats[] = {
+        {TFM_Q4_0, "q4_0", 32, 18, tfm__q4_0_unit},   {TFM_Q4_1, "q4_1", 32, 20, tfm__q4_1_unit},
+        {TFM_Q5_0, "q5_0", 32, 22, tfm__q5_0_unit},   {TFM_Q5_1, "q5_1", 32, 24, tfm__q5_1_unit},
+        {TFM_Q8_0, "q8_0", 32, 34, tfm__q8_0_unit},   {TFM_Q4_K, "q4_k", 256, 144, tfm__q4_k_unit},
+        {TFM_Q5_K, "q5_k", 256, 176, tfm__q5_k_unit}, {TFM_Q6_K, "q6_k", 256, 210, tfm__q6_k_unit}};
+    size_t i;
+    for (i = 0; (unsigned)dtype > TFM_PARTS && i < sizeof formats / sizeof formats[0]; i++)
+        if (formats[i].dtype == dtype)
+            return &formats[i];
+    return NULL;
+}
+
+/* n numbers of a row in blocks, from number `first` on. */
+static void tfm__from_blocks(const tfm__block_format *format, const unsigned char *row, size_t first, size_t n,
+                             float *floats) {
+    float unit[TFM__UNIT];
+    size_t i, skip, size;
+    for (i = 0; i < n; i += size) {
+        const unsigned char *block = row + (first + i) / format->numbers * format->bytes;
+        skip = (first + i) % TFM__UNIT;
+        size = TFM__MIN(TFM__UNIT - skip, n - i);
+        format->unit(block, (first + i) % format->numbers / TFM__UNIT, unit);
+        memcpy(floats + i, unit + skip, size * sizeof *unit);
+    }
+}
+
 /* ---- panels */
 
 static const void *tfm__at(const void *data, tfm_dtype dtype, size_t element) {
@@ -1633,8 +1912,21 @@ static void tfm__from_i8(const unsigned char *panel, size_t groups, size_t lane,
 
 /* n numbers from a row of a matrix of any layout, the first from column `column`, as fp32. */
 static void tfm__matrix_row(const tfm_tensor *matrix, size_t index, size_t column, size_t n, float *row) {
+    const tfm__block_format *format = tfm__blocks_of(matrix->dtype);
     size_t out = matrix->shape[0], in = matrix->shape[1], first, stride;
     const char *data = (const char *)matrix->data;
+    if (matrix->dtype == TFM_PARTS) {
+        const tfm_tensor *part = (const tfm_tensor *)matrix->data;
+        for (; index >= part->shape[0]; part++)
+            index -= part->shape[0];
+        tfm__matrix_row(part, index, column, n, row);
+        return;
+    }
+    if (format) {
+        tfm__from_blocks(format, (const unsigned char *)data + index * (in / format->numbers) * format->bytes, column,
+                         n, row);
+        return;
+    }
     if (matrix->layout == TFM_ROWS)
         first = index * in, stride = 1;
     else if (matrix->layout == TFM_COLS)
@@ -1838,8 +2130,9 @@ TFM_API tfm_status tfm_pack(const tfm_tensor *matrix, tfm_dtype dtype, const tfm
     alone.count = 1;
     if (matrix->n_dims != 2 || !matrix->shape[0] || !matrix->shape[1] || !matrix->data)
         return tfm__fail(error, TFM_ERROR_ARGUMENT, "tfm_pack: expected a matrix");
-    if (!tfm__is_matrix_dtype(matrix->dtype, matrix->layout) || !tfm__is_matrix_dtype(dtype, TFM_PANELS))
-        return tfm__fail(error, TFM_ERROR_UNSUPPORTED, "tfm_pack: expected f32, f16, bf16, or i8 in panels");
+    if (!tfm__is_readable(matrix) || !tfm__is_matrix_dtype(dtype, TFM_PANELS))
+        return tfm__fail(error, TFM_ERROR_UNSUPPORTED,
+                         "tfm_pack: expected f32, f16, bf16, i8 in panels or whole blocks in rows");
     *packed = tfm__tensor(dtype, TFM_PANELS, matrix->shape[0], matrix->shape[1], NULL);
     size = tfm_tensor_bytes(packed);
     panels = tfm__allocate_aligned(&memory, size, TFM__CACHE_LINE);
@@ -2859,17 +3152,11 @@ static TFM__TARGET TFM__INLINE int32x4_t TFM__FN(codes)(const unsigned char *cod
 }
 #endif
 
-/* The inputs that a tile takes at a time. */
-typedef struct TFM__FN(groups) {
-    size_t first, end;
-} TFM__FN(groups);
-
-/* One tile: rows x (16 * panels) of y, over some groups of 64 inputs. For each group the integer sums become floats, times
+/* One tile: rows x (16 * panels) of y. For each group the integer sums become floats, times
  * both scales, and are added to the float sums: 2 x 12 accumulators for 4 rows x 48 outputs on AVX-512, all in registers.
  * Beside 192 products on the two multipliers stand the 24 multiplications of the scales: 89 % of the peak at most. */
 static TFM__TARGET TFM__INLINE void TFM__FN(tile_i8)(const int rows, const int panels, const tfm__matmul *job,
-                                                     size_t row, TFM__FN(groups) part_of_k, const unsigned char *w,
-                                                     float *y, size_t y_stride) {
+                                                     size_t row, const unsigned char *w, float *y, size_t y_stride) {
     const int columns = panels * TFM__PARTS;
     const size_t groups = tfm__groups(job->k), panel_bytes = job->panel_bytes, q_stride = groups * TFM__GROUP;
     const unsigned char *integers = w + tfm__integers_at(groups), *codes = w + TFM__CACHE_LINE;
@@ -2883,8 +3170,8 @@ static TFM__TARGET TFM__INLINE void TFM__FN(tile_i8)(const int rows, const int p
     for (r = 0; r < rows; r++)
         TFM__UNROLL
     for (c = 0; c < columns; c++)
-        sum[r][c] = part_of_k.first ? vf_load(y + (size_t)r * y_stride + c * TFM__LANES) : vf_set1(0);
-    for (g = part_of_k.first; g < part_of_k.end; g++) {
+        sum[r][c] = vf_set1(0);
+    for (g = 0; g < groups; g++) {
         vi part[TFM__TALL_I8][TFM__PANELS_I8 * TFM__PARTS], weights[TFM__PANELS_I8 * TFM__PARTS];
         TFM__UNROLL
         for (r = 0; r < rows; r++)
@@ -2927,63 +3214,52 @@ static TFM__TARGET TFM__INLINE void TFM__FN(tile_i8)(const int rows, const int p
 }
 
 static TFM__TARGET TFM__INLINE void TFM__FN(tile_rows_i8)(size_t rows, const int panels, const tfm__matmul *job,
-                                                          size_t row, TFM__FN(groups) part_of_k, const unsigned char *w,
-                                                          float *y, size_t y_stride) {
+                                                          size_t row, const unsigned char *w, float *y,
+                                                          size_t y_stride) {
     switch (rows) {
-    case 1: TFM__FN(tile_i8)(1, panels, job, row, part_of_k, w, y, y_stride); break;
-    case 2: TFM__FN(tile_i8)(2, panels, job, row, part_of_k, w, y, y_stride); break;
+    case 1: TFM__FN(tile_i8)(1, panels, job, row, w, y, y_stride); break;
+    case 2: TFM__FN(tile_i8)(2, panels, job, row, w, y, y_stride); break;
 #if TFM__ROWS_I8 == 4
-    case 3: TFM__FN(tile_i8)(3, panels, job, row, part_of_k, w, y, y_stride); break;
+    case 3: TFM__FN(tile_i8)(3, panels, job, row, w, y, y_stride); break;
 #endif
 #if TFM__TALL_I8 == 8
-    case 5: TFM__FN(tile_i8)(5, 1, job, row, part_of_k, w, y, y_stride); break;
-    case 6: TFM__FN(tile_i8)(6, 1, job, row, part_of_k, w, y, y_stride); break;
-    case 7: TFM__FN(tile_i8)(7, 1, job, row, part_of_k, w, y, y_stride); break;
-    case 8: TFM__FN(tile_i8)(8, 1, job, row, part_of_k, w, y, y_stride); break;
+    case 5: TFM__FN(tile_i8)(5, 1, job, row, w, y, y_stride); break;
+    case 6: TFM__FN(tile_i8)(6, 1, job, row, w, y, y_stride); break;
+    case 7: TFM__FN(tile_i8)(7, 1, job, row, w, y, y_stride); break;
+    case 8: TFM__FN(tile_i8)(8, 1, job, row, w, y, y_stride); break;
 #endif
-    default: TFM__FN(tile_i8)(TFM__ROWS_I8, panels, job, row, part_of_k, w, y, y_stride);
+    default: TFM__FN(tile_i8)(TFM__ROWS_I8, panels, job, row, w, y, y_stride);
     }
 }
 
 /* All rows of y, `at_once` a time, from the column on, in one tile's width: `step` columns. */
 static TFM__TARGET TFM__INLINE void TFM__FN(columns_i8)(const tfm__matmul *job, size_t column, size_t step,
-                                                        size_t at_once, TFM__FN(groups) part_of_k) {
+                                                        size_t at_once) {
     const unsigned char *w = (const unsigned char *)job->w + column / 16 * job->panel_bytes;
     size_t row, r, lanes = TFM__MIN(job->n - column, (size_t)16);
     for (row = 0; row < job->n_rows; row += at_once) {
         float *y = job->y + row * job->y_stride + column, side[TFM__TALL_I8 * 16];
         size_t rows = TFM__MIN(job->n_rows - row, at_once);
         if (step > 16)
-            TFM__FN(tile_rows_i8)(rows, TFM__PANELS_I8, job, row, part_of_k, w, y, job->y_stride);
+            TFM__FN(tile_rows_i8)(rows, TFM__PANELS_I8, job, row, w, y, job->y_stride);
         else if (lanes == 16)
-            TFM__FN(tile_rows_i8)(rows, 1, job, row, part_of_k, w, y, job->y_stride);
+            TFM__FN(tile_rows_i8)(rows, 1, job, row, w, y, job->y_stride);
         else { /* the last panel when n is not a multiple of 16 */
-            if (part_of_k.first)
-                for (r = 0; r < rows; r++)
-                    memcpy(side + r * 16, y + r * job->y_stride, lanes * sizeof *y);
-            TFM__FN(tile_rows_i8)(rows, 1, job, row, part_of_k, w, side, 16);
+            TFM__FN(tile_rows_i8)(rows, 1, job, row, w, side, 16);
             for (r = 0; r < rows; r++)
                 memcpy(y + r * job->y_stride, side + r * 16, lanes * sizeof *y);
         }
     }
 }
 
-/* With many rows, a tile's weights are taken in parts of 12 KiB, that all rows pass over while the first-level cache has
- * them; the float sums wait in y meanwhile. With few, as in batched decoding, the weights come from memory, and most of
- * the time with them: all rows go in one tall, narrow tile, so that reading never pauses for rows that come after. */
+/* With few rows, as in batched decoding, the weights come from memory, and most of the time with them: all rows go in one
+ * tall, narrow tile, so that reading never pauses for rows that come after. */
 static TFM__TARGET void TFM__FN(matmul_i8)(const tfm__matmul *job) {
-    const int few = job->n_rows <= TFM__TALL_I8, tall = few && job->n_rows > TFM__ROWS_I8;
-    const size_t groups = tfm__groups(job->k), groups_at_once = few ? groups : 12 / TFM__PANELS_I8;
+    const int tall = job->n_rows <= TFM__TALL_I8 && job->n_rows > TFM__ROWS_I8;
     size_t column = 0, step;
     for (; column < job->n; column += step) {
-        TFM__FN(groups) part_of_k;
         step = !tall && column + 16 * TFM__PANELS_I8 <= job->n ? 16 * TFM__PANELS_I8 : 16;
-        part_of_k.end = 0;
-        do {
-            part_of_k.first = part_of_k.end;
-            part_of_k.end = TFM__MIN(part_of_k.first + groups_at_once, groups);
-            TFM__FN(columns_i8)(job, column, step, tall ? job->n_rows : TFM__ROWS_I8, part_of_k);
-        } while (part_of_k.end < groups);
+        TFM__FN(columns_i8)(job, column, step, tall ? job->n_rows : TFM__ROWS_I8);
     }
 }
 
@@ -3255,6 +3531,8 @@ static void tfm__input_piece(void *argument, size_t index) {
  * as those of most models are, fall on the same few lines of the cache.) */
 #define TFM__LINEAR_ROWS ((size_t)32)
 #define TFM__LINEAR_COLUMNS ((size_t)192)
+/* With fewer pieces than this, threads that finish would wait long for others. */
+#define TFM__PIECES ((size_t)16)
 
 /* Pieces are cut so that the weights of one stay in the second-level cache while its rows pass by, in whole tiles (48 is
  * the widest), and for i8 in whole groups of 64, which the next layer wants quantized. A few rows, whose time goes into
@@ -3262,11 +3540,15 @@ static void tfm__input_piece(void *argument, size_t index) {
  * neighbours in the order of the pieces: its weights are read from memory once. */
 static void tfm__cut(tfm__linear_job *job) {
     const int few = job->input.n_rows <= 8;
+    size_t blocks;
     if (job->linear->weight.dtype == TFM_I8 || job->result.quantized.q)
         job->columns = few ? TFM__GROUP : TFM__LINEAR_COLUMNS;
     else
         job->columns = 3 * TFM__PANEL;
+    blocks = tfm__divide_up(job->linear->weight.shape[0], job->columns);
     job->rows = 4 * TFM__LINEAR_ROWS;
+    while (job->rows > TFM__LINEAR_ROWS && blocks * tfm__divide_up(job->input.n_rows, job->rows) < TFM__PIECES)
+        job->rows /= 2;
     job->row_blocks = tfm__divide_up(job->input.n_rows, job->rows);
 }
 
@@ -4420,11 +4702,13 @@ struct tfm_file {
     tfm__bytes bytes;
     int owned;      /* 1: bytes are unmapped on closing */
     char name[256]; /* for error messages */
-    size_t n_meta, n_entries;
+    size_t n_meta, n_entries, n_whole;
     tfm_meta *meta;          /* [n_meta], in the file's order */
-    tfm_entry *entries;      /* [n_entries], in the file's order */
+    tfm_entry *entries;      /* [n_entries], in the file's order; [n_whole] matrices whose parts are among those */
+    tfm_tensor *parts;       /* the data of those */
+    uint32_t *whole;         /* [n_entries]: which of all entries that one is a part of, or itself */
     uint32_t *meta_by_key;   /* [n_meta]: sorted by key */
-    uint32_t *entry_by_name; /* [n_entries]: sorted by name */
+    uint32_t *entry_by_name; /* [n_entries + n_whole]: sorted by name */
 };
 
 static uint32_t tfm__u32(const unsigned char *p) {
@@ -4533,32 +4817,40 @@ static tfm_status tfm__parse_meta(tfm_file *file, size_t at, size_t end, tfm_err
 static tfm_status tfm__parse_entry(const tfm_file *file, const unsigned char *p, size_t data_start, tfm_entry *entry,
                                    tfm_error *error) {
     tfm_tensor *tensor = &entry->tensor;
+    const uint64_t most = (uint64_t)TFM__MIN(file->bytes.size, SIZE_MAX / 2) * 2; /* no number has less than 4 bits */
     uint64_t elements = 1, offset = tfm__u64(p + 48), size = tfm__u64(p + 56);
+    const tfm__block_format *format = tfm__blocks_of((tfm_dtype)tfm__u32(p + 4));
     int name_size = (int)TFM__MIN(entry->name_size, 100), i;
     tensor->dtype = (tfm_dtype)tfm__u32(p + 4);
     tensor->layout = (tfm_layout)tfm__u32(p + 8);
     tensor->n_dims = (int)TFM__MIN(tfm__u32(p + 12), 255);
     entry->crc = tfm__u32(p + 64);
-    if (!tfm__is_float(tensor->dtype) && tensor->dtype != TFM_I8)
+    if (!tfm__is_float(tensor->dtype) && tensor->dtype != TFM_I8 && !format)
         return tfm__fail(error, TFM_ERROR_UNSUPPORTED, "%s: tensor '%.*s' has the unknown type %lu", file->name,
                          name_size, entry->name, (unsigned long)tfm__u32(p + 4));
     if ((unsigned)tensor->layout >= TFM_LAYOUT_COUNT)
         return tfm__fail(error, TFM_ERROR_UNSUPPORTED, "%s: tensor '%.*s' has the unknown layout %lu", file->name,
                          name_size, entry->name, (unsigned long)tfm__u32(p + 8));
-    if (!tfm__is_matrix_dtype(tensor->dtype, tensor->layout))
+    if (tensor->dtype == TFM_I8 && tensor->layout != TFM_PANELS)
         return tfm__fail(error, TFM_ERROR_FORMAT, "%s: tensor '%.*s' is i8, but not in panels", file->name, name_size,
                          entry->name);
+    if (format && (tensor->layout != TFM_ROWS || tensor->n_dims != 2))
+        return tfm__fail(error, TFM_ERROR_FORMAT, "%s: tensor '%.*s' is %s, but not a matrix in rows", file->name,
+                         name_size, entry->name, format->name);
     if (tensor->n_dims < 1 || tensor->n_dims > TFM_MAX_DIMS || (tensor->layout != TFM_ROWS && tensor->n_dims != 2))
         return tfm__fail(error, TFM_ERROR_FORMAT, "%s: tensor '%.*s' has %d dimensions", file->name, name_size,
                          entry->name, tensor->n_dims);
     for (i = 0; i < TFM_MAX_DIMS; i++) {
         uint64_t n = tfm__u64(p + 16 + 8 * i);
-        if (!n || n > file->bytes.size || (i >= tensor->n_dims && n != 1) || elements > file->bytes.size / n)
+        if (!n || n > most || (i >= tensor->n_dims && n != 1) || elements > most / n)
             return tfm__fail(error, TFM_ERROR_FORMAT, "%s: tensor '%.*s' has an impossible shape", file->name,
                              name_size, entry->name);
-        elements *= n; /* no more than the file has bytes, so that nothing below overflows */
+        elements *= n; /* no more than the file has half bytes, so that nothing below overflows */
         tensor->shape[i] = (size_t)n;
     }
+    if (format && tensor->shape[1] % format->numbers)
+        return tfm__fail(error, TFM_ERROR_FORMAT, "%s: tensor '%.*s' is %s, but its rows are not whole blocks of %lu",
+                         file->name, name_size, entry->name, format->name, (unsigned long)format->numbers);
     if (size != tfm_tensor_bytes(tensor))
         return tfm__fail(error, TFM_ERROR_FORMAT, "%s: tensor '%.*s' has %llu bytes, but its shape needs %llu",
                          file->name, name_size, entry->name, (unsigned long long)size,
@@ -4577,10 +4869,11 @@ static tfm_status tfm__parse_directory(tfm_file *file, size_t at, size_t end, si
     if (n > (end - at) / 80)
         return tfm__fail(error, TFM_ERROR_FORMAT, "%s: the directory is too small for %lu tensors", file->name,
                          (unsigned long)n);
-    file->entries = (tfm_entry *)tfm__allocate(&file->allocator, n * sizeof *file->entries);
-    file->entry_by_name = (uint32_t *)tfm__allocate(&file->allocator, n * sizeof *file->entry_by_name);
-    if (!file->entries || !file->entry_by_name)
-        return tfm__fail_memory(error, n * sizeof *file->entries);
+    file->entries = (tfm_entry *)tfm__allocate(&file->allocator, 2 * n * sizeof *file->entries);
+    file->entry_by_name = (uint32_t *)tfm__allocate(&file->allocator, 2 * n * sizeof *file->entry_by_name);
+    file->whole = (uint32_t *)tfm__allocate(&file->allocator, n * sizeof *file->whole);
+    if (!file->entries || !file->entry_by_name || !file->whole)
+        return tfm__fail_memory(error, 2 * n * sizeof *file->entries);
     for (; file->n_entries < n; file->n_entries++) {
         const unsigned char *p = file->bytes.data + at;
         tfm_entry *entry = file->entries + file->n_entries;
@@ -4599,7 +4892,7 @@ static tfm_status tfm__parse_directory(tfm_file *file, size_t at, size_t end, si
                              "%s: the data of tensor '%.*s' overlaps that of the one before it", file->name,
                              (int)TFM__MIN(entry->name_size, 100), entry->name);
         last = (const unsigned char *)entry->tensor.data + tfm_tensor_bytes(&entry->tensor);
-        file->entry_by_name[file->n_entries] = (uint32_t)file->n_entries;
+        file->entry_by_name[file->n_entries] = file->whole[file->n_entries] = (uint32_t)file->n_entries;
         at += 72 + tfm__round_up(entry->name_size, 8);
     }
     if (at != end)
@@ -4611,6 +4904,52 @@ static tfm_status tfm__parse_directory(tfm_file *file, size_t at, size_t end, si
             return tfm__fail(error, TFM_ERROR_FORMAT, "%s: tensor '%.*s' is there twice", file->name,
                              (int)TFM__MIN(entry->name_size, 100), entry->name);
         }
+    return TFM_OK;
+}
+
+/* ---- matrices in parts: NAME#0, NAME#1, ... hold the rows of NAME, which is an entry more, of the type TFM_PARTS */
+
+/* Joins the parts of the entry `first`, whose name ends in #0, and returns how many there are. */
+static size_t tfm__join(tfm_file *file, const tfm_entry *first, tfm_entry *whole, tfm_tensor *parts) {
+    const tfm_entry *entry = first;
+    size_t rows = 0, n = 0;
+    char name[128];
+    *whole = *first;
+    whole->name_size -= 2;
+    for (; entry && entry->tensor.n_dims == 2 && entry->tensor.shape[1] == first->tensor.shape[1]; n++) {
+        parts[n] = entry->tensor;
+        rows += parts[n].shape[0];
+        file->whole[entry - file->entries] = (uint32_t)(whole - file->entries);
+        snprintf(name, sizeof name, "%.*s#%lu", (int)whole->name_size, whole->name, (unsigned long)n + 1);
+        entry = tfm_file_find(file, name);
+    }
+    whole->tensor = tfm__tensor(TFM_PARTS, TFM_ROWS, rows, first->tensor.shape[1], parts);
+    return n;
+}
+
+static tfm_status tfm__join_parts(tfm_file *file, tfm_error *error) {
+    const size_t n = file->n_entries;
+    size_t used = 0, n_whole = 0, i;
+    char name[128];
+    file->parts = (tfm_tensor *)tfm__allocate(&file->allocator, n * sizeof *file->parts);
+    if (!file->parts)
+        return tfm__fail_memory(error, n * sizeof *file->parts);
+    for (i = 0; i < n; i++) {
+        const tfm_entry *entry = file->entries + i;
+        if (entry->name_size < 3 || entry->name_size > 100 || entry->tensor.n_dims != 2 ||
+            memcmp(entry->name + entry->name_size - 2, "#0", 2) || memchr(entry->name, 0, entry->name_size))
+            continue;
+        snprintf(name, sizeof name, "%.*s", (int)entry->name_size - 2, entry->name);
+        if (tfm_file_find(file, name))
+            return tfm__fail(error, TFM_ERROR_FORMAT, "%s: tensor '%s' is there both whole and in parts", file->name,
+                             name);
+        used += tfm__join(file, entry, file->entries + n + n_whole, file->parts + used);
+        file->entry_by_name[n + n_whole] = (uint32_t)(n + n_whole);
+        n_whole++;
+    }
+    file->n_whole = n_whole; /* now tfm_file_find sees them */
+    if (n_whole)
+        tfm__sort(file->entry_by_name, n + n_whole, tfm__compare_entries, file);
     return TFM_OK;
 }
 
@@ -4647,7 +4986,9 @@ static tfm_status tfm__parse_file(tfm_file *file, tfm_error *error) {
         return tfm__fail(error, TFM_ERROR_FORMAT, "%s: the header's checksum is wrong: the file is damaged",
                          file->name);
     status = tfm__parse_meta(file, TFM__HEADER_SIZE, directory, error);
-    return status == TFM_OK ? tfm__parse_directory(file, directory, end, tfm__u32(p + 56), error) : status;
+    if (status == TFM_OK)
+        status = tfm__parse_directory(file, directory, end, tfm__u32(p + 56), error);
+    return status == TFM_OK ? tfm__join_parts(file, error) : status;
 }
 
 TFM_API void tfm_file_close(tfm_file *file) {
@@ -4658,6 +4999,8 @@ TFM_API void tfm_file_close(tfm_file *file) {
     tfm__release(&allocator, file->meta);
     tfm__release(&allocator, file->meta_by_key);
     tfm__release(&allocator, file->entries);
+    tfm__release(&allocator, file->parts);
+    tfm__release(&allocator, file->whole);
     tfm__release(&allocator, file->entry_by_name);
 #ifndef TFM_NO_STDIO
     if (file->owned)
@@ -4736,7 +5079,7 @@ TFM_API const tfm_entry *tfm_file_entry(const tfm_file *file, size_t index) {
 }
 
 TFM_API const tfm_entry *tfm_file_find(const tfm_file *file, const char *name) {
-    size_t low = 0, high = file->n_entries, size = strlen(name);
+    size_t low = 0, high = file->n_entries + file->n_whole, size = strlen(name);
     while (low < high) {
         size_t middle = low + (high - low) / 2;
         const tfm_entry *entry = file->entries + file->entry_by_name[middle];
@@ -4762,7 +5105,12 @@ TFM_API const tfm_meta *tfm_file_find_meta(const tfm_file *file, const char *key
 /* The tensor's data in the mapped file is not needed again soon: lets the system take the memory back, so that a file
  * that is read through once need not fit in memory. */
 static void tfm__file_forget(const tfm_file *file, const tfm_tensor *tensor) {
-    if (file->bytes.mapped)
+    const tfm_tensor *part = (const tfm_tensor *)tensor->data;
+    size_t rows;
+    if (tensor->dtype == TFM_PARTS)
+        for (rows = 0; rows < tensor->shape[0]; rows += (part++)->shape[0])
+            tfm__file_forget(file, part);
+    else if (file->bytes.mapped)
         tfm__advise_unneeded(tensor->data, tfm_tensor_bytes(tensor));
 }
 
@@ -4792,7 +5140,7 @@ TFM_API tfm_status tfm_file_verify(const tfm_file *file, tfm_error *error) {
  * values -> out, and, in a gated FFN, up -> down (the gate is not linear). */
 
 typedef struct tfm__folding {
-    tfm__factors *of; /* [n_entries] of the file */
+    tfm__factors *of; /* [n_entries + n_whole] of the file */
     float *floats;
     size_t size, used; /* floats */
 } tfm__folding;
@@ -4823,13 +5171,13 @@ static int tfm__stack_says(const tfm_file *file, const char *stack, const char *
            !memcmp(meta->values, word, meta->count);
 }
 
-/* A tensor of a block that can take part: a matrix of floats, or a vector. */
+/* A tensor of a block that can take part: a matrix that is yet to be packed, or a vector. */
 static const tfm_entry *tfm__block_entry(const tfm_file *file, const char *stack, size_t layer, const char *part) {
     const tfm_entry *entry;
     char name[96];
     snprintf(name, sizeof name, "%s.blocks.%lu.%s", stack, (unsigned long)layer, part);
     entry = tfm_file_find(file, name);
-    return entry && tfm__is_float(entry->tensor.dtype) && entry->tensor.n_dims <= 2 ? entry : NULL;
+    return entry && entry->tensor.dtype != TFM_I8 && entry->tensor.n_dims <= 2 ? entry : NULL;
 }
 
 static tfm__foldable tfm__find_foldable(const tfm_file *file, const char *stack, size_t layer) {
@@ -5034,7 +5382,7 @@ static void tfm__fold_free(tfm__folding *folding, const tfm_allocator *allocator
 /* The factors for all of a file's tensors. */
 static tfm_status tfm__fold(const tfm_file *file, tfm__folding *folding, const tfm_allocator *allocator,
                             tfm_error *error) {
-    size_t of_size = tfm__product(file->n_entries, sizeof *folding->of), run;
+    size_t of_size = tfm__product(file->n_entries + file->n_whole, sizeof *folding->of), run;
     memset(folding, 0, sizeof *folding);
     folding->of = (tfm__factors *)tfm__allocate_zeroed(allocator, of_size);
     if (!folding->of)
@@ -5118,6 +5466,12 @@ static tfm_status tfm__write_padding(const tfm__rewrite *rewrite, size_t to, tfm
     return tfm__write(rewrite, zeros, to - rewrite->size, error);
 }
 
+/* What is written in the place of an entry: that, or the whole of which it is the first part; NULL for its other parts. */
+static const tfm_entry *tfm__written(const tfm_file *file, size_t index) {
+    const tfm_entry *entry = file->entries + index, *whole = file->entries + file->whole[index];
+    return whole == entry || ((const tfm_tensor *)whole->tensor.data)->data == entry->tensor.data ? whole : NULL;
+}
+
 /* Converts and writes one tensor, and notes its checksum in the directory at `directory`. */
 static tfm_status tfm__rewrite_tensor(tfm__rewrite *rewrite, const tfm__crc_tables *crc, const tfm_entry *entry,
                                       unsigned char *directory, tfm_error *error) {
@@ -5159,23 +5513,40 @@ static tfm_status tfm__rewrite_tensor(tfm__rewrite *rewrite, const tfm__crc_tabl
     return status;
 }
 
-/* Fills the new directory (in place, over the old one): dtype, layout, offset and size of each tensor. */
+/* Writes the new directory over the old one, which is no smaller: dtype, layout, offset and size of each tensor. */
 static void tfm__plan_rewrite(tfm__rewrite *rewrite) {
-    unsigned char *directory = rewrite->head + (size_t)tfm__u64(rewrite->head + 40);
-    size_t end = rewrite->head_size, i;
-    for (i = 0; i < rewrite->from->n_entries; i++) {
-        const tfm_entry *entry = rewrite->from->entries + i;
-        tfm_tensor target = tfm__rewritten(rewrite, entry);
-        end = tfm__round_up(end, TFM__CACHE_LINE);
-        tfm__put_u32(directory + 4, (uint32_t)target.dtype);
-        tfm__put_u32(directory + 8, (uint32_t)target.layout);
-        tfm__put_u64(directory + 48, end);
-        tfm__put_u64(directory + 56, tfm_tensor_bytes(&target));
-        end += tfm_tensor_bytes(&target);
+    const tfm_file *from = rewrite->from;
+    unsigned char *directory = rewrite->head + (size_t)tfm__u64(rewrite->head + 40), *entry_at = directory;
+    size_t n = 0, size, end, i;
+    for (i = 0; i < from->n_entries; i++) {
+        const tfm_entry *entry = tfm__written(from, i);
+        tfm_tensor target;
+        if (!entry)
+            continue;
+        target = tfm__rewritten(rewrite, entry);
+        size = tfm__round_up(entry->name_size, 8);
+        memset(entry_at, 0, 72 + size);
+        tfm__put_u32(entry_at, (uint32_t)entry->name_size);
+        tfm__put_u32(entry_at + 4, (uint32_t)target.dtype);
+        tfm__put_u32(entry_at + 8, (uint32_t)target.layout);
+        tfm__put_u32(entry_at + 12, (uint32_t)target.n_dims);
+        for (end = 0; end < TFM_MAX_DIMS; end++)
+            tfm__put_u64(entry_at + 16 + 8 * end, target.shape[end]);
+        tfm__put_u64(entry_at + 56, tfm_tensor_bytes(&target));
+        memcpy(entry_at + 72, entry->name, entry->name_size);
         rewrite->total += tfm_tensor_bytes(&entry->tensor);
-        directory += 72 + tfm__round_up(entry->name_size, 8);
+        entry_at += 72 + size;
+        n++;
+    }
+    rewrite->head_size = (size_t)(entry_at - rewrite->head);
+    for (end = rewrite->head_size; directory < entry_at; directory += 72 + tfm__round_up(tfm__u32(directory), 8)) {
+        end = tfm__round_up(end, TFM__CACHE_LINE);
+        tfm__put_u64(directory + 48, end);
+        end += (size_t)tfm__u64(directory + 56);
     }
     tfm__put_u64(rewrite->head + 16, end);
+    tfm__put_u64(rewrite->head + 48, rewrite->head_size - (size_t)tfm__u64(rewrite->head + 40));
+    tfm__put_u32(rewrite->head + 56, (uint32_t)n);
 }
 
 static tfm_status tfm__rewrite_file(tfm__rewrite *rewrite, tfm_error *error) {
@@ -5188,7 +5559,9 @@ static tfm_status tfm__rewrite_file(tfm__rewrite *rewrite, tfm_error *error) {
     status = tfm__write(rewrite, rewrite->head, rewrite->head_size, error); /* again when the checksums are known */
     rewrite->size = rewrite->head_size;
     for (i = 0; status == TFM_OK && i < rewrite->from->n_entries; i++) {
-        const tfm_entry *entry = rewrite->from->entries + i;
+        const tfm_entry *entry = tfm__written(rewrite->from, i);
+        if (!entry)
+            continue;
         status = tfm__rewrite_tensor(rewrite, &crc, entry, directory, error);
         directory += 72 + tfm__round_up(entry->name_size, 8);
     }
@@ -8423,6 +8796,7 @@ static const char *const tfm__activation_words[] = {"none",       "relu", "gelu"
                                                     "quick_gelu", "silu", "tanh", NULL};
 static const char *const tfm__pooling_words[] = {"none", "cls", "mean", "max", NULL};
 static const char *const tfm__classifier_words[] = {"none", "sequence", "token", NULL};
+static const char *const tfm__problem_words[] = {"single", "multi", "regression", NULL};
 
 /* Reads keys "encoder.*" or "decoder.*". */
 static void tfm__read_stack(tfm__reader *reader, const char *prefix, tfm_stack *stack) {
@@ -8479,9 +8853,11 @@ static void tfm__read_classes(tfm__reader *reader, tfm_model *model) {
     const tfm_entry *weight = tfm_file_find(reader->file, "classifier.weight");
     d->pooling = (tfm_pooling)tfm__read_word(reader, "pooling", tfm__pooling_words, 0);
     d->pool_normalize = (int)tfm__read_size(reader, "pool_normalize", 0, 1, 0);
+    d->pool_max_tokens = tfm__read_size(reader, "pool_max_tokens", 0, TFM__MAX_SIZE, 0);
     d->pooler = tfm_file_find_meta(reader->file, "pooler_activation") != NULL;
     d->pooler_activation = (tfm_activation)tfm__read_word(reader, "pooler_activation", tfm__activation_words, 0);
     d->classifier = (tfm_classifier)tfm__read_word(reader, "classifier", tfm__classifier_words, 0);
+    d->classifier_problem = (tfm_problem)tfm__read_word(reader, "classifier_problem", tfm__problem_words, 0);
     d->classifier_activation =
         (tfm_activation)tfm__read_word(reader, "classifier_activation", tfm__activation_words, 0);
     d->n_labels = d->classifier && weight ? weight->tensor.shape[0] : 0;
@@ -8572,6 +8948,15 @@ static const tfm_entry *tfm__load_entry(tfm__loader *loader, const char *name, s
     return entry;
 }
 
+/* Whether a file holds blocks, with which the kernels can't compute. */
+static int tfm__has_blocks(const tfm_file *file) {
+    size_t i;
+    for (i = 0; i < file->n_entries; i++)
+        if (tfm__blocks_of(file->entries[i].tensor.dtype))
+            return 1;
+    return 0;
+}
+
 /* A matrix for the kernels: in panels. */
 static void tfm__load_matrix(tfm__loader *loader, const char *name, size_t out, size_t in, tfm_tensor *matrix) {
     const tfm_entry *entry = tfm__load_entry(loader, name, out, in, 0);
@@ -8580,6 +8965,8 @@ static void tfm__load_matrix(tfm__loader *loader, const char *name, size_t out, 
     if (!entry)
         return;
     dtype = loader->dtype ? loader->dtype : entry->tensor.dtype;
+    if (dtype == TFM_PARTS) /* of types that differ, which without blocks only a strange file has */
+        dtype = TFM_F32;
     *matrix = tfm__tensor(dtype, TFM_PANELS, out, in, entry->tensor.data);
     if (loader->copy || entry->tensor.layout != TFM_PANELS || entry->tensor.dtype != dtype) {
         char *memory = tfm__loader_take(loader, tfm_tensor_bytes(matrix));
@@ -9032,7 +9419,7 @@ static tfm_status tfm__load_with(tfm__loader *loader, tfm_model *model, const tf
     loader->reader.file = model->file;
     loader->reader.error = error;
     loader->threads.count = tfm__thread_count(options->threads);
-    loader->dtype = options->dtype;
+    loader->dtype = options->dtype || !tfm__has_blocks(model->file) ? options->dtype : TFM_I8;
     loader->copy = options->copy;
     if ((unsigned)options->dtype >= TFM_DTYPE_COUNT)
         return tfm__fail(error, TFM_ERROR_UNSUPPORTED, "unknown type %d", (int)options->dtype);
@@ -9041,7 +9428,7 @@ static tfm_status tfm__load_with(tfm__loader *loader, tfm_model *model, const tf
     tfm__read_description(&loader->reader, model);
     if (loader->reader.status != TFM_OK)
         return loader->reader.status;
-    if (options->dtype == TFM_I8 && tfm__fold(model->file, &loader->folding, &model->allocator, error) != TFM_OK)
+    if (loader->dtype == TFM_I8 && tfm__fold(model->file, &loader->folding, &model->allocator, error) != TFM_OK)
         return TFM_ERROR_MEMORY;
     model->encoder.blocks =
         (tfm_block *)tfm__allocate_zeroed(&model->allocator, d->encoder.n_layers * sizeof *model->encoder.blocks);
@@ -9256,9 +9643,12 @@ static size_t tfm__longest_token(const tfm_model *model) {
     return longest;
 }
 
-/* 1 if the token is not shown to people. */
-static int tfm__is_special(const tfm_model *model, int32_t id) {
+TFM_API int tfm_is_special_token(const tfm_model *model, int32_t id) {
     return model->has_tokenizer && tfm__token_is_special(&model->tokenizer, id);
+}
+
+TFM_API int32_t tfm_start_token(const tfm_model *model) {
+    return model->start_id;
 }
 
 TFM_API int tfm_is_end_token(const tfm_model *model, int32_t id) {
@@ -9303,6 +9693,8 @@ struct tfm_session {
     int32_t *work;   /* [vocab_size] */
     char *text;      /* [text_size]: text that is held back */
     size_t text_size;
+    void *search_memory; /* of tfm_beam_search and tfm_generate_batch; grows, never shrinks */
+    size_t search_size;
 };
 
 /* ---- creation */
@@ -9427,8 +9819,21 @@ static size_t tfm__stack_scratch(const tfm_model *model, const tfm__stack *stack
     return TFM__MAX(scratch, tfm__logits_scratch(model, rows));
 }
 
-/* Scratch for the largest pass that there can be, so that tfm_eval never allocates. (tfm_encode may: what it needs depends
- * on the texts.) */
+/* Scratch of the longest source: see tfm_set_source. */
+static size_t tfm__source_scratch(const tfm_session *session) {
+    const tfm_model *model = session->model;
+    size_t floats;
+    tfm_span span;
+    memset(&span, 0, sizeof span);
+    span.n_rows = session->source;
+    floats = tfm__stack_scratch(model, &model->encoder, &span, 1, session->source);
+    if (model->decoder.shape->n_layers)
+        floats = TFM__MAX(floats, tfm__memory_scratch(&model->decoder.blocks->cross, session->source));
+    return floats;
+}
+
+/* Scratch for the largest pass that there can be, so that tfm_eval and tfm_set_source never allocate. (tfm_encode may: what
+ * it needs depends on the texts.) */
 static tfm_status tfm__session_scratch(tfm_session *session, tfm_error *error) {
     const tfm_model *model = session->model;
     size_t floats = 0;
@@ -9440,6 +9845,8 @@ static tfm_status tfm__session_scratch(tfm_session *session, tfm_error *error) {
         floats = tfm__stack_scratch(model, &model->decoder, session->spans, session->n_sequences, session->context);
         session->spans[0].n_rows = 0;
     }
+    if (model->description.kind == TFM_ENCODER_DECODER)
+        floats = TFM__MAX(floats, tfm__source_scratch(session));
     if (model->has_tokenizer) {
         size_t longest = TFM__MAX(session->context, session->source);
         size_t bytes = tfm__product(longest, TFM__MIN(tfm__longest_token(model), (size_t)64));
@@ -9531,6 +9938,7 @@ TFM_API void tfm_session_free(tfm_session *session) {
     tfm_engine_free(session->engine);
     tfm__release_aligned(&allocator, session->pool);
     tfm__release_aligned(&allocator, session->memory_pool);
+    tfm__release_aligned(&allocator, session->search_memory);
     tfm__release_aligned(&allocator, session->pages); /* the first of the carved pieces */
     tfm__release(&allocator, session);
 }
@@ -10228,6 +10636,19 @@ static void tfm__penalize(float penalty, float *logits, size_t vocab_size, const
     }
 }
 
+/* Forbids the tokens that would make the sequence's last tokens, `size` of them, the same as some before (Paulus et al.
+ * 2017). */
+static void tfm__forbid_repeats(size_t size, float *logits, size_t vocab_size, const int32_t *history,
+                                size_t n_history) {
+    const int32_t *last = history + n_history - (size - 1);
+    size_t i;
+    for (i = 0; i + size <= n_history; i++) {
+        int32_t token = history[i + size - 1];
+        if (!memcmp(history + i, last, (size - 1) * sizeof *last) && token >= 0 && (size_t)token < vocab_size)
+            logits[token] = -INFINITY;
+    }
+}
+
 /* The largest logit's token, the first among equals; vocab_size if every logit is NaN or -infinity. */
 static size_t tfm__likeliest(const float *logits, size_t vocab_size) {
     float lane[16], largest = -INFINITY;
@@ -10325,6 +10746,8 @@ TFM_API tfm_status tfm_sample(const tfm_sampling *sampling, float *logits, size_
         logits[sampling->logit_bias[i].token] += sampling->logit_bias[i].bias;
     if (sampling->repeat_penalty > 0 && sampling->repeat_penalty != 1 && history)
         tfm__penalize(sampling->repeat_penalty, logits, vocab_size, history, n_history, work);
+    if (sampling->no_repeat_ngram && history && sampling->no_repeat_ngram <= n_history)
+        tfm__forbid_repeats(sampling->no_repeat_ngram, logits, vocab_size, history, n_history);
     best = tfm__likeliest(logits, vocab_size);
     if (best == vocab_size)
         return tfm__fail(error, TFM_ERROR_ARGUMENT, "no token can be chosen: every logit is NaN or -infinity");
@@ -10352,6 +10775,7 @@ typedef struct tfm__stream {
     size_t n_stops;
     tfm_print print; /* NULL: only the stop strings matter */
     void *user;
+    tfm__decoder decoder; /* how far the text is, where it begins with the sequence: that of an encoder-decoder */
 } tfm__stream;
 
 /* Hands on the first n bytes, with U+FFFD for what can't be UTF-8. Returns what the caller's function returned. */
@@ -10408,6 +10832,22 @@ static tfm_stop tfm__stream_add(tfm__stream *stream, const char *text, size_t si
     return stream->size > held && tfm__stream_print(stream, stream->size - held) ? TFM_STOP_CALLBACK : TFM_STOP_NONE;
 }
 
+/* A token's text, as it goes on from the prompt; the text of an encoder-decoder has no prompt, and begins with its first
+ * token. */
+static const char *tfm__stream_text(const tfm_model *model, tfm__decoder *decoder, int32_t token, unsigned char *memory,
+                                    size_t *size) {
+    const char *text;
+    *size = 0;
+    if (tfm_is_special_token(model, token))
+        return NULL;
+    if (model->description.kind != TFM_ENCODER_DECODER || !tfm_token_text(model, token, size))
+        return tfm_token_text(model, token, size);
+    text = (const char *)tfm__kind_decode(&model->tokenizer, token, decoder, memory, size);
+    decoder->n_ids++;
+    decoder->size += *size;
+    return text;
+}
+
 /* ---- generation */
 
 static tfm_status tfm__check_generate(const tfm_session *session, const tfm_generate_options *options,
@@ -10430,6 +10870,21 @@ static int tfm__is_stop_token(const tfm_session *session, const tfm_generate_opt
         if (options->stop_tokens[i] == token)
             return 1;
     return !options->ignore_end && tfm_is_end_token(session->model, token);
+}
+
+/* An encoder-decoder's tokens, where none are given. */
+static tfm_status tfm__begin_decoder(const tfm_session *session, const tfm_generate_options *options,
+                                     const int32_t **prompt, size_t *n_prompt, tfm_error *error) {
+    const tfm_model *model = session->model;
+    if (model->description.kind != TFM_ENCODER_DECODER || *n_prompt || options->append)
+        return TFM_OK;
+    if (model->start_id < 0)
+        return tfm__fail(error, TFM_ERROR_ARGUMENT,
+                         "%s: the file has no generation.start_id, so the decoder's first tokens must be given",
+                         model->file->name);
+    *prompt = &model->start_id;
+    *n_prompt = 1;
+    return TFM_OK;
 }
 
 /* Brings the sequence to the prompt; the logits of its last token are in session->logits. */
@@ -10476,6 +10931,7 @@ static tfm_status tfm__step(tfm_session *session, int32_t token, const tfm_gener
 static tfm_status tfm__continue(tfm_session *session, const tfm_generate_options *options, tfm__stream *stream,
                                 tfm_generate_stats *stats, tfm_error *error) {
     size_t vocab_size = session->model->description.vocab_size;
+    unsigned char memory[TFM__MAX_PIECE_TEXT];
     tfm_random random;
     tfm_random_seed(&random, options->seed);
     for (;;) {
@@ -10493,7 +10949,7 @@ static tfm_status tfm__continue(tfm_session *session, const tfm_generate_options
         else if (tfm__is_stop_token(session, options, token))
             stats->stop = TFM_STOP_END_TOKEN;
         else {
-            text = tfm__is_special(session->model, token) ? NULL : tfm_token_text(session->model, token, &size);
+            text = tfm__stream_text(session->model, &stream->decoder, token, memory, &size);
             stats->stop = text ? tfm__stream_add(stream, text, size) : TFM_STOP_NONE;
             if (stats->stop == TFM_STOP_NONE && stats->n_generated == options->max_tokens)
                 stats->stop = TFM_STOP_MAX_TOKENS;
@@ -10506,6 +10962,15 @@ static tfm_status tfm__continue(tfm_session *session, const tfm_generate_options
         if (status != TFM_OK)
             return status;
     }
+}
+
+/* What the sequence's tokens so far would have shown, so that what comes goes on from there. */
+static void tfm__stream_skip(const tfm_session *session, size_t sequence, tfm__stream *stream) {
+    unsigned char memory[TFM__MAX_PIECE_TEXT];
+    size_t n_tokens, size, i;
+    const int32_t *tokens = tfm_sequence_tokens(session, sequence, &n_tokens);
+    for (i = 0; i < n_tokens; i++)
+        tfm__stream_text(session->model, &stream->decoder, tokens[i], memory, &size);
 }
 
 TFM_API tfm_status tfm_generate_ids(tfm_session *session, const int32_t *prompt, size_t n_prompt,
@@ -10528,26 +10993,672 @@ TFM_API tfm_status tfm_generate_ids(tfm_session *session, const int32_t *prompt,
     stream.user = print_user;
     status = tfm__check_generate(session, options, error);
     if (status == TFM_OK)
+        status = tfm__begin_decoder(session, options, &prompt, &n_prompt, error);
+    if (status == TFM_OK)
         status = tfm__prefill(session, prompt, n_prompt, options, stats, error);
     if (status != TFM_OK)
         return status;
+    tfm__stream_skip(session, options->sequence, &stream);
     status = tfm__continue(session, options, &stream, stats, error);
     if (stream.size && stats->stop != TFM_STOP_CALLBACK && tfm__stream_print(&stream, stream.size))
         stats->stop = TFM_STOP_CALLBACK;
     return status;
 }
 
+/* The prompt's tokens are a sequence's source. */
+static tfm_status tfm__prompt_as_source(tfm_session *session, size_t n_prompt, size_t sequence, tfm_error *error) {
+    tfm_text text;
+    memset(&text, 0, sizeof text);
+    text.tokens = session->prompt;
+    text.n_tokens = n_prompt;
+    if (!n_prompt)
+        return tfm__fail(error, TFM_ERROR_ARGUMENT, "the prompt is empty: there is nothing to answer");
+    if (n_prompt > session->source)
+        return tfm__fail(error, TFM_ERROR_CONTEXT_FULL,
+                         "the prompt has %lu tokens, but the encoder has room for %lu: see tfm_session_options.source",
+                         (unsigned long)n_prompt, (unsigned long)session->source);
+    return tfm_set_source(session, sequence, &text, error);
+}
+
 TFM_API tfm_status tfm_generate(tfm_session *session, const char *prompt, const tfm_generate_options *options,
                                 tfm_print print, void *print_user, tfm_error *error) {
+    const int answers = session->model->description.kind == TFM_ENCODER_DECODER;
     unsigned flags = options && options->special ? TFM_TOKENIZE_SPECIAL : 0;
     tfm_engine *engine = session->engine; /* whose scratch memory is idle */
     size_t n_prompt;
-    tfm_status status =
-        tfm__tokenize(session->model, engine->scratch, engine->scratch_size * sizeof *engine->scratch, prompt,
-                      strlen(prompt), flags, session->prompt, session->context, &n_prompt, error);
+    tfm_status status = tfm__tokenize(session->model, engine->scratch, engine->scratch_size * sizeof *engine->scratch,
+                                      prompt, strlen(prompt), flags, session->prompt,
+                                      answers ? session->source : session->context, &n_prompt, error);
+    if (status == TFM_OK && answers) {
+        status = tfm__prompt_as_source(session, n_prompt, options ? options->sequence : 0, error);
+        n_prompt = 0;
+    }
     if (status != TFM_OK)
         return status;
     return tfm_generate_ids(session, session->prompt, n_prompt, options, print, print_user, error);
+}
+
+/* ---- several prompts side by side: what tfm_generate_batch and tfm_beam_search have in common */
+
+/* A continuation that may go on. */
+typedef struct tfm__beam {
+    float score;   /* the sum of the log-probabilities of its new tokens */
+    size_t parent; /* the beam of the step before whose tokens it begins with */
+    int32_t token; /* its newest, which is not in its sequence yet */
+} tfm__beam;
+
+/* One prompt and its continuations: beam b is in the sequence first + b. */
+typedef struct tfm__group {
+    size_t first, n_prompt;
+    size_t max_new, n_new; /* tokens that each beam may have, and has */
+    size_t n_beams;        /* that go on; 0: the search is over */
+    size_t row;            /* their logits, in this step: rows row, row + 1, ... */
+    size_t n_rows;         /* 1 after the prompt, which all beams share */
+    tfm__beam *beams;      /* [beams] */
+    size_t n_finished;
+    tfm_result *finished; /* [beams]: best first */
+    int32_t *tokens;      /* [beams][max_new]: what `finished` points to, in any order */
+    tfm_random random;
+} tfm__group;
+
+/* What a row of logits offers: the best tokens and their log-probabilities. */
+typedef struct tfm__offer {
+    uint32_t token;
+    float score;
+} tfm__offer;
+
+typedef struct tfm__search {
+    tfm_session *session;
+    tfm_beam_options options; /* with the usual in place of 0 */
+    size_t n_groups, max_new, keep;
+    tfm__group *groups;   /* [n_groups] */
+    tfm_chunk *chunks;    /* [n_groups beams] */
+    size_t *row_sequence; /* [n_groups beams]: whose logits a row is */
+    float *logits;        /* [n_groups beams][vocab_size] */
+    tfm__offer *offers;   /* [n_groups beams][keep], best first */
+    size_t *n_offers;     /* [n_groups beams] */
+    tfm__beam *beams;     /* [n_groups][beams] */
+    tfm_result *finished; /* [n_groups][beams] */
+    int32_t *tokens;      /* [n_groups][beams][max_new] */
+    /* of one group at a time */
+    tfm__beam *candidates; /* [beams keep] */
+    uint32_t *order;       /* [beams keep] */
+    uint32_t *page_tables; /* [beams][n_pages] */
+    uint32_t *page_uses;   /* [beams n_pages]: how many beams a page is in */
+    int32_t *old_tokens;   /* [beams][context] */
+} tfm__search;
+
+static void tfm__carve_search(tfm__search *search, tfm__carver *carver) {
+    const tfm_session *session = search->session;
+    const size_t beams = search->options.beams, rows = tfm__product(search->n_groups, beams), keep = search->keep;
+    search->groups = (tfm__group *)tfm__carve(carver, search->n_groups, sizeof *search->groups);
+    search->chunks = (tfm_chunk *)tfm__carve(carver, rows, sizeof *search->chunks);
+    search->row_sequence = (size_t *)tfm__carve(carver, rows, sizeof *search->row_sequence);
+    search->logits =
+        (float *)tfm__carve(carver, tfm__product(rows, session->model->description.vocab_size), sizeof *search->logits);
+    search->offers = (tfm__offer *)tfm__carve(carver, tfm__product(rows, keep), sizeof *search->offers);
+    search->n_offers = (size_t *)tfm__carve(carver, rows, sizeof *search->n_offers);
+    search->beams = (tfm__beam *)tfm__carve(carver, rows, sizeof *search->beams);
+    search->finished = (tfm_result *)tfm__carve(carver, rows, sizeof *search->finished);
+    search->tokens = (int32_t *)tfm__carve(carver, tfm__product(rows, search->max_new), sizeof *search->tokens);
+    search->candidates = (tfm__beam *)tfm__carve(carver, tfm__product(beams, keep), sizeof *search->candidates);
+    search->order = (uint32_t *)tfm__carve(carver, tfm__product(beams, keep), sizeof *search->order);
+    search->page_tables =
+        (uint32_t *)tfm__carve(carver, tfm__product(beams, session->n_pages), sizeof *search->page_tables);
+    search->page_uses =
+        (uint32_t *)tfm__carve(carver, tfm__product(beams, session->n_pages), sizeof *search->page_uses);
+    search->old_tokens =
+        (int32_t *)tfm__carve(carver, tfm__product(beams, session->context), sizeof *search->old_tokens);
+}
+
+static tfm_status tfm__search_memory(tfm__search *search, tfm_error *error) {
+    tfm_session *session = search->session;
+    tfm__carver carver = {NULL, 0};
+    tfm__carve_search(search, &carver);
+    if (carver.used > session->search_size) {
+        void *memory = tfm__allocate_aligned(&session->allocator, carver.used, TFM__CACHE_LINE);
+        if (!memory)
+            return tfm__fail_memory(error, carver.used);
+        tfm__release_aligned(&session->allocator, session->search_memory);
+        session->search_memory = memory;
+        session->search_size = carver.used;
+    }
+    carver.memory = (char *)session->search_memory;
+    carver.used = 0;
+    tfm__carve_search(search, &carver);
+    return TFM_OK;
+}
+
+/* The prompt of group i. */
+static tfm_status tfm__search_prompt(const tfm__search *search, const tfm_prompt *prompts, size_t i, tfm_prompt *prompt,
+                                     tfm_error *error) {
+    const tfm_model *model = search->session->model;
+    memset(prompt, 0, sizeof *prompt);
+    if (prompts)
+        *prompt = prompts[i];
+    if (prompt->n_tokens)
+        return TFM_OK;
+    if (model->description.kind != TFM_ENCODER_DECODER)
+        return tfm__fail(error, TFM_ERROR_ARGUMENT, "prompt %lu is empty: there is nothing to continue",
+                         (unsigned long)i);
+    if (model->start_id < 0)
+        return tfm__fail(error, TFM_ERROR_ARGUMENT,
+                         "%s: the file has no generation.start_id, so the decoder's first tokens must be given",
+                         model->file->name);
+    prompt->tokens = &model->start_id;
+    prompt->n_tokens = 1;
+    return TFM_OK;
+}
+
+/* How many new tokens there may be after each prompt: the longest room, or what was asked for, which must fit (`strict`)
+ * or is cut. The last token of a text is never evaluated, so it needs no room. */
+static tfm_status tfm__search_rooms(tfm__search *search, const tfm_prompt *prompts, int strict, tfm_error *error) {
+    const size_t context = search->session->context, asked = search->options.max_tokens;
+    size_t i;
+    search->max_new = 0;
+    for (i = 0; i < search->n_groups; i++) {
+        tfm_prompt prompt;
+        tfm_status status = tfm__search_prompt(search, prompts, i, &prompt, error);
+        size_t room = prompt.n_tokens > context ? 0 : context - prompt.n_tokens + 1;
+        if (status != TFM_OK)
+            return status;
+        if (!room || (strict && asked > room))
+            return tfm__fail(error, TFM_ERROR_CONTEXT_FULL,
+                             "prompt %lu has %lu tokens and %lu more are asked for, but the context has room for %lu",
+                             (unsigned long)i, (unsigned long)prompt.n_tokens, (unsigned long)asked,
+                             (unsigned long)context);
+        search->max_new = TFM__MAX(search->max_new, asked ? TFM__MIN(asked, room) : room);
+    }
+    return TFM_OK;
+}
+
+/* Sequences for all groups, and a head to search with. */
+static tfm_status tfm__check_search(const tfm__search *search, tfm_error *error) {
+    const tfm_session *session = search->session;
+    const tfm_beam_options *options = &search->options;
+    if (session->model->description.kind == TFM_ENCODER || session->model->description.head == TFM_NO_HEAD)
+        return tfm__fail(error, TFM_ERROR_UNSUPPORTED, "the model writes no text: it is an encoder, or has no head");
+    if (options->sequence > session->n_sequences ||
+        search->n_groups > (session->n_sequences - options->sequence) / options->beams)
+        return tfm__fail(error, TFM_ERROR_ARGUMENT,
+                         "%lu prompts with %lu beams from sequence %lu on, but the session has %lu sequences: see "
+                         "tfm_session_options.n_sequences",
+                         (unsigned long)search->n_groups, (unsigned long)options->beams,
+                         (unsigned long)options->sequence, (unsigned long)session->n_sequences);
+    return TFM_OK;
+}
+
+/* Empties the groups' sequences and evaluates the prompts; their logits are the first rows. */
+static tfm_status tfm__search_begin(tfm__search *search, const tfm_prompt *prompts, tfm_error *error) {
+    tfm_session *session = search->session;
+    const size_t beams = search->options.beams;
+    size_t i, b;
+    for (i = 0; i < search->n_groups; i++) {
+        tfm__group *group = search->groups + i;
+        tfm_chunk *chunk = search->chunks + i;
+        tfm_prompt prompt;
+        size_t room;
+        tfm_status status = tfm__search_prompt(search, prompts, i, &prompt, error);
+        if (status != TFM_OK)
+            return status;
+        room = session->context - prompt.n_tokens + 1;
+        memset(group, 0, sizeof *group);
+        group->first = search->options.sequence + i * beams;
+        group->n_prompt = prompt.n_tokens;
+        group->max_new = search->options.max_tokens ? TFM__MIN(search->options.max_tokens, room) : room;
+        group->row = i;
+        group->n_rows = group->n_beams = 1;
+        group->beams = search->beams + i * beams;
+        group->finished = search->finished + i * beams;
+        group->tokens = search->tokens + i * beams * search->max_new;
+        memset(group->beams, 0, beams * sizeof *group->beams);
+        memset(group->finished, 0, beams * sizeof *group->finished);
+        for (b = 0; b < beams; b++)
+            session->kv[group->first + b].n_tokens = 0;
+        search->row_sequence[i] = group->first;
+        chunk->sequence = group->first;
+        chunk->tokens = prompt.tokens;
+        chunk->n_tokens = prompt.n_tokens;
+        chunk->n_outputs = 1;
+    }
+    return tfm_eval(session, search->chunks, search->n_groups, TFM_LOGITS, search->logits, error);
+}
+
+/* Evaluates the newest tokens of all beams that go on. *n_rows: how many those are. */
+static tfm_status tfm__search_step(tfm__search *search, size_t *n_rows, tfm_error *error) {
+    size_t i, b;
+    for (i = *n_rows = 0; i < search->n_groups; i++) {
+        tfm__group *group = search->groups + i;
+        group->row = *n_rows;
+        group->n_rows = group->n_beams;
+        for (b = 0; b < group->n_beams; b++, ++*n_rows) {
+            tfm_chunk *chunk = search->chunks + *n_rows;
+            search->row_sequence[*n_rows] = chunk->sequence = group->first + b;
+            chunk->tokens = &group->beams[b].token;
+            chunk->n_tokens = chunk->n_outputs = 1;
+        }
+    }
+    return *n_rows ? tfm_eval(search->session, search->chunks, *n_rows, TFM_LOGITS, search->logits, error) : TFM_OK;
+}
+
+/* ---- several prompts: greedy, sampling */
+
+/* Chooses the group's next token. */
+static tfm_status tfm__batch_choose(tfm__search *search, tfm__group *group, const tfm_generate_options *options,
+                                    tfm_error *error) {
+    tfm_session *session = search->session;
+    const size_t vocab_size = session->model->description.vocab_size;
+    tfm_result *result = group->finished;
+    size_t n_history;
+    const int32_t *history = tfm_sequence_tokens(session, group->first, &n_history);
+    tfm_status status = tfm_sample(&options->sampling, search->logits + group->row * vocab_size, vocab_size, history,
+                                   n_history, &group->random, session->work, &group->beams->token, error);
+    if (status != TFM_OK)
+        return status;
+    group->tokens[group->n_new++] = group->beams->token;
+    if (tfm__is_stop_token(session, options, group->beams->token))
+        result->stop = TFM_STOP_END_TOKEN;
+    else if (group->n_new == group->max_new)
+        result->stop = group->n_new == options->max_tokens ? TFM_STOP_MAX_TOKENS : TFM_STOP_CONTEXT;
+    result->tokens = group->tokens;
+    result->n_tokens = group->n_new;
+    group->n_beams = result->stop == TFM_STOP_NONE;
+    return TFM_OK;
+}
+
+static tfm_status tfm__check_batch(const tfm_generate_options *options, tfm_error *error) {
+    if (!options->append && !options->shift && !options->n_stop_strings && !options->on_token && !options->stats)
+        return TFM_OK;
+    return tfm__fail(error, TFM_ERROR_ARGUMENT,
+                     "tfm_generate_batch does not know the options append, shift, stop_strings, on_token and stats");
+}
+
+TFM_API tfm_status tfm_generate_batch(tfm_session *session, const tfm_prompt *prompts, size_t n_prompts,
+                                      const tfm_generate_options *options, tfm_result *results, tfm_error *error) {
+    tfm_generate_options usual;
+    tfm__search search;
+    tfm_status status;
+    size_t n_rows = n_prompts, i;
+    memset(&usual, 0, sizeof usual);
+    memset(&search, 0, sizeof search);
+    if (!options)
+        options = &usual;
+    search.session = session;
+    search.n_groups = n_prompts;
+    search.options.beams = 1;
+    search.options.max_tokens = options->max_tokens;
+    search.options.sequence = options->sequence;
+    status = tfm__check_batch(options, error);
+    if (status == TFM_OK)
+        status = tfm__check_search(&search, error);
+    if (status == TFM_OK)
+        status = tfm__search_rooms(&search, prompts, 0, error);
+    if (status == TFM_OK)
+        status = tfm__search_memory(&search, error);
+    if (status == TFM_OK)
+        status = tfm__search_begin(&search, prompts, error);
+    for (i = 0; i < n_prompts && status == TFM_OK; i++)
+        tfm_random_seed(&search.groups[i].random, options->seed + i);
+    while (n_rows && status == TFM_OK) {
+        for (i = 0; i < n_prompts && status == TFM_OK; i++)
+            if (search.groups[i].n_beams)
+                status = tfm__batch_choose(&search, search.groups + i, options, error);
+        if (status == TFM_OK)
+            status = tfm__search_step(&search, &n_rows, error);
+    }
+    for (i = 0; i < n_prompts && status == TFM_OK; i++)
+        results[i] = *search.groups[i].finished;
+    return status;
+}
+
+/* ---- beam search: what the logits offer */
+
+#define TFM__SCORE_BLOCK ((size_t)2048)
+
+/* log(sum of exp(x)), NaN if one is. */
+static float tfm__log_sum(const tfm__kernels *kernels, const float *x, size_t n) {
+    float block[TFM__SCORE_BLOCK];
+    tfm__softmax softmax;
+    size_t i, size;
+    softmax.max = -INFINITY;
+    softmax.sum = 0;
+    for (i = 0; i < n; i += size) {
+        size = TFM__MIN(TFM__SCORE_BLOCK, n - i);
+        memcpy(block, x + i, size * sizeof *x);
+        kernels->softmax_block(&softmax, block, size, 1, NULL);
+    }
+    return softmax.max + (float)log((double)softmax.sum);
+}
+
+/* The k largest of x, best first, the first among equals; NaN and -infinity are left out. Returns how many. */
+static size_t tfm__largest(const float *x, size_t n, size_t k, tfm__offer *best) {
+    float limit = -INFINITY;
+    size_t count = 0, i, end, at;
+    for (i = 0; i < n; i = end) {
+        int any = 0;
+        end = TFM__MIN(i + 16, n);
+        for (at = i; at < end; at++) /* mostly there is nothing, and compilers make vectors of this */
+            any |= x[at] > limit;
+        for (; any && i < end; i++) {
+            if (!(x[i] > limit))
+                continue;
+            count += count < k;
+            for (at = count - 1; at > 0 && best[at - 1].score < x[i]; at--)
+                best[at] = best[at - 1];
+            best[at].score = x[i];
+            best[at].token = (uint32_t)i;
+            limit = count == k ? best[k - 1].score : limit;
+        }
+    }
+    return count;
+}
+
+/* A row's best tokens and their log-probabilities. What is forbidden is left out, and keeps its share of the
+ * probability. */
+static void tfm__offer_row(void *argument, size_t row) {
+    const tfm__search *search = (const tfm__search *)argument;
+    const tfm_session *session = search->session;
+    const tfm_model *model = session->model;
+    const size_t vocab_size = model->description.vocab_size, sequence = search->row_sequence[row];
+    const tfm__group *group = search->groups + (sequence - search->options.sequence) / search->options.beams;
+    float *logits = search->logits + row * vocab_size;
+    tfm__offer *offers = search->offers + row * search->keep;
+    float log_sum = tfm__log_sum(session->engine->kernels, logits, vocab_size);
+    size_t n_history, i, n;
+    const int32_t *history = tfm_sequence_tokens(session, sequence, &n_history);
+    if (search->options.no_repeat_ngram && search->options.no_repeat_ngram <= n_history)
+        tfm__forbid_repeats(search->options.no_repeat_ngram, logits, vocab_size, history, n_history);
+    for (i = 0; group->n_new < search->options.min_tokens && i < model->n_end_ids; i++)
+        logits[model->end_ids[i]] = -INFINITY;
+    n = log_sum == log_sum ? tfm__largest(logits, vocab_size, search->keep, offers) : 0;
+    for (i = 0; i < n; i++)
+        offers[i].score -= log_sum;
+    search->n_offers[row] = n;
+}
+
+/* ---- beam search: one step of one group */
+
+/* Better first; among equals the lower beam, then the lower token. */
+static int tfm__compare_candidates(const void *context, uint32_t a, uint32_t b) {
+    const tfm__beam *x = (const tfm__beam *)context + a, *y = (const tfm__beam *)context + b;
+    if (x->score != y->score)
+        return x->score > y->score ? -1 : 1;
+    if (x->parent != y->parent)
+        return x->parent < y->parent ? -1 : 1;
+    return (x->token > y->token) - (x->token < y->token);
+}
+
+/* All that the group's rows offer, in order. Returns how many. */
+static size_t tfm__collect(tfm__search *search, const tfm__group *group) {
+    size_t n = 0, row, i;
+    for (row = 0; row < group->n_rows; row++)
+        for (i = 0; i < search->n_offers[group->row + row]; i++, n++) {
+            const tfm__offer *offer = search->offers + (group->row + row) * search->keep + i;
+            search->candidates[n].score = group->beams[row].score + offer->score;
+            search->candidates[n].parent = row;
+            search->candidates[n].token = (int32_t)offer->token;
+            search->order[n] = (uint32_t)n;
+        }
+    tfm__sort(search->order, n, tfm__compare_candidates, search->candidates);
+    return n;
+}
+
+static float tfm__length_divisor(const tfm__search *search, size_t n_tokens) {
+    return (float)pow((double)n_tokens, (double)search->options.length_penalty);
+}
+
+/* A continuation that ended: kept if it is one of the best. The place of the worst becomes free for it. */
+static void tfm__finish_beam(tfm__search *search, tfm__group *group, const tfm__beam *beam, tfm_stop stop) {
+    const size_t beams = search->options.beams, sequence = group->first + beam->parent;
+    const int32_t *before = search->session->tokens + sequence * search->session->context + group->n_prompt;
+    int32_t *tokens = group->tokens + group->n_finished * search->max_new;
+    float score = beam->score / tfm__length_divisor(search, group->n_new + 1);
+    size_t at;
+    if (group->n_finished == beams) {
+        if (!(score > group->finished[beams - 1].score))
+            return;
+        tokens = group->tokens + (size_t)(group->finished[beams - 1].tokens - group->tokens);
+        group->n_finished--;
+    }
+    for (at = group->n_finished++; at > 0 && group->finished[at - 1].score < score; at--)
+        group->finished[at] = group->finished[at - 1];
+    memcpy(tokens, before, group->n_new * sizeof *tokens);
+    tokens[group->n_new] = beam->token;
+    group->finished[at].tokens = tokens;
+    group->finished[at].n_tokens = group->n_new + 1;
+    group->finished[at].stop = stop;
+    group->finished[at].score = score;
+}
+
+/* 1 if a beam may still become better than the worst result. (transformers' score of a result that is not there is
+ * -1e9.) */
+static int tfm__may_improve(const tfm__search *search, const tfm__group *group) {
+    const tfm_beam_options *options = &search->options;
+    const int longest = options->early_stopping == TFM_STOP_SURE && options->length_penalty > 0;
+    float worst = group->n_finished == options->beams ? group->finished[options->beams - 1].score : -1e9f;
+    return group->beams[0].score / tfm__length_divisor(search, longest ? group->max_new : group->n_new) > worst;
+}
+
+/* Of the candidates in order the first beams * (end tokens + 1) count: those that end and are among the first `beams` are
+ * results, the first `beams` others go on. */
+static void tfm__choose_beams(tfm__search *search, tfm__group *group) {
+    const tfm_beam_options *options = &search->options;
+    const size_t n = TFM__MIN(tfm__collect(search, group), search->keep);
+    const int last = group->n_new + 1 == group->max_new;
+    size_t i;
+    for (i = group->n_beams = 0; i < n; i++) {
+        const tfm__beam *candidate = search->candidates + search->order[i];
+        const int ends = tfm_is_end_token(search->session->model, candidate->token);
+        if (!ends && !last && group->n_beams < options->beams)
+            group->beams[group->n_beams++] = *candidate;
+        else if ((ends || last) && i < options->beams)
+            tfm__finish_beam(search, group, candidate, ends ? TFM_STOP_END_TOKEN : TFM_STOP_MAX_TOKENS);
+    }
+    group->n_new++;
+    if (group->n_beams && (!tfm__may_improve(search, group) ||
+                           (options->early_stopping == TFM_STOP_FULL && group->n_finished == options->beams)))
+        group->n_beams = 0;
+}
+
+/* ---- beam search: the beams' pages */
+
+typedef struct tfm__page_copy {
+    tfm_kv kv; /* without a table: pages are those of the pool */
+    size_t from, to, n_tokens;
+} tfm__page_copy;
+
+/* One layer's keys and values of a page's first tokens. */
+static void tfm__copy_page_layer(void *argument, size_t layer) {
+    const tfm__page_copy *copy = (const tfm__page_copy *)argument;
+    const tfm_kv *kv = &copy->kv;
+    const size_t size = tfm__dtype_sizes[kv->dtype] * TFM__PANEL, dim = kv->head_dim;
+    size_t head, d;
+    for (head = 0; head < kv->n_kv_heads; head++) {
+        const char *values = tfm__kv_at(kv, layer, copy->from, 1, head);
+        char *to = tfm__kv_at(kv, layer, copy->to, 1, head);
+        memcpy(tfm__kv_at(kv, layer, copy->to, 0, head), tfm__kv_at(kv, layer, copy->from, 0, head),
+               tfm__divide_up(copy->n_tokens, TFM__PANEL) * dim * size);
+        for (d = 0; d < tfm__divide_up(dim, TFM__PANEL); d++)
+            memcpy(to + d * kv->page_tokens * size, values + d * kv->page_tokens * size, copy->n_tokens * size);
+    }
+}
+
+static void tfm__copy_page(const tfm_session *session, size_t from, size_t to, size_t n_tokens) {
+    tfm__page_copy copy;
+    copy.kv = session->kv[0];
+    copy.kv.pages = NULL;
+    copy.from = from;
+    copy.to = to;
+    copy.n_tokens = n_tokens;
+    tfm__run(session->engine, copy.kv.n_layers, 2 * n_tokens * copy.kv.n_kv_heads * copy.kv.head_dim,
+             tfm__copy_page_layer, &copy);
+}
+
+/* Gives every beam of the group a last page of its own, with room for one more token. The group's sequences brought
+ * n_pages pages each, so there is always a free one. */
+static void tfm__part_pages(tfm__search *search, const tfm__group *group) {
+    const tfm_session *session = search->session;
+    const size_t n_pages = session->n_pages, n_tokens = session->kv[group->first].n_tokens;
+    const size_t last = n_tokens / TFM_KV_PAGE, filled = n_tokens % TFM_KV_PAGE;
+    const size_t base = group->first * n_pages; /* the first of the group's pages */
+    uint32_t *tables = session->pages + base, *uses = search->page_uses;
+    size_t b, i, unused = 0;
+    memset(uses, 0, search->options.beams * n_pages * sizeof *uses);
+    for (b = 0; b < group->n_beams; b++)
+        for (i = 0; i < last + (filled > 0); i++)
+            uses[tables[b * n_pages + i] - base]++;
+    for (b = 0; b < group->n_beams; b++) {
+        uint32_t *page = tables + b * n_pages + last;
+        if (filled && uses[*page - base] == 1)
+            continue;
+        while (uses[unused])
+            unused++;
+        uses[unused] = 1;
+        if (filled) {
+            uses[*page - base]--;
+            tfm__copy_page(session, *page, base + unused, filled);
+        }
+        *page = (uint32_t)(base + unused);
+    }
+}
+
+/* The sequences of the group's beams become those of their parents. */
+static void tfm__follow_parents(tfm__search *search, const tfm__group *group) {
+    tfm_session *session = search->session;
+    const size_t n_pages = session->n_pages, context = session->context, n_tokens = session->kv[group->first].n_tokens;
+    const size_t beams = search->options.beams;
+    uint32_t *tables = session->pages + group->first * n_pages;
+    int32_t *tokens = session->tokens + group->first * context;
+    size_t b;
+    memcpy(search->page_tables, tables, beams * n_pages * sizeof *tables);
+    for (b = 0; b < group->n_rows; b++)
+        memcpy(search->old_tokens + b * n_tokens, tokens + b * context, n_tokens * sizeof *tokens);
+    for (b = 0; b < group->n_beams; b++) {
+        const size_t parent = group->beams[b].parent;
+        memcpy(tables + b * n_pages, search->page_tables + parent * n_pages, n_pages * sizeof *tables);
+        memcpy(tokens + b * context, search->old_tokens + parent * n_tokens, n_tokens * sizeof *tokens);
+        session->kv[group->first + b].n_tokens = n_tokens;
+    }
+    tfm__part_pages(search, group);
+}
+
+/* All beams of a prompt answer to the source of the first. */
+static void tfm__share_sources(const tfm__search *search) {
+    tfm_session *session = search->session;
+    const size_t beams = search->options.beams;
+    size_t i;
+    if (session->model->description.kind == TFM_ENCODER_DECODER)
+        for (i = 0; i < search->n_groups * beams; i++)
+            session->memories[search->options.sequence + i] =
+                session->memories[search->options.sequence + i / beams * beams];
+}
+
+/* Every sequence has its own pages again, and is empty; the first of each prompt still has its source. */
+static void tfm__unshare(const tfm__search *search) {
+    tfm_session *session = search->session;
+    const size_t beams = search->options.beams, source_pages = tfm__kv_pages(session->source);
+    size_t i, k;
+    for (i = 0; i < search->n_groups * beams; i++) {
+        const size_t sequence = search->options.sequence + i;
+        for (k = 0; k < session->n_pages; k++)
+            session->pages[sequence * session->n_pages + k] = (uint32_t)(sequence * session->n_pages + k);
+        session->kv[sequence].n_tokens = 0;
+        if (session->model->description.kind == TFM_ENCODER_DECODER && i % beams) {
+            session->memories[sequence].pages = session->memory_pages + sequence * source_pages;
+            session->memories[sequence].n_tokens = 0;
+        }
+    }
+}
+
+/* ---- beam search */
+
+static tfm_status tfm__check_beams(const tfm__search *search, tfm_error *error) {
+    const tfm_beam_options *options = &search->options;
+    const size_t vocab_size = search->session->model->description.vocab_size;
+    if (options->n_best > options->beams)
+        return tfm__fail(error, TFM_ERROR_ARGUMENT, "%lu results are asked for, but there are %lu beams",
+                         (unsigned long)options->n_best, (unsigned long)options->beams);
+    if (!(fabsf(options->length_penalty) <= 100))
+        return tfm__fail(error, TFM_ERROR_ARGUMENT, "the length penalty is %g, expected -100 to 100",
+                         (double)options->length_penalty);
+    if ((unsigned)options->early_stopping > TFM_STOP_SURE)
+        return tfm__fail(error, TFM_ERROR_ARGUMENT, "unknown kind of early stopping %d", (int)options->early_stopping);
+    if (search->keep / options->beams > vocab_size)
+        return tfm__fail(error, TFM_ERROR_ARGUMENT, "a vocabulary of %lu tokens is too small for beam search",
+                         (unsigned long)vocab_size);
+    return TFM_OK;
+}
+
+/* Steps until all groups are done. */
+static tfm_status tfm__search_beams(tfm__search *search, tfm_error *error) {
+    const tfm_session *session = search->session;
+    size_t n_rows = search->n_groups, i;
+    tfm_status status = TFM_OK;
+    while (n_rows && status == TFM_OK) {
+        tfm__run(session->engine, n_rows, 8 * session->model->description.vocab_size, tfm__offer_row, search);
+        for (i = 0; i < search->n_groups; i++) {
+            tfm__group *group = search->groups + i;
+            if (!group->n_beams)
+                continue;
+            tfm__choose_beams(search, group);
+            if (group->n_beams)
+                tfm__follow_parents(search, group);
+            else if (!group->n_finished)
+                return tfm__fail(error, TFM_ERROR_ARGUMENT,
+                                 "prompt %lu: no token can be chosen: every logit is NaN, -infinity or forbidden",
+                                 (unsigned long)i);
+        }
+        status = tfm__search_step(search, &n_rows, error);
+    }
+    return status;
+}
+
+static void tfm__search_results(const tfm__search *search, tfm_result *results) {
+    size_t i, k;
+    for (i = 0; i < search->n_groups; i++)
+        for (k = 0; k < search->options.n_best; k++, results++) {
+            memset(results, 0, sizeof *results);
+            results->score = -INFINITY;
+            if (k < search->groups[i].n_finished)
+                *results = search->groups[i].finished[k];
+        }
+}
+
+TFM_API tfm_status tfm_beam_search(tfm_session *session, const tfm_prompt *prompts, size_t n_prompts,
+                                   const tfm_beam_options *options, tfm_result *results, tfm_error *error) {
+    tfm__search search;
+    tfm_status status;
+    memset(&search, 0, sizeof search);
+    search.session = session;
+    search.n_groups = n_prompts;
+    if (options)
+        search.options = *options;
+    if (!search.options.beams)
+        search.options.beams = 4;
+    if (!search.options.n_best)
+        search.options.n_best = 1;
+    if (!search.options.length_penalty)
+        search.options.length_penalty = search.options.no_length_penalty ? 0.0f : 1.0f;
+    if (search.options.beams == 1)
+        search.options.early_stopping = TFM_STOP_FULL;
+    search.keep = tfm__product(search.options.beams, TFM__MAX(2, session->model->n_end_ids + 1));
+    status = tfm__check_search(&search, error);
+    if (status == TFM_OK)
+        status = tfm__check_beams(&search, error);
+    if (status == TFM_OK)
+        status = tfm__search_rooms(&search, prompts, 1, error);
+    if (status == TFM_OK && n_prompts)
+        status = tfm__search_memory(&search, error);
+    if (status != TFM_OK || !n_prompts)
+        return status;
+    tfm__share_sources(&search);
+    status = tfm__search_begin(&search, prompts, error);
+    if (status == TFM_OK)
+        status = tfm__search_beams(&search, error);
+    if (status == TFM_OK)
+        tfm__search_results(&search, results);
+    tfm__unshare(&search);
+    return status;
 }
 
 /* ---- chat: templates
@@ -10835,7 +11946,7 @@ static tfm_status tfm__put_written(tfm_chat *chat, const char *text, size_t size
         tfm__trim(&text, &size);
     for (i = 0; i < size; i++) {
         size_t token = tfm__form_token(chat->form, text + i, size - i);
-        if (token == TFM__FORM_TOKENS || tfm__is_special(chat->session->model, chat->token_ids[token]))
+        if (token == TFM__FORM_TOKENS || tfm_is_special_token(chat->session->model, chat->token_ids[token]))
             continue;
         status = tfm__put_text(chat, text + done, i + 1 - done, error);
         done = i + 1;
@@ -11072,7 +12183,7 @@ static size_t tfm__answer_ids(const tfm__answer *answer, size_t n_ids, size_t *b
     *bytes = 0;
     for (i = 0; i < n_ids; i++) {
         const char *text = tfm_token_text(model, answer->ids[i], &size);
-        if (!text || tfm__is_special(model, answer->ids[i]))
+        if (!text || tfm_is_special_token(model, answer->ids[i]))
             continue;
         if (size > answer->size - *bytes || (size && memcmp(text, answer->text + *bytes, size)))
             break;

@@ -406,7 +406,7 @@ static void test_summaries(const tfm_model *model) {
             CHECK(!tfm_chat_summary(chat).size && !strncmp(text, "A tale.\nUser:", 13));
         else
             CHECK_MSG(tfm_chat_summary(chat).size == strlen(s.text) &&
-                          !strncmp(text, test_text("A tale.\n\n%s\nUser:", s.text), 16 + strlen(s.text)),
+                          !strncmp(text, test_text("A tale.\n\n%s\nUser:", s.text), 15 + strlen(s.text)),
                       "%.80s", text);
     }
     CHECK_MSG(s.calls == 5 && s.with_before == 3 && s.right == 5, "%lu calls, %d with the summary before, %d right",
