@@ -50,6 +50,7 @@
  *   tfm_session   one user's state: KV cache, scratch memory, random numbers. One thread at a time. It allocates all that
  *                 it needs when it is created; generating allocates nothing. It may hold several sequences, which are
  *                 evaluated together and share each read of the weights (tfm_eval).
+ *   tfm_chat      a conversation in a sequence of a session: turns, a template, a budget of tokens; it can be saved.
  *   tfm_engine    how the machine is used: instruction set, threads, scratch memory. A session has one inside; who builds
  *                 a Transformer by hand makes one. One thread at a time.
  *   tfm_error     what went wrong, in one sentence that names the file, tensor, token or option. Owned by the caller;
@@ -846,6 +847,107 @@ typedef struct tfm_beam_options {
  * call, and kept. TFM_ERROR_CONTEXT_FULL if a prompt and max_tokens do not fit into the context. */
 TFM_API tfm_status tfm_beam_search(tfm_session *session, const tfm_prompt *prompts, size_t n_prompts,
                                    const tfm_beam_options *options, tfm_result *results, tfm_error *error);
+/* --------------------------------------------------------------------------------------------------------------- chat
+ * A conversation with memory. A tfm_chat holds the turns, renders them by the model's chat template into one context within
+ * a budget of tokens, and lets the model answer. The context begins as the one before it did, so that only what is new is
+ * evaluated; and since a token's results do not depend on what it was evaluated with, the answers have the same bits as
+ * if everything had been evaluated afresh.
+ * When the context grows past its budget the oldest turns are dropped, from a user's turn to a user's turn, until it takes
+ * no more than half of the budget: dropping changes the context near its beginning, so all behind that place is evaluated
+ * again, and it should not happen at each turn.
+ *
+ *     tfm_chat *chat = tfm_chat_create(session, NULL, &error);
+ *     tfm_chat_say(chat, "Who wrote Faust?", NULL, print, stdout, &error);
+ *     tfm_chat_say(chat, "And when?", NULL, print, stdout, &error);
+ *     tfm_chat_free(chat);
+ *
+ * A chat belongs to one sequence of a session, and is used by one thread at a time. */
+
+typedef enum tfm_role { TFM_SYSTEM = 0, TFM_USER, TFM_ASSISTANT, TFM_ROLE_COUNT } tfm_role;
+
+/* One turn of a conversation. */
+typedef struct tfm_turn {
+    tfm_role role;
+    const char *text; /* [size], not terminated; without the white space around it. The chat's, until it changes. */
+    size_t size;
+} tfm_turn;
+
+/* Puts a summary in the place of turns that are dropped. `before` is the summary of what was dropped earlier, or NULL.
+ * Returns the new summary, of everything, terminated, which must stay readable until the call that asked for it returns;
+ * or NULL: the turns, and the summary before, are forgotten. A summary stands behind the system prompt, after an empty
+ * line. One that leaves no room for the last message is not used. */
+typedef const char *(*tfm_summarise)(void *user, const char *before, const tfm_turn *turns, size_t n_turns);
+
+typedef struct tfm_chat_options {
+    const char *system; /* the system prompt; NULL: none. Always kept. */
+    /* The template's name: "chatml", "llama2", "llama3", "mistral", "gemma", or "plain" ("User: ...\nAssistant: ...").
+     * NULL: the one that the model's file names (chat.template), or "plain" if it names none. */
+    const char *chat_template;
+    size_t budget; /* tokens of the context and the answer; 0, or more than the session's context: that */
+    size_t sequence;
+    tfm_summarise summarise; /* NULL: what is dropped is forgotten */
+    void *summarise_user;
+} tfm_chat_options;
+
+typedef struct tfm_chat tfm_chat;
+
+/* Makes an empty conversation, with the session's allocator. The session must outlive it. Free with tfm_chat_free. NULL on
+ * error: memory; no tokenizer; a template that is unknown, or whose special tokens the tokenizer does not have; a model
+ * that is no decoder. */
+TFM_API tfm_chat *tfm_chat_create(tfm_session *session, const tfm_chat_options *options, tfm_error *error);
+TFM_API void tfm_chat_free(tfm_chat *chat);
+
+/* The user says something (terminated; never parsed for special tokens), and the model answers: as tfm_generate, with
+ * options->append, shift, special and sequence without meaning, and the white space before the answer left out. Answers
+ * end at the template's end of a turn, or at what the options say. A quarter of the budget, or options->max_tokens if that
+ * is less, is free for the answer when it begins; when the budget is used up it ends with TFM_STOP_CONTEXT (and TFM_OK).
+ * An answer that a callback stopped is remembered as far as it was printed. On an error neither message nor answer
+ * becomes part of the conversation (older turns may have been dropped for them); TFM_ERROR_CONTEXT_FULL if the system
+ * prompt and the message alone leave no room. Allocates memory for the texts. options NULL: greedy. */
+TFM_API tfm_status tfm_chat_say(tfm_chat *chat, const char *message, const tfm_generate_options *options,
+                                tfm_print print, void *print_user, tfm_error *error);
+
+/* Adds a turn without an answer, as for examples or a conversation from elsewhere. TFM_SYSTEM replaces the system prompt
+ * (an empty one: there is none). */
+TFM_API tfm_status tfm_chat_add(tfm_chat *chat, tfm_role role, const char *text, tfm_error *error);
+
+/* Forgets all turns and the summary; the system prompt stays. */
+TFM_API void tfm_chat_reset(tfm_chat *chat);
+
+/* The turns that the conversation has, the oldest first; without the system prompt. Past the end: an empty turn. */
+TFM_API size_t tfm_chat_n_turns(const tfm_chat *chat);
+TFM_API tfm_turn tfm_chat_turn(const tfm_chat *chat, size_t index);
+/* The system prompt, and the summary of what was dropped; size 0: there is none. */
+TFM_API tfm_turn tfm_chat_system(const tfm_chat *chat);
+TFM_API tfm_turn tfm_chat_summary(const tfm_chat *chat);
+/* Turns that were dropped since the conversation began. */
+TFM_API size_t tfm_chat_n_dropped(const tfm_chat *chat);
+/* The template's name. Static. */
+TFM_API const char *tfm_chat_template(const tfm_chat *chat);
+
+/* The context as text, special tokens written out, or as token ids; with `answer`, up to where the model is to answer. Like
+ * snprintf: *size or *n_ids is how much there is, of which at most `capacity` is written (NULL: none); not terminated. An
+ * answer that the model gave has the ids that it gave. Nothing is dropped for it. */
+TFM_API tfm_status tfm_chat_render(tfm_chat *chat, int answer, char *text, size_t capacity, size_t *size,
+                                   tfm_error *error);
+TFM_API tfm_status tfm_chat_ids(tfm_chat *chat, int answer, int32_t *ids, size_t capacity, size_t *n_ids,
+                                tfm_error *error);
+
+/* Saves the conversation (system prompt, summary, turns) with the tokens of its sequence and their keys and values, so that
+ * it goes on without evaluating anything again: 2 n_layers n_kv_heads head_dim numbers of the KV cache's type a token.
+ * tfm_chat_save_memory is like snprintf: *size is how many bytes that takes, which are written if `capacity` is enough.
+ * tfm_chat_save writes to PATH.part and renames that: the file is there as a whole or not at all. */
+TFM_API tfm_status tfm_chat_save_memory(const tfm_chat *chat, void *data, size_t capacity, size_t *size,
+                                        tfm_error *error);
+
+/* Takes up a saved conversation in place of the chat's own. Nothing in it is trusted; what is damaged, comes from another
+ * model (or from this one with weights of another type), has keys and values of another type than this session, or more
+ * tokens than it has room for, is an error, and the chat stays as it was. */
+TFM_API tfm_status tfm_chat_load_memory(tfm_chat *chat, const void *data, size_t size, tfm_error *error);
+#ifndef TFM_NO_STDIO
+TFM_API tfm_status tfm_chat_save(const tfm_chat *chat, const char *path, tfm_error *error);
+TFM_API tfm_status tfm_chat_load(tfm_chat *chat, const char *path, tfm_error *error);
+#endif
 
 #ifdef __cplusplus
 }
@@ -5348,8 +5450,6 @@ static void tfm__factored_vector(const tfm_tensor *from, const tfm__factors *fac
 
 /* ---- writing */
 
-#ifndef TFM_NO_STDIO
-
 static void tfm__put_u32(unsigned char *p, uint32_t value) {
     p[0] = (unsigned char)value;
     p[1] = (unsigned char)(value >> 8);
@@ -5361,6 +5461,8 @@ static void tfm__put_u64(unsigned char *p, uint64_t value) {
     tfm__put_u32(p, (uint32_t)value);
     tfm__put_u32(p + 4, (uint32_t)(value >> 32));
 }
+
+#ifndef TFM_NO_STDIO
 
 /* A file that is being rewritten tensor by tensor. */
 typedef struct tfm__rewrite {
@@ -10096,7 +10198,7 @@ TFM_API int tfm_is_end_token(const tfm_model *model, int32_t id) {
 }
 
 /* =====================================================================================================================
- * h. SESSIONS, SAMPLING, GENERATION
+ * h. SESSIONS, SAMPLING, GENERATION, CHAT
  * ================================================================================================================== */
 
 struct tfm_session {
@@ -12100,6 +12202,1175 @@ TFM_API tfm_status tfm_beam_search(tfm_session *session, const tfm_prompt *promp
     tfm__unshare(&search);
     return status;
 }
+
+/* ---- chat: templates
+ * A family's way of writing a conversation is a row of a table: texts around a turn of each role. Special tokens that stand
+ * in them are listed, and become their ids; the same words in a turn's text stay words. */
+
+#define TFM__FORM_TOKENS 4
+
+typedef struct tfm__form {
+    const char *name;
+    const char *tokens[TFM__FORM_TOKENS]; /* the special tokens in the texts below, as far as there are any */
+    const char *begin;
+    const char *before[TFM_ROLE_COUNT], *after[TFM_ROLE_COUNT]; /* what stands around a turn */
+    const char *lead;     /* between before[TFM_ASSISTANT] and the text; a model writes it itself */
+    const char *end;      /* the token that ends an answer, or NULL */
+    const char *stops[2]; /* texts that end an answer, as far as there are any */
+    unsigned flags;
+} tfm__form;
+
+enum {
+    TFM__FORM_TRIM = 1,          /* turns lose the white space around them */
+    TFM__FORM_SYSTEM_INSIDE = 2, /* the system prompt stands in the first user's turn, after before[TFM_USER] */
+    TFM__FORM_TEXT = 4           /* begins as any text for the tokenizer does */
+};
+
+/* Of several rows with a name the first whose tokens the tokenizer has is taken. */
+static const tfm__form tfm__forms[] = {
+    {"chatml", /* OpenAI's, of Qwen, SmolLM2, Yi, ... */
+     {"<|im_start|>", "<|im_end|>", NULL, NULL},
+     "",
+     {"<|im_start|>system\n", "<|im_start|>user\n", "<|im_start|>assistant\n"},
+     {"<|im_end|>\n", "<|im_end|>\n", "<|im_end|>\n"},
+     "",
+     "<|im_end|>",
+     {NULL, NULL},
+     0},
+    {"llama2",
+     {"<s>", "</s>", NULL, NULL},
+     "",
+     {"<<SYS>>\n", "<s>[INST] ", ""},
+     {"\n<</SYS>>\n\n", " [/INST]", " </s>"},
+     " ",
+     "</s>",
+     {NULL, NULL},
+     TFM__FORM_TRIM | TFM__FORM_SYSTEM_INSIDE},
+    {"llama3",
+     {"<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"},
+     "<|begin_of_text|>",
+     {"<|start_header_id|>system<|end_header_id|>\n\n", "<|start_header_id|>user<|end_header_id|>\n\n",
+      "<|start_header_id|>assistant<|end_header_id|>\n\n"},
+     {"<|eot_id|>", "<|eot_id|>", "<|eot_id|>"},
+     "",
+     "<|eot_id|>",
+     {NULL, NULL},
+     TFM__FORM_TRIM},
+    {"mistral", /* tokenizer v3: 7B v0.3, Mixtral 8x22B, ... */
+     {"<s>", "</s>", "[INST]", "[/INST]"},
+     "<s>",
+     {"", "[INST] ", ""},
+     {"\n\n", "[/INST]", "</s>"},
+     " ",
+     "</s>",
+     {NULL, NULL},
+     TFM__FORM_SYSTEM_INSIDE},
+    {"mistral", /* tokenizer v1: 7B v0.1 and v0.2, Mixtral 8x7B */
+     {"<s>", "</s>", NULL, NULL},
+     "<s>",
+     {"", " [INST] ", ""},
+     {"\n\n", " [/INST]", "</s>"},
+     " ",
+     "</s>",
+     {NULL, NULL},
+     TFM__FORM_SYSTEM_INSIDE},
+    {"gemma", /* knows no system prompt */
+     {"<bos>", "<start_of_turn>", "<end_of_turn>", NULL},
+     "<bos>",
+     {"", "<start_of_turn>user\n", "<start_of_turn>model\n"},
+     {"\n\n", "<end_of_turn>\n", "<end_of_turn>\n"},
+     "",
+     "<end_of_turn>",
+     {NULL, NULL},
+     TFM__FORM_TRIM | TFM__FORM_SYSTEM_INSIDE},
+    {"plain",
+     {NULL, NULL, NULL, NULL},
+     "",
+     {"", "User: ", "Assistant:"},
+     {"\n", "\n", "\n"},
+     " ",
+     NULL,
+     {"\nUser:", "\nAssistant:"},
+     TFM__FORM_TRIM | TFM__FORM_TEXT},
+};
+
+#define TFM__FORMS (sizeof tfm__forms / sizeof *tfm__forms)
+
+/* ---- chat: turns */
+
+typedef struct tfm__turn {
+    tfm_role role;
+    int generated; /* 1: an answer of the model: */
+    char *text;    /* [size]; an answer has what the model wrote before it, too */
+    size_t size;
+    int32_t *ids; /* [n_ids]: the tokens that the model chose for the first id_bytes of it */
+    size_t n_ids, id_bytes;
+    void *memory; /* of both */
+} tfm__turn;
+
+/* Part of the rendered text that is not tokenized, as it has ids already. Size 0 and no ids: tokens don't cross it. */
+typedef struct tfm__mark {
+    size_t at, size;
+    const int32_t *ids;
+    size_t n_ids;
+} tfm__mark;
+
+struct tfm_chat {
+    tfm_allocator allocator;
+    tfm_session *session;
+    const tfm__form *form;
+    int32_t token_ids[TFM__FORM_TOKENS]; /* of the form's tokens */
+    size_t budget, sequence;
+    tfm_summarise summarise;
+    void *summarise_user;
+    tfm__turn system, summary; /* without memory: there is none */
+    tfm__turn *turns;          /* [n_turns] */
+    size_t n_turns, turn_capacity, n_dropped;
+    /* the context, rendered */
+    char *text; /* [text_size] */
+    size_t text_size, text_capacity;
+    tfm__mark *marks; /* [n_marks], in the order of their places */
+    size_t n_marks, mark_capacity;
+};
+
+/* Room for `wanted` elements in memory that grows. */
+static tfm_status tfm__grow(const tfm_allocator *allocator, void **memory, size_t *capacity, size_t wanted, size_t size,
+                            tfm_error *error) {
+    size_t larger = TFM__MAX(wanted, TFM__MIN(*capacity, SIZE_MAX / 4) * 2);
+    void *grown;
+    if (wanted <= *capacity)
+        return TFM_OK;
+    grown = tfm__allocate(allocator, tfm__product(larger, size));
+    if (!grown)
+        return tfm__fail_memory(error, tfm__product(larger, size));
+    if (*capacity)
+        memcpy(grown, *memory, *capacity * size);
+    tfm__release(allocator, *memory);
+    *memory = grown;
+    *capacity = larger;
+    return TFM_OK;
+}
+
+/* Copies a text, and the ids (int32_t, aligned or not) that some of it has, into a new turn. */
+static tfm_status tfm__turn_make(const tfm_chat *chat, tfm_role role, const char *text, size_t size, const void *ids,
+                                 size_t n_ids, tfm__turn *turn, tfm_error *error) {
+    size_t id_bytes = n_ids * sizeof *turn->ids;
+    memset(turn, 0, sizeof *turn);
+    turn->memory = tfm__allocate(&chat->allocator, size > SIZE_MAX / 2 ? SIZE_MAX : id_bytes + size);
+    if (!turn->memory)
+        return tfm__fail_memory(error, id_bytes + size);
+    turn->role = role;
+    turn->ids = (int32_t *)turn->memory;
+    turn->n_ids = n_ids;
+    turn->text = (char *)turn->memory + id_bytes;
+    turn->size = size;
+    if (n_ids)
+        memcpy(turn->ids, ids, id_bytes);
+    if (size)
+        memcpy(turn->text, text, size);
+    return TFM_OK;
+}
+
+static void tfm__turn_free(const tfm_chat *chat, tfm__turn *turn) {
+    tfm__release(&chat->allocator, turn->memory);
+    memset(turn, 0, sizeof *turn);
+}
+
+/* Appends a turn, which is the chat's from then on. */
+static tfm_status tfm__turn_append(tfm_chat *chat, const tfm__turn *turn, tfm_error *error) {
+    void *turns = chat->turns;
+    tfm_status status =
+        tfm__grow(&chat->allocator, &turns, &chat->turn_capacity, chat->n_turns + 1, sizeof *chat->turns, error);
+    chat->turns = (tfm__turn *)turns;
+    if (status == TFM_OK)
+        chat->turns[chat->n_turns++] = *turn;
+    return status;
+}
+
+static void tfm__forget_turns(tfm_chat *chat, size_t n) {
+    size_t i;
+    for (i = 0; i < n; i++)
+        tfm__turn_free(chat, chat->turns + i);
+    chat->n_turns -= n;
+    if (n)
+        memmove(chat->turns, chat->turns + n, chat->n_turns * sizeof *chat->turns);
+}
+
+static int tfm__is_blank(char c) {
+    return c == ' ' || (c >= '\t' && c <= '\r');
+}
+
+/* Takes away the white space around a text. */
+static void tfm__trim(const char **text, size_t *size) {
+    while (*size && tfm__is_blank(**text))
+        ++*text, --*size;
+    while (*size && tfm__is_blank((*text)[*size - 1]))
+        --*size;
+}
+
+static tfm_turn tfm__turn_view(const tfm__turn *turn, tfm_role role) {
+    tfm_turn view;
+    view.role = role;
+    view.text = turn->text ? turn->text : "";
+    view.size = turn->size;
+    tfm__trim(&view.text, &view.size);
+    return view;
+}
+
+/* ---- chat: the context */
+
+static tfm_status tfm__put_text(tfm_chat *chat, const char *text, size_t size, tfm_error *error) {
+    void *memory = chat->text;
+    tfm_status status = tfm__grow(&chat->allocator, &memory, &chat->text_capacity, chat->text_size + size, 1, error);
+    chat->text = (char *)memory;
+    if (status == TFM_OK && size) {
+        memcpy(chat->text + chat->text_size, text, size);
+        chat->text_size += size;
+    }
+    return status;
+}
+
+/* Text that has these ids. */
+static tfm_status tfm__put_mark(tfm_chat *chat, const char *text, size_t size, const int32_t *ids, size_t n_ids,
+                                tfm_error *error) {
+    tfm__mark *mark;
+    void *memory = chat->marks;
+    tfm_status status =
+        tfm__grow(&chat->allocator, &memory, &chat->mark_capacity, chat->n_marks + 1, sizeof *mark, error);
+    chat->marks = (tfm__mark *)memory;
+    if (status != TFM_OK)
+        return status;
+    mark = chat->marks + chat->n_marks++;
+    mark->at = chat->text_size;
+    mark->size = size;
+    mark->ids = ids;
+    mark->n_ids = n_ids;
+    return tfm__put_text(chat, text, size, error);
+}
+
+/* Which of the form's tokens a text begins with, or TFM__FORM_TOKENS. */
+static size_t tfm__form_token(const tfm__form *form, const char *text, size_t size) {
+    size_t i;
+    for (i = 0; i < TFM__FORM_TOKENS; i++) {
+        size_t n = form->tokens[i] ? strlen(form->tokens[i]) : 0;
+        if (n && n <= size && !memcmp(text, form->tokens[i], n))
+            return i;
+    }
+    return TFM__FORM_TOKENS;
+}
+
+/* A text of the template. */
+static tfm_status tfm__put_form(tfm_chat *chat, const char *text, tfm_error *error) {
+    const tfm__form *form = chat->form;
+    tfm_status status = TFM_OK;
+    while (*text && status == TFM_OK) {
+        size_t token = tfm__form_token(form, text, strlen(text)), size = 0;
+        if (token < TFM__FORM_TOKENS) {
+            size = strlen(form->tokens[token]);
+            status = tfm__put_mark(chat, text, size, chat->token_ids + token, 1, error);
+        } else {
+            while (text[size] && tfm__form_token(form, text + size, strlen(text + size)) == TFM__FORM_TOKENS)
+                size++;
+            status = tfm__put_text(chat, text, size, error);
+        }
+        text += size;
+    }
+    return status;
+}
+
+/* A text that somebody wrote. Special tokens in it are plain text to the tokenizer anyway; but some files have a template's
+ * tokens among those that are found in any text (SentencePiece's user-defined pieces): those are cut after their first
+ * byte. */
+static tfm_status tfm__put_written(tfm_chat *chat, const char *text, size_t size, tfm_error *error) {
+    tfm_status status;
+    size_t done = 0, i;
+    if (chat->form->flags & TFM__FORM_TRIM)
+        tfm__trim(&text, &size);
+    for (i = 0; i < size; i++) {
+        size_t token = tfm__form_token(chat->form, text + i, size - i);
+        if (token == TFM__FORM_TOKENS || tfm_is_special_token(chat->session->model, chat->token_ids[token]))
+            continue;
+        status = tfm__put_text(chat, text + done, i + 1 - done, error);
+        done = i + 1;
+        if (status == TFM_OK)
+            status = tfm__put_mark(chat, NULL, 0, NULL, 0, error);
+        if (status != TFM_OK)
+            return status;
+    }
+    return tfm__put_text(chat, text + done, size - done, error);
+}
+
+static int tfm__has_system(const tfm_chat *chat) {
+    return chat->system.size || chat->summary.size;
+}
+
+static tfm_status tfm__put_system(tfm_chat *chat, tfm_error *error) {
+    tfm_status status = tfm__put_form(chat, chat->form->before[TFM_SYSTEM], error);
+    if (status == TFM_OK)
+        status = tfm__put_written(chat, chat->system.text, chat->system.size, error);
+    if (status == TFM_OK && chat->system.size && chat->summary.size)
+        status = tfm__put_text(chat, "\n\n", 2, error);
+    if (status == TFM_OK)
+        status = tfm__put_written(chat, chat->summary.text, chat->summary.size, error);
+    return status == TFM_OK ? tfm__put_form(chat, chat->form->after[TFM_SYSTEM], error) : status;
+}
+
+/* What a turn says. An answer stands as the model gave it. */
+static tfm_status tfm__put_content(tfm_chat *chat, const tfm__turn *turn, tfm_error *error) {
+    tfm_status status = TFM_OK;
+    if (turn->generated) {
+        status = tfm__put_mark(chat, turn->text, turn->id_bytes, turn->ids, turn->n_ids, error);
+        return status == TFM_OK ? tfm__put_text(chat, turn->text + turn->id_bytes, turn->size - turn->id_bytes, error)
+                                : status;
+    }
+    if (turn->role == TFM_ASSISTANT)
+        status = tfm__put_form(chat, chat->form->lead, error);
+    return status == TFM_OK ? tfm__put_written(chat, turn->text, turn->size, error) : status;
+}
+
+/* Renders the conversation from a turn on. */
+static tfm_status tfm__chat_render(tfm_chat *chat, size_t first, int answer, tfm_error *error) {
+    const tfm__form *form = chat->form;
+    int system = tfm__has_system(chat); /* is still to come */
+    tfm_status status;
+    size_t i;
+    chat->text_size = chat->n_marks = 0;
+    status = tfm__put_form(chat, form->begin, error);
+    if (status == TFM_OK && system && !(form->flags & TFM__FORM_SYSTEM_INSIDE)) {
+        status = tfm__put_system(chat, error);
+        system = 0;
+    }
+    for (i = first; i < chat->n_turns && status == TFM_OK; i++) {
+        const tfm__turn *turn = chat->turns + i;
+        status = tfm__put_form(chat, form->before[turn->role], error);
+        if (status == TFM_OK && system && turn->role == TFM_USER) {
+            status = tfm__put_system(chat, error);
+            system = 0;
+        }
+        if (status == TFM_OK)
+            status = tfm__put_content(chat, turn, error);
+        if (status == TFM_OK)
+            status = tfm__put_form(chat, form->after[turn->role], error);
+    }
+    return status == TFM_OK && answer ? tfm__put_form(chat, form->before[TFM_ASSISTANT], error) : status;
+}
+
+/* The ids of the rendered context. To the tokenizer each stretch between marks is a part of one text, as when special
+ * tokens are found in it. */
+static tfm_status tfm__chat_encode(const tfm_chat *chat, int32_t *ids, size_t capacity, size_t *n_ids,
+                                   tfm_error *error) {
+    const tfm__tokenizer *tokenizer = &chat->session->model->tokenizer;
+    const tfm_engine *engine = chat->session->engine; /* whose scratch memory is idle */
+    const unsigned char *text = (const unsigned char *)chat->text;
+    uint32_t stack[TFM__MERGE_STACK];
+    tfm__encoder encoder;
+    tfm_status status = TFM_OK;
+    size_t done = 0, i;
+    memset(&encoder, 0, sizeof encoder);
+    encoder.tokenizer = tokenizer;
+    encoder.ids = ids;
+    encoder.capacity = capacity;
+    encoder.error = error;
+    encoder.text = text;
+    tfm__encode_begin(&encoder, stack, engine->scratch, engine->scratch_size * sizeof *engine->scratch);
+    if (chat->form->flags & TFM__FORM_TEXT)
+        tfm__encode_ids(&encoder, tokenizer->source.prefix_ids, tokenizer->source.n_prefix);
+    for (i = 0; i <= chat->n_marks && status == TFM_OK; i++) {
+        const tfm__mark *mark = i < chat->n_marks ? chat->marks + i : NULL;
+        size_t end = mark ? mark->at : chat->text_size;
+        if (end > done)
+            status = tfm__encode_text(&encoder, 0, text + done, end - done);
+        if (mark) {
+            tfm__encode_ids(&encoder, mark->ids, mark->n_ids);
+            done = mark->at + mark->size;
+        }
+    }
+    if (encoder.own)
+        tokenizer->allocator.release(tokenizer->allocator.user, encoder.own);
+    *n_ids = encoder.n_ids;
+    return status;
+}
+
+/* The context from a turn on, ready to be answered, into session->prompt. */
+static tfm_status tfm__chat_context(tfm_chat *chat, size_t first, size_t *n_ids, tfm_error *error) {
+    tfm_status status = tfm__chat_render(chat, first, 1, error);
+    return status == TFM_OK ? tfm__chat_encode(chat, chat->session->prompt, chat->session->context, n_ids, error)
+                            : status;
+}
+
+/* ---- chat: dropping turns */
+
+/* Asks the caller for a summary of the first n turns, and the summary before them. */
+static tfm_status tfm__ask_summary(const tfm_chat *chat, size_t n, tfm__turn *summary, tfm_error *error) {
+    tfm_turn *turns = (tfm_turn *)tfm__allocate(&chat->allocator, n * sizeof *turns);
+    char *before = (char *)tfm__allocate_zeroed(&chat->allocator, chat->summary.size + 1);
+    tfm_status status = TFM_OK;
+    const char *text;
+    size_t i;
+    memset(summary, 0, sizeof *summary);
+    if (turns && before) {
+        for (i = 0; i < n; i++)
+            turns[i] = tfm__turn_view(chat->turns + i, chat->turns[i].role);
+        if (chat->summary.size)
+            memcpy(before, chat->summary.text, chat->summary.size);
+        text = chat->summarise(chat->summarise_user, chat->summary.size ? before : NULL, turns, n);
+        if (text && *text)
+            status = tfm__turn_make(chat, TFM_SYSTEM, text, strlen(text), NULL, 0, summary, error);
+    } else
+        status = tfm__fail_memory(error, n * sizeof *turns + chat->summary.size + 1);
+    tfm__release(&chat->allocator, before);
+    tfm__release(&chat->allocator, turns);
+    return status;
+}
+
+/* Drops the first turns, of which the caller may make a summary; the context that is left has n_ids tokens. */
+static tfm_status tfm__chat_drop(tfm_chat *chat, size_t first, size_t limit, size_t *n_ids, tfm_error *error) {
+    tfm__turn before = chat->summary, summary;
+    tfm_status status = TFM_OK;
+    memset(&summary, 0, sizeof summary);
+    if (chat->summarise && first)
+        status = tfm__ask_summary(chat, first, &summary, error);
+    chat->summary = summary;
+    if (status == TFM_OK)
+        status = tfm__chat_context(chat, first, n_ids, error);
+    if (status == TFM_OK && *n_ids > limit && chat->summary.size) { /* no room for the summary */
+        tfm__turn_free(chat, &chat->summary);
+        status = tfm__chat_context(chat, first, n_ids, error);
+    }
+    if (status == TFM_OK && *n_ids > limit)
+        status = tfm__fail(error, TFM_ERROR_CONTEXT_FULL,
+                           "the system prompt and the message take %lu tokens, but there is room for %lu",
+                           (unsigned long)*n_ids, (unsigned long)limit);
+    if (status != TFM_OK) {
+        tfm__turn_free(chat, &chat->summary);
+        chat->summary = before;
+        return status;
+    }
+    tfm__turn_free(chat, &before);
+    tfm__forget_turns(chat, first);
+    chat->n_dropped += first;
+    return TFM_OK;
+}
+
+/* The context for an answer, into session->prompt, with at least `reserve` tokens left for it; if it has to, it drops turns
+ * until half of the budget is free, or all but the last message. What is tried has no summary in it: the turns that stay
+ * have room without one. */
+static tfm_status tfm__chat_fit(tfm_chat *chat, size_t reserve, size_t *n_ids, tfm_error *error) {
+    const size_t limit = chat->budget - reserve, half = TFM__MIN(chat->budget / 2, limit);
+    const tfm__turn summary = chat->summary;
+    size_t first, keep = 0, n;
+    tfm_status status = tfm__chat_context(chat, 0, n_ids, error);
+    if (status != TFM_OK || *n_ids <= limit)
+        return status;
+    memset(&chat->summary, 0, sizeof chat->summary);
+    for (first = 1, n = *n_ids; first < chat->n_turns && status == TFM_OK && n > half; first++)
+        if (chat->turns[first].role == TFM_USER) {
+            status = tfm__chat_context(chat, first, &n, error);
+            keep = first;
+        }
+    chat->summary = summary;
+    return status == TFM_OK ? tfm__chat_drop(chat, keep, limit, n_ids, error) : status;
+}
+
+/* ---- chat: answers */
+
+/* An answer that is being given. */
+typedef struct tfm__answer {
+    tfm_chat *chat;
+    const tfm_generate_options *options; /* the caller's */
+    tfm_print print;
+    void *user;
+    int begun;  /* something other than white space came */
+    char *text; /* [size] */
+    size_t size, capacity;
+    int32_t *ids; /* [n_ids] */
+    size_t n_ids, id_capacity;
+    tfm_status status;
+    tfm_error *error;
+} tfm__answer;
+
+static int tfm__answer_token(void *user, int32_t token) {
+    tfm__answer *answer = (tfm__answer *)user;
+    void *memory = answer->ids;
+    answer->status = tfm__grow(&answer->chat->allocator, &memory, &answer->id_capacity, answer->n_ids + 1,
+                               sizeof *answer->ids, answer->error);
+    answer->ids = (int32_t *)memory;
+    if (answer->status != TFM_OK)
+        return 1;
+    answer->ids[answer->n_ids++] = token;
+    return answer->options->on_token && answer->options->on_token(answer->options->on_token_user, token);
+}
+
+static int tfm__answer_print(void *user, const char *text, size_t size) {
+    tfm__answer *answer = (tfm__answer *)user;
+    void *memory = answer->text;
+    answer->status =
+        tfm__grow(&answer->chat->allocator, &memory, &answer->capacity, answer->size + size, 1, answer->error);
+    answer->text = (char *)memory;
+    if (answer->status != TFM_OK)
+        return 1;
+    memcpy(answer->text + answer->size, text, size);
+    answer->size += size;
+    for (; size && !answer->begun && tfm__is_blank(*text); size--)
+        text++;
+    answer->begun |= size > 0;
+    return size && answer->print && answer->print(answer->user, text, size);
+}
+
+/* How many of the ids, from the first on, are what stands in the text, and how many bytes of it that is: not those of a
+ * stop string, or of a character that never became whole. */
+static size_t tfm__answer_ids(const tfm__answer *answer, size_t n_ids, size_t *bytes) {
+    const tfm_model *model = answer->chat->session->model;
+    size_t i, size;
+    *bytes = 0;
+    for (i = 0; i < n_ids; i++) {
+        const char *text = tfm_token_text(model, answer->ids[i], &size);
+        if (!text || tfm_is_special_token(model, answer->ids[i]))
+            continue;
+        if (size > answer->size - *bytes || (size && memcmp(text, answer->text + *bytes, size)))
+            break;
+        *bytes += size;
+    }
+    return i;
+}
+
+static tfm_status tfm__answer_keep(const tfm__answer *answer, const tfm_generate_stats *stats, tfm_error *error) {
+    tfm_chat *chat = answer->chat;
+    tfm__turn turn;
+    size_t bytes, n_ids = answer->n_ids - (stats->stop == TFM_STOP_END_TOKEN);
+    tfm_status status;
+    n_ids = tfm__answer_ids(answer, n_ids, &bytes);
+    status = tfm__turn_make(chat, TFM_ASSISTANT, answer->text, answer->size, answer->ids, n_ids, &turn, error);
+    if (status != TFM_OK)
+        return status;
+    turn.generated = 1;
+    turn.id_bytes = bytes;
+    status = tfm__turn_append(chat, &turn, error);
+    if (status != TFM_OK)
+        tfm__turn_free(chat, &turn);
+    return status;
+}
+
+/* Adds the template's ways to end an answer to the caller's. The pointers are in `memory`, for the caller to release. */
+static tfm_status tfm__answer_stops(const tfm_chat *chat, tfm_generate_options *options, void **memory,
+                                    tfm_error *error) {
+    const tfm__form *form = chat->form;
+    size_t strings = options->n_stop_strings, tokens = options->n_stop_tokens, i;
+    size_t size = (strings + 2) * sizeof(char *) + (tokens + TFM__FORM_TOKENS) * sizeof(int32_t);
+    const char **stop_strings = (const char **)(*memory = tfm__allocate(&chat->allocator, size));
+    int32_t *stop_tokens = (int32_t *)(void *)(stop_strings + strings + 2);
+    if (!stop_strings)
+        return tfm__fail_memory(error, size);
+    for (i = 0; i < strings; i++)
+        stop_strings[i] = options->stop_strings[i];
+    for (i = 0; i < tokens; i++)
+        stop_tokens[i] = options->stop_tokens[i];
+    for (i = 0; i < 2 && form->stops[i]; i++)
+        stop_strings[strings++] = form->stops[i];
+    for (i = 0; i < TFM__FORM_TOKENS; i++)
+        if (form->end && form->tokens[i] && !strcmp(form->end, form->tokens[i]))
+            stop_tokens[tokens++] = chat->token_ids[i];
+    options->stop_strings = stop_strings;
+    options->n_stop_strings = strings;
+    options->stop_tokens = stop_tokens;
+    options->n_stop_tokens = tokens;
+    return TFM_OK;
+}
+
+/* The model's answer to the context of n_ids tokens in session->prompt. */
+static tfm_status tfm__chat_answer(tfm__answer *answer, size_t n_ids, tfm_error *error) {
+    tfm_chat *chat = answer->chat;
+    tfm_generate_options options = *answer->options;
+    const size_t room = chat->budget - n_ids;
+    tfm_generate_stats unread;
+    void *stops = NULL;
+    tfm_status status = tfm__answer_stops(chat, &options, &stops, error);
+    options.max_tokens = options.max_tokens ? TFM__MIN(options.max_tokens, room) : room;
+    options.append = options.shift = 0;
+    options.sequence = chat->sequence;
+    options.on_token = tfm__answer_token;
+    options.on_token_user = answer;
+    options.stats = options.stats ? options.stats : &unread;
+    if (status == TFM_OK)
+        status =
+            tfm_generate_ids(chat->session, chat->session->prompt, n_ids, &options, tfm__answer_print, answer, error);
+    tfm__release(&chat->allocator, stops);
+    if (status == TFM_OK)
+        status = answer->status;
+    if (status == TFM_OK && options.stats->stop == TFM_STOP_MAX_TOKENS &&
+        options.max_tokens != answer->options->max_tokens)
+        options.stats->stop = TFM_STOP_CONTEXT;
+    return status == TFM_OK ? tfm__answer_keep(answer, options.stats, error) : status;
+}
+
+TFM_API tfm_status tfm_chat_say(tfm_chat *chat, const char *message, const tfm_generate_options *options,
+                                tfm_print print, void *print_user, tfm_error *error) {
+    tfm_generate_options usual;
+    tfm__answer answer;
+    size_t reserve, n_ids;
+    tfm_status status = tfm_chat_add(chat, TFM_USER, message, error);
+    if (status != TFM_OK)
+        return status;
+    memset(&usual, 0, sizeof usual);
+    memset(&answer, 0, sizeof answer);
+    answer.chat = chat;
+    answer.options = options ? options : &usual;
+    answer.print = print;
+    answer.user = print_user;
+    answer.error = error;
+    if (answer.options->stats)
+        memset(answer.options->stats, 0, sizeof *answer.options->stats);
+    reserve = TFM__MAX(chat->budget / 4, 1);
+    if (answer.options->max_tokens)
+        reserve = TFM__MIN(reserve, answer.options->max_tokens);
+    status = tfm__chat_fit(chat, reserve, &n_ids, error);
+    if (status == TFM_OK)
+        status = tfm__chat_answer(&answer, n_ids, error);
+    tfm__release(&chat->allocator, answer.text);
+    tfm__release(&chat->allocator, answer.ids);
+    if (status != TFM_OK)
+        tfm__turn_free(chat, chat->turns + --chat->n_turns);
+    return status;
+}
+
+/* ---- chat: the conversation */
+
+static tfm_status tfm__chat_form(tfm_chat *chat, const tfm__form *form, tfm_error *error) {
+    const tfm_model *model = chat->session->model;
+    size_t i;
+    for (i = 0; i < TFM__FORM_TOKENS && form->tokens[i]; i++) {
+        chat->token_ids[i] = tfm_token_id(model, form->tokens[i], strlen(form->tokens[i]));
+        if (chat->token_ids[i] < 0)
+            return tfm__fail(error, TFM_ERROR_UNSUPPORTED,
+                             "%s: the tokenizer has no token '%s', which the chat template '%s' needs",
+                             model->file->name, form->tokens[i], form->name);
+    }
+    chat->form = form;
+    return TFM_OK;
+}
+
+/* The first of the forms with that name whose tokens are there. */
+static tfm_status tfm__chat_find_form(tfm_chat *chat, const char *name, size_t size, tfm_error *error) {
+    tfm_status status =
+        tfm__fail(error, TFM_ERROR_UNSUPPORTED,
+                  "unknown chat template '%.*s': expected chatml, llama2, llama3, mistral, gemma or plain",
+                  (int)TFM__MIN(size, 40), name);
+    size_t i;
+    for (i = 0; i < TFM__FORMS && !chat->form; i++)
+        if (!tfm__compare_text(name, size, tfm__forms[i].name, strlen(tfm__forms[i].name)))
+            status = tfm__chat_form(chat, tfm__forms + i, error);
+    return status;
+}
+
+static tfm_status tfm__chat_setup(tfm_chat *chat, const tfm_chat_options *options, tfm_error *error) {
+    const tfm_model *model = chat->session->model;
+    const tfm_meta *meta = tfm_file_find_meta(model->file, "chat.template");
+    const char *name = options->chat_template ? options->chat_template : "plain";
+    size_t size = strlen(name);
+    tfm_status status = tfm__check_sequence(chat->session, options->sequence, error);
+    if (status != TFM_OK)
+        return status;
+    if (!model->has_tokenizer)
+        return tfm__fail_no_tokenizer(model, error);
+    if (model->description.kind != TFM_DECODER || model->description.head == TFM_NO_HEAD)
+        return tfm__fail(error, TFM_ERROR_UNSUPPORTED, "%s: the model is no decoder that writes text",
+                         model->file->name);
+    if (!options->chat_template && meta) {
+        if (meta->type != TFM_META_TEXT)
+            return tfm__fail(error, TFM_ERROR_FORMAT, "%s: metadata 'chat.template': expected a word",
+                             model->file->name);
+        name = (const char *)meta->values;
+        size = meta->count;
+    }
+    status = tfm__chat_find_form(chat, name, size, error);
+    return status == TFM_OK && options->system ? tfm_chat_add(chat, TFM_SYSTEM, options->system, error) : status;
+}
+
+TFM_API tfm_chat *tfm_chat_create(tfm_session *session, const tfm_chat_options *options, tfm_error *error) {
+    tfm_chat_options usual;
+    tfm_chat *chat = (tfm_chat *)tfm__allocate_zeroed(&session->allocator, sizeof *chat);
+    tfm_error unread;
+    memset(&usual, 0, sizeof usual);
+    options = options ? options : &usual;
+    if (!chat) {
+        tfm__fail_memory(error, sizeof *chat);
+        return NULL;
+    }
+    chat->allocator = session->allocator;
+    chat->session = session;
+    chat->sequence = options->sequence;
+    chat->budget = options->budget ? TFM__MIN(options->budget, session->context) : session->context;
+    chat->summarise = options->summarise;
+    chat->summarise_user = options->summarise_user;
+    unread.status = TFM_OK;
+    if (tfm__chat_setup(chat, options, &unread) == TFM_OK)
+        return chat;
+    tfm__fail(error, unread.status, "%s", unread.message);
+    tfm_chat_free(chat);
+    return NULL;
+}
+
+TFM_API void tfm_chat_free(tfm_chat *chat) {
+    tfm_allocator allocator;
+    if (!chat)
+        return;
+    allocator = chat->allocator;
+    tfm_chat_reset(chat);
+    tfm__turn_free(chat, &chat->system);
+    tfm__release(&allocator, chat->turns);
+    tfm__release(&allocator, chat->text);
+    tfm__release(&allocator, chat->marks);
+    tfm__release(&allocator, chat);
+}
+
+TFM_API tfm_status tfm_chat_add(tfm_chat *chat, tfm_role role, const char *text, tfm_error *error) {
+    tfm__turn turn;
+    tfm_status status;
+    if ((unsigned)role >= TFM_ROLE_COUNT)
+        return tfm__fail(error, TFM_ERROR_ARGUMENT, "unknown role %d", (int)role);
+    status = tfm__turn_make(chat, role, text, strlen(text), NULL, 0, &turn, error);
+    if (status == TFM_OK && role == TFM_SYSTEM) {
+        tfm__turn_free(chat, &chat->system);
+        chat->system = turn;
+    } else if (status == TFM_OK) {
+        status = tfm__turn_append(chat, &turn, error);
+        if (status != TFM_OK)
+            tfm__turn_free(chat, &turn);
+    }
+    return status;
+}
+
+TFM_API void tfm_chat_reset(tfm_chat *chat) {
+    tfm__forget_turns(chat, chat->n_turns);
+    tfm__turn_free(chat, &chat->summary);
+    chat->n_dropped = 0;
+}
+
+TFM_API size_t tfm_chat_n_turns(const tfm_chat *chat) {
+    return chat->n_turns;
+}
+
+TFM_API tfm_turn tfm_chat_turn(const tfm_chat *chat, size_t index) {
+    const tfm__turn none = {TFM_SYSTEM, 0, NULL, 0, NULL, 0, 0, NULL};
+    return index < chat->n_turns ? tfm__turn_view(chat->turns + index, chat->turns[index].role)
+                                 : tfm__turn_view(&none, TFM_SYSTEM);
+}
+
+TFM_API tfm_turn tfm_chat_system(const tfm_chat *chat) {
+    return tfm__turn_view(&chat->system, TFM_SYSTEM);
+}
+
+TFM_API tfm_turn tfm_chat_summary(const tfm_chat *chat) {
+    return tfm__turn_view(&chat->summary, TFM_SYSTEM);
+}
+
+TFM_API size_t tfm_chat_n_dropped(const tfm_chat *chat) {
+    return chat->n_dropped;
+}
+
+TFM_API const char *tfm_chat_template(const tfm_chat *chat) {
+    return chat->form->name;
+}
+
+TFM_API tfm_status tfm_chat_render(tfm_chat *chat, int answer, char *text, size_t capacity, size_t *size,
+                                   tfm_error *error) {
+    tfm_status status = tfm__chat_render(chat, 0, answer, error);
+    *size = status == TFM_OK ? chat->text_size : 0;
+    if (text && TFM__MIN(*size, capacity))
+        memcpy(text, chat->text, TFM__MIN(*size, capacity));
+    return status;
+}
+
+TFM_API tfm_status tfm_chat_ids(tfm_chat *chat, int answer, int32_t *ids, size_t capacity, size_t *n_ids,
+                                tfm_error *error) {
+    tfm_status status = tfm__chat_render(chat, 0, answer, error);
+    *n_ids = 0;
+    return status == TFM_OK ? tfm__chat_encode(chat, ids, capacity, n_ids, error) : status;
+}
+
+/* ---- chat: files
+ * header, 64 bytes:  u8[8] magic "TFMC\r\n\x1a\n" | u32 version | u32 type of the keys and values | u64 file size | u32
+ *                    the model's fingerprint | u32 0 | u64 number of turns (the system prompt and the summary are the first
+ *                    two) | u64 number of tokens in the cache | u64 turns dropped | u64 0
+ * turns:             u32 role | u32 1 for an answer of the model | u64 bytes of text | u64 number of ids | u64 bytes of
+ *                    text that the ids stand for | i32[] ids | text
+ * cache:             i32[] tokens | for each layer the keys, then the values: [n_kv_heads][tokens][head_dim]
+ * end:               u32 CRC-32 of all before it */
+
+#define TFM__CHAT_HEADER ((size_t)64)
+#define TFM__CHAT_TURN ((size_t)32)
+
+static const unsigned char tfm__chat_magic[8] = {'T', 'F', 'M', 'C', '\r', '\n', 0x1A, '\n'};
+
+/* What results depend on: the file's header has a checksum over the description and the tensors' checksums. The types are
+ * those of the weights in memory. */
+static uint32_t tfm__fingerprint(const tfm_model *model) {
+    unsigned char bytes[24];
+    tfm__crc_tables crc;
+    const tfm_stack *stack = model->decoder.shape;
+    tfm__crc_prepare(&crc);
+    memcpy(bytes, model->file->bytes.data + 60, 4);
+    memcpy(bytes + 4, model->file->bytes.data + 16, 8);
+    tfm__put_u32(bytes + 12, stack->n_layers ? (uint32_t)model->decoder.blocks->attention.qkv.weight.dtype : 0);
+    tfm__put_u32(bytes + 16, (uint32_t)model->head.weight.dtype);
+    tfm__put_u32(bytes + 20, (uint32_t)model->token_embedding.dtype);
+    return tfm__crc(&crc, 0, bytes, sizeof bytes);
+}
+
+/* Where a chat is written: memory, if that is enough, or a file. The first failure stays. */
+typedef struct tfm__chat_writer {
+    unsigned char *data;
+    size_t capacity, size;
+#ifndef TFM_NO_STDIO
+    FILE *file;
+    int failed;
+#endif
+    tfm__crc_tables crc;
+    uint32_t checksum;
+} tfm__chat_writer;
+
+static void tfm__chat_put(tfm__chat_writer *writer, const void *data, size_t size) {
+    if (!size)
+        return;
+    if (writer->data && writer->capacity - writer->size >= size)
+        memcpy(writer->data + writer->size, data, size);
+#ifndef TFM_NO_STDIO
+    if (writer->file && fwrite(data, 1, size, writer->file) != size)
+        writer->failed = 1;
+#endif
+    writer->checksum = tfm__crc(&writer->crc, writer->checksum, data, size);
+    writer->size += size;
+}
+
+static void tfm__chat_put_turn(tfm__chat_writer *writer, const tfm__turn *turn) {
+    unsigned char head[TFM__CHAT_TURN];
+    tfm__put_u32(head, (uint32_t)turn->role);
+    tfm__put_u32(head + 4, (uint32_t)turn->generated);
+    tfm__put_u64(head + 8, turn->size);
+    tfm__put_u64(head + 16, turn->n_ids);
+    tfm__put_u64(head + 24, turn->id_bytes);
+    tfm__chat_put(writer, head, sizeof head);
+    tfm__chat_put(writer, turn->ids, turn->n_ids * sizeof *turn->ids);
+    tfm__chat_put(writer, turn->text, turn->size);
+}
+
+/* Bytes of a token's keys, or values, of one head. */
+static size_t tfm__kv_row_bytes(const tfm_kv *kv) {
+    return kv->head_dim * tfm__dtype_sizes[kv->dtype];
+}
+
+/* One token's keys or values of a head, between their panels and a row [head_dim]: `to_row`, or back. Rows are cut into
+ * pieces of 16: [first, first + n). */
+static void tfm__kv_piece(const tfm_kv *kv, size_t layer, size_t what, size_t head, size_t token, size_t first,
+                          size_t n, unsigned char *row, int to_row) {
+    const size_t size = tfm__dtype_sizes[kv->dtype], at = token % TFM_KV_PAGE;
+    const size_t step = what ? size : TFM__PANEL * size; /* from one number of the row to the next */
+    char *from = tfm__kv_at(kv, layer, token / TFM_KV_PAGE, what, head);
+    size_t i;
+    if (what)
+        from += (first * kv->page_tokens + at * TFM__PANEL) * size;
+    else
+        from += (at / TFM__PANEL * kv->head_dim * TFM__PANEL + first * TFM__PANEL + at % TFM__PANEL) * size;
+    for (i = 0; i < n; i++)
+        memcpy(to_row ? (char *)row + i * size : from + i * step, to_row ? from + i * step : (char *)row + i * size,
+               size);
+}
+
+typedef struct tfm__kv_copy {
+    tfm__chat_writer *writer;  /* either the caches go there, */
+    const unsigned char *from; /* or they come from here */
+} tfm__kv_copy;
+
+/* The first n tokens of all layers and heads. */
+static void tfm__kv_transfer(const tfm_kv *kv, size_t n, tfm__kv_copy copy) {
+    const size_t size = tfm__dtype_sizes[kv->dtype];
+    unsigned char row[TFM__PANEL * sizeof(float)];
+    size_t series, token, first;
+    for (series = 0; series < kv->n_layers * 2 * kv->n_kv_heads; series++) {
+        size_t head = series % kv->n_kv_heads, what = series / kv->n_kv_heads % 2, layer = series / kv->n_kv_heads / 2;
+        for (token = 0; token < n; token++)
+            for (first = 0; first < kv->head_dim; first += TFM__PANEL) {
+                size_t part = TFM__MIN(TFM__PANEL, kv->head_dim - first);
+                if (!copy.writer)
+                    memcpy(row, copy.from, part * size);
+                tfm__kv_piece(kv, layer, what, head, token, first, part, row, copy.writer != NULL);
+                if (copy.writer)
+                    tfm__chat_put(copy.writer, row, part * size);
+                else
+                    copy.from += part * size;
+            }
+    }
+}
+
+static size_t tfm__kv_token_bytes(const tfm_kv *kv) {
+    return kv->n_layers * 2 * kv->n_kv_heads * tfm__kv_row_bytes(kv);
+}
+
+static uint64_t tfm__chat_bytes(const tfm_chat *chat) {
+    const tfm_kv *kv = chat->session->kv + chat->sequence;
+    uint64_t bytes =
+        TFM__CHAT_HEADER + 4 + (chat->n_turns + 2) * TFM__CHAT_TURN + chat->system.size + chat->summary.size;
+    size_t i;
+    for (i = 0; i < chat->n_turns; i++)
+        bytes += chat->turns[i].size + chat->turns[i].n_ids * sizeof(int32_t);
+    return bytes + kv->n_tokens * (sizeof(int32_t) + (uint64_t)tfm__kv_token_bytes(kv));
+}
+
+static void tfm__chat_write(const tfm_chat *chat, tfm__chat_writer *writer) {
+    const tfm_kv *kv = chat->session->kv + chat->sequence;
+    unsigned char head[TFM__CHAT_HEADER], end[4];
+    tfm__kv_copy copy;
+    size_t i;
+    tfm__crc_prepare(&writer->crc);
+    memset(head, 0, sizeof head);
+    memcpy(head, tfm__chat_magic, sizeof tfm__chat_magic);
+    tfm__put_u32(head + 8, 1);
+    tfm__put_u32(head + 12, (uint32_t)kv->dtype);
+    tfm__put_u64(head + 16, tfm__chat_bytes(chat));
+    tfm__put_u32(head + 24, tfm__fingerprint(chat->session->model));
+    tfm__put_u64(head + 32, chat->n_turns + 2);
+    tfm__put_u64(head + 40, kv->n_tokens);
+    tfm__put_u64(head + 48, chat->n_dropped);
+    tfm__chat_put(writer, head, sizeof head);
+    tfm__chat_put_turn(writer, &chat->system);
+    tfm__chat_put_turn(writer, &chat->summary);
+    for (i = 0; i < chat->n_turns; i++)
+        tfm__chat_put_turn(writer, chat->turns + i);
+    tfm__chat_put(writer, chat->session->tokens + chat->sequence * chat->session->context,
+                  kv->n_tokens * sizeof(int32_t));
+    copy.writer = writer;
+    copy.from = NULL;
+    tfm__kv_transfer(kv, kv->n_tokens, copy);
+    tfm__put_u32(end, writer->checksum);
+    tfm__chat_put(writer, end, sizeof end);
+}
+
+TFM_API tfm_status tfm_chat_save_memory(const tfm_chat *chat, void *data, size_t capacity, size_t *size,
+                                        tfm_error *error) {
+    uint64_t bytes = tfm__chat_bytes(chat);
+    tfm__chat_writer writer;
+    *size = (size_t)bytes;
+    if (bytes > SIZE_MAX / 2)
+        return tfm__fail(error, TFM_ERROR_UNSUPPORTED, "the conversation is too large for memory");
+    if (!data || capacity < bytes)
+        return TFM_OK;
+    memset(&writer, 0, sizeof writer);
+    writer.data = (unsigned char *)data;
+    writer.capacity = capacity;
+    tfm__chat_write(chat, &writer);
+    return TFM_OK;
+}
+
+/* A saved chat that is being read. */
+typedef struct tfm__chat_reader {
+    const char *name; /* for messages */
+    const unsigned char *data, *end;
+    tfm_chat *into; /* the turns, before they take the place of the chat's own */
+    size_t n_turns, n_tokens;
+    tfm_error *error;
+} tfm__chat_reader;
+
+static tfm_status tfm__chat_damaged(const tfm__chat_reader *reader, const char *what) {
+    return tfm__fail(reader->error, TFM_ERROR_FORMAT, "%.300s: the saved conversation is damaged: %s", reader->name,
+                     what);
+}
+
+static tfm_status tfm__chat_read_header(tfm__chat_reader *reader, const tfm_chat *chat, size_t size) {
+    const tfm_kv *kv = chat->session->kv + chat->sequence;
+    const unsigned char *p = reader->data;
+    tfm__crc_tables crc;
+    if (size < 8 || memcmp(p, tfm__chat_magic, 8))
+        return tfm__fail(reader->error, TFM_ERROR_FORMAT, "%.300s: not a saved conversation", reader->name);
+    if (size < TFM__CHAT_HEADER + 4 || tfm__u64(p + 16) > size)
+        return tfm__chat_damaged(reader, "it is truncated");
+    if (tfm__u32(p + 8) != 1)
+        return tfm__fail(reader->error, TFM_ERROR_UNSUPPORTED,
+                         "%.300s: a saved conversation of version %lu, expected 1", reader->name,
+                         (unsigned long)tfm__u32(p + 8));
+    tfm__crc_prepare(&crc);
+    if (tfm__u64(p + 16) != size || tfm__crc(&crc, 0, p, size - 4) != tfm__u32(p + size - 4))
+        return tfm__chat_damaged(reader, "its checksum is wrong");
+    if (tfm__u32(p + 24) != tfm__fingerprint(chat->session->model))
+        return tfm__fail(reader->error, TFM_ERROR_ARGUMENT,
+                         "%.300s: the conversation was saved with another model, or with weights of another type",
+                         reader->name);
+    if (tfm__u32(p + 12) != (uint32_t)kv->dtype)
+        return tfm__fail(reader->error, TFM_ERROR_ARGUMENT,
+                         "%.300s: the conversation's keys and values are %s, the session's %s", reader->name,
+                         tfm__u32(p + 12) == TFM_F32   ? "f32"
+                         : tfm__u32(p + 12) == TFM_F16 ? "f16"
+                                                       : "of another type",
+                         tfm_dtype_name(kv->dtype));
+    if (tfm__u64(p + 40) > chat->session->context)
+        return tfm__fail(reader->error, TFM_ERROR_CONTEXT_FULL,
+                         "%.300s: the conversation has %llu tokens in its cache, but the context has room for %lu",
+                         reader->name, (unsigned long long)tfm__u64(p + 40), (unsigned long)chat->session->context);
+    if (tfm__u64(p + 32) < 2 || tfm__u64(p + 32) > size / TFM__CHAT_TURN || tfm__u64(p + 48) > SIZE_MAX / 2)
+        return tfm__chat_damaged(reader, "the number of turns is impossible");
+    reader->n_turns = (size_t)tfm__u64(p + 32) - 2;
+    reader->n_tokens = (size_t)tfm__u64(p + 40);
+    reader->into->n_dropped = (size_t)tfm__u64(p + 48);
+    reader->data += TFM__CHAT_HEADER;
+    reader->end = p + size - 4;
+    return TFM_OK;
+}
+
+static int tfm__are_ids(const tfm_model *model, const unsigned char *ids, size_t n) {
+    size_t i;
+    for (i = 0; i < n; i++)
+        if (tfm__u32(ids + 4 * i) >= model->description.vocab_size)
+            return 0;
+    return 1;
+}
+
+static tfm_status tfm__chat_read_turn(tfm__chat_reader *reader, int is_system, tfm__turn *turn) {
+    const unsigned char *p = reader->data, *ids = p + TFM__CHAT_TURN;
+    const size_t all = (size_t)(reader->end - p), rest = all < TFM__CHAT_TURN ? 0 : all - TFM__CHAT_TURN;
+    size_t size, n_ids;
+    uint32_t role, generated;
+    tfm_status status;
+    if (all < TFM__CHAT_TURN || tfm__u64(p + 8) > rest || tfm__u64(p + 16) > (rest - tfm__u64(p + 8)) / 4)
+        return tfm__chat_damaged(reader, "a turn is larger than the file");
+    role = tfm__u32(p);
+    generated = tfm__u32(p + 4);
+    size = (size_t)tfm__u64(p + 8);
+    n_ids = (size_t)tfm__u64(p + 16);
+    if (role >= TFM_ROLE_COUNT || (role == TFM_SYSTEM) != is_system || generated > (role == TFM_ASSISTANT) ||
+        (n_ids && !generated) || tfm__u64(p + 24) > (generated ? size : 0))
+        return tfm__chat_damaged(reader, "a turn is impossible");
+    if (!tfm__are_ids(reader->into->session->model, ids, n_ids))
+        return tfm__chat_damaged(reader, "a token of a turn is not in the vocabulary");
+    status = tfm__turn_make(reader->into, (tfm_role)role, (const char *)ids + 4 * n_ids, size, ids, n_ids, turn,
+                            reader->error);
+    turn->generated = (int)generated;
+    turn->id_bytes = (size_t)tfm__u64(p + 24);
+    reader->data = ids + 4 * n_ids + size;
+    return status;
+}
+
+static tfm_status tfm__chat_read_turns(tfm__chat_reader *reader) {
+    tfm_status status = tfm__chat_read_turn(reader, 1, &reader->into->system);
+    size_t i;
+    if (status == TFM_OK)
+        status = tfm__chat_read_turn(reader, 1, &reader->into->summary);
+    for (i = 0; i < reader->n_turns && status == TFM_OK; i++) {
+        tfm__turn turn;
+        memset(&turn, 0, sizeof turn);
+        status = tfm__chat_read_turn(reader, 0, &turn);
+        if (status == TFM_OK)
+            status = tfm__turn_append(reader->into, &turn, reader->error);
+        if (status != TFM_OK)
+            tfm__turn_free(reader->into, &turn);
+    }
+    return status;
+}
+
+/* Reads all of it but the caches, which are only looked at. */
+static tfm_status tfm__chat_read(tfm__chat_reader *reader, const tfm_chat *chat, size_t size) {
+    const tfm_kv *kv = chat->session->kv + chat->sequence;
+    tfm_status status = tfm__chat_read_header(reader, chat, size);
+    if (status == TFM_OK)
+        status = tfm__chat_read_turns(reader);
+    if (status != TFM_OK)
+        return status;
+    if ((size_t)(reader->end - reader->data) != reader->n_tokens * (4 + tfm__kv_token_bytes(kv)))
+        return tfm__chat_damaged(reader, "the size of its caches is wrong");
+    if (!tfm__are_ids(chat->session->model, reader->data, reader->n_tokens))
+        return tfm__chat_damaged(reader, "a token of its cache is not in the vocabulary");
+    return TFM_OK;
+}
+
+/* The chat becomes what was read. */
+static void tfm__chat_replace(tfm_chat *chat, const tfm__chat_reader *reader) {
+    tfm_session *session = chat->session;
+    tfm_kv *kv = session->kv + chat->sequence;
+    tfm_chat *from = reader->into, old = *chat;
+    tfm__kv_copy copy;
+    chat->system = from->system;
+    chat->summary = from->summary;
+    chat->turns = from->turns;
+    chat->n_turns = from->n_turns;
+    chat->turn_capacity = from->turn_capacity;
+    chat->n_dropped = from->n_dropped;
+    from->system = old.system; /* for the caller to free */
+    from->summary = old.summary;
+    from->turns = old.turns;
+    from->n_turns = old.n_turns;
+    memcpy(session->tokens + chat->sequence * session->context, reader->data, reader->n_tokens * sizeof(int32_t));
+    copy.writer = NULL;
+    copy.from = reader->data + reader->n_tokens * sizeof(int32_t);
+    tfm__kv_transfer(kv, reader->n_tokens, copy);
+    kv->n_tokens = reader->n_tokens;
+}
+
+static tfm_status tfm__chat_load(tfm_chat *chat, const void *data, size_t size, const char *name, tfm_error *error) {
+    tfm__chat_reader reader;
+    tfm_chat into;
+    tfm_status status;
+    memset(&reader, 0, sizeof reader);
+    memset(&into, 0, sizeof into);
+    into.allocator = chat->allocator;
+    into.session = chat->session;
+    reader.name = name;
+    reader.data = (const unsigned char *)data;
+    reader.into = &into;
+    reader.error = error;
+    status = tfm__chat_read(&reader, chat, size);
+    if (status == TFM_OK)
+        tfm__chat_replace(chat, &reader);
+    tfm_chat_reset(&into);
+    tfm__turn_free(&into, &into.system);
+    tfm__release(&into.allocator, into.turns);
+    return status;
+}
+
+TFM_API tfm_status tfm_chat_load_memory(tfm_chat *chat, const void *data, size_t size, tfm_error *error) {
+    return tfm__chat_load(chat, data, size, "chat", error);
+}
+
+#ifndef TFM_NO_STDIO
+
+static tfm_status tfm__chat_write_file(const tfm_chat *chat, const char *part, const char *path, tfm_error *error) {
+    tfm__chat_writer writer;
+    tfm_status status = TFM_OK;
+    memset(&writer, 0, sizeof writer);
+    writer.file = fopen(part, "wb");
+    if (!writer.file)
+        return tfm__fail(error, TFM_ERROR_FILE, "%.300s: can't be created: %s", part, strerror(errno));
+    tfm__chat_write(chat, &writer);
+    if (fclose(writer.file) || writer.failed)
+        status = tfm__fail(error, TFM_ERROR_FILE, "%.300s: can't be written: %s", part, strerror(errno));
+    if (status == TFM_OK && rename(part, path))
+        status = tfm__fail(error, TFM_ERROR_FILE, "%.300s: can't be renamed: %s", part, strerror(errno));
+    if (status != TFM_OK)
+        remove(part);
+    return status;
+}
+
+TFM_API tfm_status tfm_chat_save(const tfm_chat *chat, const char *path, tfm_error *error) {
+    size_t size = strlen(path) + sizeof ".part";
+    char *part = (char *)tfm__allocate(&chat->allocator, size);
+    tfm_status status;
+    if (!part)
+        return tfm__fail_memory(error, size);
+    strcpy(part, path);
+    strcat(part, ".part");
+    status = tfm__chat_write_file(chat, part, path, error);
+    tfm__release(&chat->allocator, part);
+    return status;
+}
+
+TFM_API tfm_status tfm_chat_load(tfm_chat *chat, const char *path, tfm_error *error) {
+    tfm__bytes bytes;
+    tfm_status status = tfm__map_file(path, &chat->allocator, &bytes, error);
+    if (status != TFM_OK)
+        return status;
+    status = tfm__chat_load(chat, bytes.data, bytes.size, path, error);
+    tfm__unmap_file(&chat->allocator, &bytes);
+    return status;
+}
+
+#endif /* !TFM_NO_STDIO */
 
 #endif /* TFM_IMPLEMENTATION */
 #endif /* !TFM__TIER */
