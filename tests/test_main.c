@@ -214,10 +214,12 @@ void test_models(void);
 void test_tokenizer(void);
 void test_sentencepiece(void);
 void test_sampling(void);
+void test_blocks(void);
 void test_file(void);
 void test_generate(void);
 void test_beams(void);
 void test_memory(void);
+void test_chat(void);
 
 static const struct {
     const char *name;
@@ -230,9 +232,11 @@ static const struct {
     {"sentencepiece", test_sentencepiece},
     {"sampling", test_sampling},
     {"file", test_file},
+    {"blocks", test_blocks},
     {"generate", test_generate},
     {"beams", test_beams},
     {"memory", test_memory},
+    {"chat", test_chat},
 };
 
 #define N_GROUPS (sizeof groups / sizeof *groups)
