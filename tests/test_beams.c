@@ -5,7 +5,7 @@
 #include <math.h>
 
 #define TOLERANCE 5e-5 /* the random weights make sharp attention: transformers in fp32 is off by as much */
-#define N_MOST 16 /* prompts, and cases, at most */
+#define N_MOST 16      /* prompts, and cases, at most */
 #define TOKENS_MOST 160
 
 static tfm_file *golden;
