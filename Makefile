@@ -31,6 +31,11 @@ build/%: examples/%.c tfm.h
 	@mkdir -p build
 	$(BUILD_C) $< -o $@ -lm
 
+# A loadable extension for SQLite; needs its header (Debian: libsqlite3-dev), and so it is no part of `all`.
+build/tfm_sqlite.so: examples/sqlite/tfm_sqlite.c tfm.h
+	@mkdir -p build
+	$(BUILD_C) -fPIC -shared $< -o $@ -lm
+
 # A story, written as you watch.
 PROMPT = Once upon a time, there was a little bear who
 demo: build/gpt2
