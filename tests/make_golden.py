@@ -105,9 +105,11 @@ class Arrays:
 
 
 def read_arrays(path):
-    """All arrays of a .tfm file by name: metadata as bytes, tensors flat."""
+    """All arrays of a .tfm file by name: metadata as bytes, tensors flat. Of another file its bytes."""
     with open(path, "rb") as file:
         data = file.read()
+    if not path.endswith(".tfm"):
+        return {"text": data}
     meta_at, meta_size, directory_at, _, n_tensors = struct.unpack_from("<QQQQI", data, 24)
     arrays, at = {}, meta_at
     while at < meta_at + meta_size:
@@ -706,8 +708,9 @@ def write_encoders(directory):
             put_encoder(out, name, model, list(encoder_texts(len(vocabulary), 31)))
             getattr(outputs, name)(model)
             lines += outputs.lines
-    out.bytes("programs", "".join(line + "\n" for line in lines).encode())
     out.write(os.path.join(directory, "encoders.tfm"))
+    with open(os.path.join(directory, "encoder_programs.txt"), "w", encoding="utf-8") as file:
+        file.write("".join(line + "\n" for line in lines))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
