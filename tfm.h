@@ -4035,6 +4035,7 @@ static void tfm__memory(tfm_engine *engine, const tfm_block *block, size_t layer
                         tfm_kv *memory) {
     const tfm_attention *attention = &block->attention;
     size_t mark = engine->scratch_used, width = 2 * attention->n_kv_heads * attention->head_dim;
+    const size_t wanted = 0; /* nothing attends here, so even a single token is stored by a piece of its own */
     float *kv = tfm__take(engine, n_rows, width);
     tfm__attention_job job;
     tfm__pass pass;
@@ -4051,6 +4052,7 @@ static void tfm__memory(tfm_engine *engine, const tfm_block *block, size_t layer
     job.attention = attention;
     job.pass = &pass;
     job.layer = layer;
+    job.wanted = &wanted;
     job.keys = kv;
     job.key_stride = width;
     tfm__linear(engine, &block->cross.kv, tfm__input_of(results, n_rows, NULL), TFM_NO_ACTIVATION,
