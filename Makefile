@@ -12,7 +12,7 @@ THREADS := $(shell echo 'int main(void) { return omp_get_max_threads() < 1; }' |
 endif
 BUILD_C = $(CC) -std=c99 $(CFLAGS) $(WARNINGS) $(THREADS)
 
-PROGRAMS = build/tfm build/gpt2 build/minimal build/embed build/fill-mask build/classify build/block
+PROGRAMS = build/tfm build/gpt2 build/minimal build/embed build/fill-mask build/classify build/block build/chat
 TESTS = $(sort $(wildcard tests/test_*.c))
 MODEL = examples/models/stories.tfm
 

@@ -50,6 +50,7 @@
  *   tfm_session   one user's state: KV cache, scratch memory, random numbers. One thread at a time. It allocates all that
  *                 it needs when it is created; generating allocates nothing. It may hold several sequences, which are
  *                 evaluated together and share each read of the weights (tfm_eval).
+ *   tfm_chat      a conversation in a sequence of a session: turns, a template, a budget of tokens; it can be saved.
  *   tfm_engine    how the machine is used: instruction set, threads, scratch memory. A session has one inside; who builds
  *                 a Transformer by hand makes one. One thread at a time.
  *   tfm_error     what went wrong, in one sentence that names the file, tensor, token or option. Owned by the caller;
@@ -192,7 +193,23 @@ TFM_API tfm_isa tfm_engine_isa(const tfm_engine *engine);
 
 /* ------------------------------------------------------------------------------------------------------------ tensors */
 
-typedef enum tfm_dtype { TFM_NO_DTYPE = 0, TFM_F32, TFM_F16, TFM_BF16, TFM_I8, TFM_DTYPE_COUNT } tfm_dtype;
+typedef enum tfm_dtype {
+    TFM_NO_DTYPE = 0,
+    TFM_F32,
+    TFM_F16,
+    TFM_BF16,
+    TFM_I8,
+    TFM_DTYPE_COUNT, /* of those that the kernels compute with. The others are only read, to be packed as one of those: */
+    TFM_PARTS = 15, /* a matrix whose data is an array of tfm_tensor: matrices whose rows, in turn, are its rows */
+    TFM_Q4_0 = 18,  /* GGUF's blocks of quantized numbers: see "blocks" in floor b. Always in rows */
+    TFM_Q4_1 = 19,
+    TFM_Q5_0 = 22,
+    TFM_Q5_1 = 23,
+    TFM_Q8_0 = 24,
+    TFM_Q4_K = 28,
+    TFM_Q5_K = 29,
+    TFM_Q6_K = 30
+} tfm_dtype;
 
 /* How a matrix lies in memory. Its shape is [out, in] in all of them.
  *   rows    [out][in]               PyTorch's nn.Linear and nn.Embedding; also every vector
@@ -212,7 +229,8 @@ typedef struct tfm_tensor {
     const void *data;
 } tfm_tensor;
 
-/* "f32", "f16", "bf16", "i8"; NULL if out of range. tfm_dtype_from_name also takes "int8". */
+/* "f32", "f16", "bf16", "i8", "parts", "q4_0", ... "q6_k"; NULL if there is no such type. tfm_dtype_from_name knows those
+ * that a model can have in memory, the first four, and "int8". */
 TFM_API const char *tfm_dtype_name(tfm_dtype dtype);
 TFM_API tfm_status tfm_dtype_from_name(const char *name, tfm_dtype *dtype, tfm_error *error);
 
@@ -445,7 +463,8 @@ TFM_API size_t tfm_file_n_meta(const tfm_file *file);
 TFM_API const tfm_meta *tfm_file_meta(const tfm_file *file, size_t index);
 TFM_API size_t tfm_file_n_tensors(const tfm_file *file);
 TFM_API const tfm_entry *tfm_file_entry(const tfm_file *file, size_t index);
-/* The entry with that name, or NULL. */
+/* The entry with that name, or NULL. A matrix that is in the file in parts (NAME#0, NAME#1, ...) is found under its own
+ * name, too: its type is TFM_PARTS then. */
 TFM_API const tfm_entry *tfm_file_find(const tfm_file *file, const char *name);
 /* The metadata with that key, or NULL. */
 TFM_API const tfm_meta *tfm_file_find_meta(const tfm_file *file, const char *key);
@@ -523,7 +542,7 @@ typedef struct tfm_description {
 typedef struct tfm_model tfm_model;
 
 typedef struct tfm_load_options {
-    tfm_dtype dtype; /* the matrices' type in memory; 0: as in the file */
+    tfm_dtype dtype; /* the matrices' type in memory; 0: as in the file, or TFM_I8 if it has GGUF's quantized types */
     int verify;      /* 1: compare the checksum of every tensor (reads the whole file) */
     int copy;    /* 1: copy weights into memory, in 2 MiB pages where the system has them, instead of using the mapped
                        * file in place: they are read faster, but loading takes time and nothing is shared */
@@ -532,7 +551,8 @@ typedef struct tfm_load_options {
 } tfm_load_options;
 
 /* Loads a model. Matrices that the file holds in panels of the wanted dtype are used where they lie, in the mapped file;
- * others are packed into memory. options NULL: the usual. Free with tfm_free. NULL on error. */
+ * others are packed into memory. A file may hold a tokenizer alone, for tfm_tokenize and its like; then there are no sessions,
+ * and the description is empty but for vocab_size. options NULL: the usual. Free with tfm_free. NULL on error. */
 #ifndef TFM_NO_STDIO
 TFM_API tfm_model *tfm_load(const char *path, const tfm_load_options *options, tfm_error *error);
 #endif
@@ -599,6 +619,12 @@ TFM_API const char *tfm_token_text(const tfm_model *model, int32_t id, size_t *s
 
 /* 1 if the token ends a text. */
 TFM_API int tfm_is_end_token(const tfm_model *model, int32_t id);
+
+/* 1 if the token is a mark that generated text does not show, as </s>. */
+TFM_API int tfm_is_special_token(const tfm_model *model, int32_t id);
+
+/* The token that an encoder-decoder's decoder begins with, or -1 if the model does not say. */
+TFM_API int32_t tfm_start_token(const tfm_model *model);
 
 /* ----------------------------------------------------------------------------------------------------------- sessions */
 
@@ -689,10 +715,11 @@ typedef struct tfm_sampling {
     size_t n_logit_bias;
     float
         repeat_penalty; /* logits of tokens that the sequence has: divided by it if positive, else multiplied. 0: off */
-    float temperature;  /* logits are divided by it. 0: greedy, the largest logit (the lowest id among equals) */
-    size_t top_k;       /* only the k likeliest tokens (and those equal to the k-th). 0: all */
-    float top_p;        /* only the likeliest tokens that together reach this probability. 0 or 1: all */
-    float min_p;        /* only tokens at least this likely, relative to the likeliest. 0: all */
+    size_t no_repeat_ngram; /* so many tokens in a row never come twice in a sequence. 0: off */
+    float temperature;      /* logits are divided by it. 0: greedy, the largest logit (the lowest id among equals) */
+    size_t top_k;           /* only the k likeliest tokens (and those equal to the k-th). 0: all */
+    float top_p;            /* only the likeliest tokens that together reach this probability. 0 or 1: all */
+    float min_p;            /* only tokens at least this likely, relative to the likeliest. 0: all */
 } tfm_sampling;
 
 /* Random numbers: PCG32 (O'Neill 2014). The same seed gives the same numbers everywhere. */
@@ -703,8 +730,8 @@ TFM_API void tfm_random_seed(tfm_random *random, uint64_t seed);
 /* Uniform in [0, 1). */
 TFM_API double tfm_random_uniform(tfm_random *random);
 
-/* Chooses a token from logits[vocab_size]; the logits are changed. `history` (the tokens so far) is for the repeat
- * penalty and may be NULL. `random` is not used when greedy. Logits that are NaN are never chosen. `work` holds
+/* Chooses a token from logits[vocab_size]; the logits are changed. `history` (the tokens so far) is for repeat_penalty
+ * and no_repeat_ngram and may be NULL. `random` is not used when greedy. Logits that are NaN are never chosen. `work` holds
  * vocab_size int32_t. TFM_ERROR_ARGUMENT if an option is out of range or no token is left. */
 TFM_API tfm_status tfm_sample(const tfm_sampling *sampling, float *logits, size_t vocab_size, const int32_t *history,
                               size_t n_history, tfm_random *random, int32_t *work, int32_t *token, tfm_error *error);
@@ -750,14 +777,177 @@ typedef struct tfm_generate_stats {
 
 /* Continues a prompt: tokenizes it, evaluates it, then chooses token after token; each new piece of text goes to `print`
  * (which may be NULL). An empty prompt is an error, as is one that is longer than the context. When the context runs
- * full without options->shift the text so far has been printed and the status is TFM_ERROR_CONTEXT_FULL. */
+ * full without options->shift the text so far has been printed and the status is TFM_ERROR_CONTEXT_FULL.
+ * With an encoder-decoder the prompt is the text that is answered (translated, summarized): tfm_set_source with it, as
+ * the tokenizer ends it, then tfm_generate_ids without ids. The answer begins without a space. */
 TFM_API tfm_status tfm_generate(tfm_session *session, const char *prompt, const tfm_generate_options *options,
                                 tfm_print print, void *print_user, tfm_error *error);
 
-/* The same for a prompt of token ids; works without a tokenizer (nothing is printed then, see on_token). */
+/* The same for a prompt of token ids; works without a tokenizer (nothing is printed then, see on_token). With an
+ * encoder-decoder these are the decoder's first tokens, after a tfm_set_source; n_prompt = 0: tfm_start_token. */
 TFM_API tfm_status tfm_generate_ids(tfm_session *session, const int32_t *prompt, size_t n_prompt,
                                     const tfm_generate_options *options, tfm_print print, void *print_user,
                                     tfm_error *error);
+
+/* ------------------------------------------------------------------------------------- several prompts, beam search */
+
+/* What a text begins with. For an encoder-decoder these are the decoder's tokens; none: tfm_start_token. */
+typedef struct tfm_prompt {
+    const int32_t *tokens; /* [n_tokens] */
+    size_t n_tokens;
+} tfm_prompt;
+
+/* What it is continued with. */
+typedef struct tfm_result {
+    const int32_t
+        *tokens; /* [n_tokens], without the prompt, with the token that ended the text; the session's own, until
+                            * the next call of one of these two functions */
+    size_t n_tokens;
+    tfm_stop stop;
+    float score; /* beam search: the sum of the tokens' log-probabilities / n_tokens ** length_penalty */
+} tfm_result;
+
+/* Continues several prompts, of any lengths, side by side, so that they share each read of the weights: prompt i in the
+ * sequence options->sequence + i, which it overwrites (an encoder-decoder's prompts answer to those sequences' sources;
+ * prompts may be NULL there). Each gives the tokens that tfm_generate_ids gives with the seed options->seed + i.
+ * results [n_prompts]. A text that fills the context ends with TFM_STOP_CONTEXT, which is no error. Nothing is printed:
+ * of the options append, shift, stop_strings, on_token and stats must be 0. Memory for the results is made in the first
+ * call, and kept. */
+TFM_API tfm_status tfm_generate_batch(tfm_session *session, const tfm_prompt *prompts, size_t n_prompts,
+                                      const tfm_generate_options *options, tfm_result *results, tfm_error *error);
+
+/* When a search ends before max_tokens. `beams` results are kept; the best beam that goes on could still be better than
+ * the worst of those if its score, divided by n ** length_penalty, is. */
+typedef enum tfm_early_stopping {
+    TFM_STOP_UNLIKELY = 0, /* it is not, n being its length so far (transformers' early_stopping=False) */
+    TFM_STOP_FULL,         /* the same, or there are `beams` results (True) */
+    TFM_STOP_SURE          /* it is not for any length: n is max_tokens if that makes it better ("never") */
+} tfm_early_stopping;
+
+typedef struct tfm_beam_options {
+    size_t beams;          /* 0: 4. 1: greedy, the likeliest token each time */
+    size_t n_best;         /* results for each prompt, 1 to beams; 0: 1 */
+    size_t max_tokens;     /* new tokens; 0: as many as the context has room for */
+    size_t min_tokens;     /* no text ends before it has so many new tokens, the one that ends it not counted */
+    float length_penalty;  /* scores are divided by length ** length_penalty: more than 0 favours long texts. 0: 1 */
+    int no_length_penalty; /* 1: scores are sums (transformers' length_penalty=0) */
+    tfm_early_stopping early_stopping;
+    size_t no_repeat_ngram; /* as in tfm_sampling */
+    size_t sequence;        /* the first that is used */
+} tfm_beam_options;
+
+/* Beam search, as transformers' generate(num_beams=beams): keeps the `beams` likeliest beginnings of a continuation, and
+ * returns the n_best best that ended, best first (fewer than n_best possible ones: n_tokens = 0, the score -INFINITY).
+ * Prompts, of any lengths, are searched side by side and do not depend on each other; of equal candidates the one with
+ * the lower beam, then the lower token is better. Prompt i takes the sequences sequence + i * beams, ... + beams - 1, all
+ * of which are empty afterwards; an encoder-decoder's source is that of the first of them, which keeps it (the others
+ * lose theirs; prompts may be NULL).
+ * The beams of a prompt share the cache's pages (tfm_kv) as far as their texts are the same, and the source's: where they
+ * part, no more than the last page is copied. results [n_prompts][n_best]. Memory for the search is made in the first
+ * call, and kept. TFM_ERROR_CONTEXT_FULL if a prompt and max_tokens do not fit into the context. */
+TFM_API tfm_status tfm_beam_search(tfm_session *session, const tfm_prompt *prompts, size_t n_prompts,
+                                   const tfm_beam_options *options, tfm_result *results, tfm_error *error);
+/* --------------------------------------------------------------------------------------------------------------- chat
+ * A conversation with memory. A tfm_chat holds the turns, renders them by the model's chat template into one context within
+ * a budget of tokens, and lets the model answer. The context begins as the one before it did, so that only what is new is
+ * evaluated; and since a token's results do not depend on what it was evaluated with, the answers have the same bits as
+ * if everything had been evaluated afresh.
+ * When the context grows past its budget the oldest turns are dropped, from a user's turn to a user's turn, until it takes
+ * no more than half of the budget: dropping changes the context near its beginning, so all behind that place is evaluated
+ * again, and it should not happen at each turn.
+ *
+ *     tfm_chat *chat = tfm_chat_create(session, NULL, &error);
+ *     tfm_chat_say(chat, "Who wrote Faust?", NULL, print, stdout, &error);
+ *     tfm_chat_say(chat, "And when?", NULL, print, stdout, &error);
+ *     tfm_chat_free(chat);
+ *
+ * A chat belongs to one sequence of a session, and is used by one thread at a time. */
+
+typedef enum tfm_role { TFM_SYSTEM = 0, TFM_USER, TFM_ASSISTANT, TFM_ROLE_COUNT } tfm_role;
+
+/* One turn of a conversation. */
+typedef struct tfm_turn {
+    tfm_role role;
+    const char *text; /* [size], not terminated; without the white space around it. The chat's, until it changes. */
+    size_t size;
+} tfm_turn;
+
+/* Puts a summary in the place of turns that are dropped. `before` is the summary of what was dropped earlier, or NULL.
+ * Returns the new summary, of everything, terminated, which must stay readable until the call that asked for it returns;
+ * or NULL: the turns, and the summary before, are forgotten. A summary stands behind the system prompt, after an empty
+ * line. One that leaves no room for the last message is not used. */
+typedef const char *(*tfm_summarise)(void *user, const char *before, const tfm_turn *turns, size_t n_turns);
+
+typedef struct tfm_chat_options {
+    const char *system; /* the system prompt; NULL: none. Always kept. */
+    /* The template's name: "chatml", "llama2", "llama3", "mistral", "gemma", or "plain" ("User: ...\nAssistant: ...").
+     * NULL: the one that the model's file names (chat.template), or "plain" if it names none. */
+    const char *chat_template;
+    size_t budget; /* tokens of the context and the answer; 0, or more than the session's context: that */
+    size_t sequence;
+    tfm_summarise summarise; /* NULL: what is dropped is forgotten */
+    void *summarise_user;
+} tfm_chat_options;
+
+typedef struct tfm_chat tfm_chat;
+
+/* Makes an empty conversation, with the session's allocator. The session must outlive it. Free with tfm_chat_free. NULL on
+ * error: memory; no tokenizer; a template that is unknown, or whose special tokens the tokenizer does not have; a model
+ * that is no decoder. */
+TFM_API tfm_chat *tfm_chat_create(tfm_session *session, const tfm_chat_options *options, tfm_error *error);
+TFM_API void tfm_chat_free(tfm_chat *chat);
+
+/* The user says something (terminated; never parsed for special tokens), and the model answers: as tfm_generate, with
+ * options->append, shift, special and sequence without meaning, and the white space before the answer left out. Answers
+ * end at the template's end of a turn, or at what the options say. A quarter of the budget, or options->max_tokens if that
+ * is less, is free for the answer when it begins; when the budget is used up it ends with TFM_STOP_CONTEXT (and TFM_OK).
+ * An answer that a callback stopped is remembered as far as it was printed. On an error neither message nor answer
+ * becomes part of the conversation (older turns may have been dropped for them); TFM_ERROR_CONTEXT_FULL if the system
+ * prompt and the message alone leave no room. Allocates memory for the texts. options NULL: greedy. */
+TFM_API tfm_status tfm_chat_say(tfm_chat *chat, const char *message, const tfm_generate_options *options,
+                                tfm_print print, void *print_user, tfm_error *error);
+
+/* Adds a turn without an answer, as for examples or a conversation from elsewhere. TFM_SYSTEM replaces the system prompt
+ * (an empty one: there is none). */
+TFM_API tfm_status tfm_chat_add(tfm_chat *chat, tfm_role role, const char *text, tfm_error *error);
+
+/* Forgets all turns and the summary; the system prompt stays. */
+TFM_API void tfm_chat_reset(tfm_chat *chat);
+
+/* The turns that the conversation has, the oldest first; without the system prompt. Past the end: an empty turn. */
+TFM_API size_t tfm_chat_n_turns(const tfm_chat *chat);
+TFM_API tfm_turn tfm_chat_turn(const tfm_chat *chat, size_t index);
+/* The system prompt, and the summary of what was dropped; size 0: there is none. */
+TFM_API tfm_turn tfm_chat_system(const tfm_chat *chat);
+TFM_API tfm_turn tfm_chat_summary(const tfm_chat *chat);
+/* Turns that were dropped since the conversation began. */
+TFM_API size_t tfm_chat_n_dropped(const tfm_chat *chat);
+/* The template's name. Static. */
+TFM_API const char *tfm_chat_template(const tfm_chat *chat);
+
+/* The context as text, special tokens written out, or as token ids; with `answer`, up to where the model is to answer. Like
+ * snprintf: *size or *n_ids is how much there is, of which at most `capacity` is written (NULL: none); not terminated. An
+ * answer that the model gave has the ids that it gave. Nothing is dropped for it. */
+TFM_API tfm_status tfm_chat_render(tfm_chat *chat, int answer, char *text, size_t capacity, size_t *size,
+                                   tfm_error *error);
+TFM_API tfm_status tfm_chat_ids(tfm_chat *chat, int answer, int32_t *ids, size_t capacity, size_t *n_ids,
+                                tfm_error *error);
+
+/* Saves the conversation (system prompt, summary, turns) with the tokens of its sequence and their keys and values, so that
+ * it goes on without evaluating anything again: 2 n_layers n_kv_heads head_dim numbers of the KV cache's type a token.
+ * tfm_chat_save_memory is like snprintf: *size is how many bytes that takes, which are written if `capacity` is enough.
+ * tfm_chat_save writes to PATH.part and renames that: the file is there as a whole or not at all. */
+TFM_API tfm_status tfm_chat_save_memory(const tfm_chat *chat, void *data, size_t capacity, size_t *size,
+                                        tfm_error *error);
+
+/* Takes up a saved conversation in place of the chat's own. Nothing in it is trusted; what is damaged, comes from another
+ * model (or from this one with weights of another type), has keys and values of another type than this session, or more
+ * tokens than it has room for, is an error, and the chat stays as it was. */
+TFM_API tfm_status tfm_chat_load_memory(tfm_chat *chat, const void *data, size_t size, tfm_error *error);
+#ifndef TFM_NO_STDIO
+TFM_API tfm_status tfm_chat_save(const tfm_chat *chat, const char *path, tfm_error *error);
+TFM_API tfm_status tfm_chat_load(tfm_chat *chat, const char *path, tfm_error *error);
+#endif
 
 #ifdef __cplusplus
 }
@@ -1041,7 +1231,9 @@ typedef struct tfm__threads {
     void *user;
     int count;
 #ifdef TFM__TEAM
-    tfm__team *team; /* the threads that wait for work, or NULL */
+    tfm__team *team;                /* the threads that wait for work, or NULL */
+    double alone_until, alone_time; /* seconds: see tfm__held_up */
+    unsigned on_time;               /* passes since a thread was held up */
 #endif
 } tfm__threads;
 
@@ -1112,29 +1304,53 @@ static void tfm__team_wait(tfm__team *team) {
             tfm__pause(&waited);
 }
 
+/* Another process has one of the cores: a thread that took a piece was put to sleep for milliseconds, and all waited for
+ * it. For a while this thread works alone; the while doubles each time that the others turn out to be late again. */
+static void tfm__held_up(tfm__threads *threads) {
+    threads->alone_time = threads->alone_time > 0 ? TFM__MIN(2 * threads->alone_time, 0.5) : 0.03;
+    threads->alone_until = omp_get_wtime() + threads->alone_time;
+    threads->on_time = 0;
+}
+
 /* A job for the team, by the thread that leads it. n < 2^32. */
-static void tfm__team_for(tfm__team *team, size_t n, tfm_task task, void *argument) {
+static void tfm__team_for(tfm__threads *threads, size_t n, tfm_task task, void *argument) {
+    tfm__team *team = threads->team;
     uint64_t generation = (__atomic_load_n(&team->ticket, __ATOMIC_RELAXED) >> 32) + 1;
+    double start, done;
     unsigned waited = 0;
+    if (threads->on_time == 0 && threads->alone_until > omp_get_wtime()) {
+        tfm__serial_for(NULL, n, task, argument);
+        return;
+    }
+    start = omp_get_wtime();
     team->task[generation & 1] = task;
     team->argument[generation & 1] = argument;
     team->n[generation & 1] = (uint32_t)n;
     __atomic_store_n(&team->finished, 0, __ATOMIC_RELAXED);
     __atomic_store_n(&team->ticket, generation << 32 | n, __ATOMIC_RELEASE);
     tfm__team_work(team);
+    done = omp_get_wtime();
     while (__atomic_load_n(&team->finished, __ATOMIC_ACQUIRE) != n)
         tfm__pause(&waited);
+    if (waited > 1000) { /* longer than work, and longer than pieces take: held up */
+        double now = omp_get_wtime();
+        if (now - done > 3e-4 && now - done > done - start)
+            tfm__held_up(threads);
+    }
 }
 #endif
 
 /* Runs body(argument) on this thread, with the other threads at hand for the tfm__parallel calls within. */
 static void tfm__with_threads(tfm__threads *threads, void (*body)(void *argument), void *argument) {
 #ifdef TFM__TEAM
-    if (!threads->parallel_for && threads->count > 1 && !threads->team) {
+    if (!threads->parallel_for && threads->count > 1 && !threads->team &&
+        (threads->on_time || threads->alone_until <= omp_get_wtime())) {
+        double over = 0;
         tfm__team team;
         memset(&team, 0, sizeof team);
         team.share = 4 * (uint32_t)threads->count;
-#pragma omp parallel num_threads(threads->count) default(none) shared(team, threads, body, argument)
+        threads->on_time++;
+#pragma omp parallel num_threads(threads->count) default(none) shared(team, threads, body, argument, over)
         {
             if (omp_get_thread_num())
                 tfm__team_wait(&team);
@@ -1142,8 +1358,15 @@ static void tfm__with_threads(tfm__threads *threads, void (*body)(void *argument
                 threads->team = omp_get_num_threads() > 1 ? &team : NULL;
                 body(argument);
                 threads->team = NULL;
+                over = omp_get_wtime();
                 __atomic_store_n(&team.over, 1, __ATOMIC_RELEASE);
             }
+        }
+        if (threads->on_time && omp_get_wtime() - over > 3e-4)
+            tfm__held_up(threads);
+        if (threads->on_time > 50) {
+            threads->alone_time = 0;
+            threads->on_time = 1;
         }
         return;
     }
@@ -1164,7 +1387,7 @@ static void tfm__run_loop(void *argument) {
     tfm__loop *loop = (tfm__loop *)argument;
 #ifdef TFM__TEAM
     if (loop->threads->team) {
-        tfm__team_for(loop->threads->team, loop->n, loop->task, loop->argument);
+        tfm__team_for(loop->threads, loop->n, loop->task, loop->argument);
         return;
     }
 #endif
@@ -1354,8 +1577,21 @@ static uint32_t tfm__crc(const tfm__crc_tables *crc, uint32_t value, const void 
 static const char *const tfm__dtype_names[TFM_DTYPE_COUNT] = {NULL, "f32", "f16", "bf16", "i8"};
 static const size_t tfm__dtype_sizes[TFM_DTYPE_COUNT] = {0, 4, 2, 2, 1};
 
+/* How a row lies in blocks: the numbers and the bytes of one, and what makes floats of 32 of its numbers. */
+#define TFM__UNIT ((size_t)32)
+typedef struct tfm__block_format {
+    tfm_dtype dtype;
+    const char *name;
+    size_t numbers, bytes;
+    void (*unit)(const unsigned char *block, size_t unit, float *floats); /* floats[32], from number 32 unit on */
+} tfm__block_format;
+static const tfm__block_format *tfm__blocks_of(tfm_dtype dtype); /* NULL: that type has no blocks */
+
 TFM_API const char *tfm_dtype_name(tfm_dtype dtype) {
-    return (unsigned)dtype < TFM_DTYPE_COUNT ? tfm__dtype_names[dtype] : NULL;
+    const tfm__block_format *format = tfm__blocks_of(dtype);
+    if (format)
+        return format->name;
+    return dtype == TFM_PARTS ? "parts" : (unsigned)dtype < TFM_DTYPE_COUNT ? tfm__dtype_names[dtype] : NULL;
 }
 
 TFM_API tfm_status tfm_dtype_from_name(const char *name, tfm_dtype *dtype, tfm_error *error) {
@@ -1397,6 +1633,22 @@ static int tfm__is_matrix_dtype(tfm_dtype dtype, tfm_layout layout) {
     return tfm__is_float(dtype) || (dtype == TFM_I8 && layout == TFM_PANELS);
 }
 
+/* Whether a matrix can be read, to be packed. */
+static int tfm__is_readable(const tfm_tensor *matrix) {
+    const tfm__block_format *format = tfm__blocks_of(matrix->dtype);
+    const tfm_tensor *part = (const tfm_tensor *)matrix->data;
+    size_t rows;
+    if (format)
+        return matrix->layout == TFM_ROWS && matrix->shape[1] % format->numbers == 0;
+    if (matrix->dtype != TFM_PARTS)
+        return tfm__is_matrix_dtype(matrix->dtype, matrix->layout);
+    for (rows = 0; rows < matrix->shape[0]; rows += (part++)->shape[0])
+        if (part->dtype == TFM_PARTS || !part->shape[0] || part->shape[0] > matrix->shape[0] - rows ||
+            part->n_dims != 2 || part->shape[1] != matrix->shape[1] || !tfm__is_readable(part))
+            return 0;
+    return matrix->layout == TFM_ROWS;
+}
+
 /* ---- int8
  * A weight is s q: q an integer from -127 to 127, s the scale of its output and its group of 64 inputs. (One scale for
  * a whole row is not enough: real models have channels that are 20 to 100 times larger than the rest.) A scale takes one
@@ -1427,7 +1679,16 @@ static size_t tfm__panel_bytes(tfm_dtype dtype, size_t in) {
 }
 
 TFM_API size_t tfm_tensor_bytes(const tfm_tensor *tensor) {
-    size_t elements = tfm__product(tensor->shape[0], tensor->shape[1]);
+    size_t elements = tfm__product(tensor->shape[0], tensor->shape[1]), size = 0, rows;
+    const tfm__block_format *format = tfm__blocks_of(tensor->dtype);
+    const tfm_tensor *part = (const tfm_tensor *)tensor->data;
+    if (format)
+        return tfm__product(tfm__product(tensor->shape[0], tensor->shape[1] / format->numbers), format->bytes);
+    if (tensor->dtype == TFM_PARTS) {
+        for (rows = 0; rows < tensor->shape[0]; rows += (part++)->shape[0])
+            size += tfm_tensor_bytes(part);
+        return size;
+    }
     if (tensor->layout == TFM_PANELS)
         return tfm__product(tfm__divide_up(tensor->shape[0], TFM__PANEL),
                             tfm__panel_bytes(tensor->dtype, tensor->shape[1]));
@@ -1512,6 +1773,157 @@ static void tfm__from_floats(tfm_dtype dtype, const float *floats, size_t n, voi
             halves[i] = tfm__to_bf16(floats[i]);
 }
 
+/* ---- blocks
+ * GGUF's files hold matrices in rows of blocks: 32 or 256 integers of 4 to 8 bits with a scale that they share. The larger
+ * blocks have a scale for each 32 or 16 of their integers, too, in units of the block's. They are only read here:
+ * what a model computes with is packed from them. d and m are halves; q[i] is the integer of number i.
+ *   q4_0  d, 16 bytes with q[i] in the low and q[i + 16] in the high half of byte i           d (q - 8)
+ *   q4_1  d, m, and the same                                                                d q + m
+ *   q5_0  d, 32 fifth bits, 16 bytes as before                                              d (q - 16)
+ *   q5_1  d, m, and the same                                                                d q + m
+ *   q8_0  d, 32 signed bytes                                                                d q
+ *   q4_k  d, m, 12 bytes with a scale s and a minimum t of 6 bits for each 32 numbers, and, for each 64 numbers, 32
+ *         bytes with the first 32 in their low and the others in their high halves                  d s q - m t
+ *   q5_k  the same with 32 bytes of fifth bits before the fourths: bit u of byte i is that of number 32 u + i
+ *   q6_k  for each 128 numbers 64 bytes with four bits: numbers 0 to 63 in their low and 64 to 127 in their high halves;
+ *         for each 128 numbers 32 bytes with two more: bits 2 u of byte i are those of number 32 u + i; 16 signed bytes
+ *         s, one for each 16 numbers; d                                                       d s (q - 32) */
+
+static float tfm__half_at(const unsigned char *p) {
+    return tfm__from_f16((uint16_t)(p[0] | p[1] << 8));
+}
+
+static void tfm__q4_0_unit(const unsigned char *block, size_t unit, float *floats) {
+    const float d = tfm__half_at(block);
+    size_t i;
+    (void)unit;
+    for (i = 0; i < 16; i++) {
+        floats[i] = d * (float)((block[2 + i] & 15) - 8);
+        floats[i + 16] = d * (float)((block[2 + i] >> 4) - 8);
+    }
+}
+
+static void tfm__q4_1_unit(const unsigned char *block, size_t unit, float *floats) {
+    const float d = tfm__half_at(block), m = tfm__half_at(block + 2);
+    size_t i;
+    (void)unit;
+    for (i = 0; i < 16; i++) {
+        floats[i] = d * (float)(block[4 + i] & 15) + m;
+        floats[i + 16] = d * (float)(block[4 + i] >> 4) + m;
+    }
+}
+
+/* The integers of a q5_0 or q5_1 block, from its fifth bits on. */
+static void tfm__q5_integers(const unsigned char *bits, int *q) {
+    int i;
+    for (i = 0; i < 16; i++) {
+        q[i] = (bits[4 + i] & 15) | (bits[i / 8] >> i % 8 & 1) << 4;
+        q[i + 16] = bits[4 + i] >> 4 | (bits[2 + i / 8] >> i % 8 & 1) << 4;
+    }
+}
+
+static void tfm__q5_0_unit(const unsigned char *block, size_t unit, float *floats) {
+    const float d = tfm__half_at(block);
+    int q[TFM__UNIT];
+    size_t i;
+    (void)unit;
+    tfm__q5_integers(block + 2, q);
+    for (i = 0; i < TFM__UNIT; i++)
+        floats[i] = d * (float)(q[i] - 16);
+}
+
+static void tfm__q5_1_unit(const unsigned char *block, size_t unit, float *floats) {
+    const float d = tfm__half_at(block), m = tfm__half_at(block + 2);
+    int q[TFM__UNIT];
+    size_t i;
+    (void)unit;
+    tfm__q5_integers(block + 4, q);
+    for (i = 0; i < TFM__UNIT; i++)
+        floats[i] = d * (float)q[i] + m;
+}
+
+static void tfm__q8_0_unit(const unsigned char *block, size_t unit, float *floats) {
+    const float d = tfm__half_at(block);
+    size_t i;
+    (void)unit;
+    for (i = 0; i < TFM__UNIT; i++)
+        floats[i] = d * (float)(signed char)block[2 + i];
+}
+
+/* The scale and the minimum of a unit of q4_k and q5_k. Of the 12 bytes, 0 to 3 hold the scales and 4 to 7 the minima of
+ * units 0 to 3 in their low 6 bits; of units 4 to 7, 8 to 11 hold the low 4 bits of both, and the high 2 bits of the first
+ * eight bytes the rest. */
+static void tfm__k_scales(const unsigned char *block, size_t unit, float *scale, float *minimum) {
+    const unsigned char *packed = block + 4;
+    int s, t;
+    if (unit < 4) {
+        s = packed[unit] & 63;
+        t = packed[unit + 4] & 63;
+    } else {
+        s = (packed[unit + 4] & 15) | packed[unit - 4] >> 6 << 4;
+        t = packed[unit + 4] >> 4 | packed[unit] >> 6 << 4;
+    }
+    *scale = tfm__half_at(block) * (float)s;
+    *minimum = tfm__half_at(block + 2) * (float)t;
+}
+
+static void tfm__q4_k_unit(const unsigned char *block, size_t unit, float *floats) {
+    const unsigned char *q = block + 16 + unit / 2 * TFM__UNIT;
+    float scale, minimum;
+    size_t i;
+    tfm__k_scales(block, unit, &scale, &minimum);
+    for (i = 0; i < TFM__UNIT; i++)
+        floats[i] = scale * (float)(q[i] >> unit % 2 * 4 & 15) - minimum;
+}
+
+static void tfm__q5_k_unit(const unsigned char *block, size_t unit, float *floats) {
+    const unsigned char *fifths = block + 16, *q = fifths + TFM__UNIT + unit / 2 * TFM__UNIT;
+    float scale, minimum;
+    size_t i;
+    tfm__k_scales(block, unit, &scale, &minimum);
+    for (i = 0; i < TFM__UNIT; i++)
+        floats[i] = scale * (float)((q[i] >> unit % 2 * 4 & 15) | (fifths[i] >> unit & 1) << 4) - minimum;
+}
+
+static void tfm__q6_k_unit(const unsigned char *block, size_t unit, float *floats) {
+    const size_t half = unit / 4, quarter = unit % 4; /* of the block, of that half */
+    const unsigned char *low = block + half * 64 + quarter % 2 * TFM__UNIT, *high = block + 128 + half * TFM__UNIT;
+    const unsigned char *scales = block + 192 + 2 * unit;
+    const float d = tfm__half_at(block + 208);
+    size_t i;
+    for (i = 0; i < TFM__UNIT; i++) {
+        int q = (low[i] >> quarter / 2 * 4 & 15) | (high[i] >> 2 * quarter & 3) << 4;
+        floats[i] = d * (float)(signed char)scales[i / 16] * (float)(q - 32);
+    }
+}
+
+static const tfm__block_format *tfm__blocks_of(tfm_dtype dtype) {
+    static const tfm__block_format formats[] = {
+        {TFM_Q4_0, "q4_0", 32, 18, tfm__q4_0_unit},   {TFM_Q4_1, "q4_1", 32, 20, tfm__q4_1_unit},
+        {TFM_Q5_0, "q5_0", 32, 22, tfm__q5_0_unit},   {TFM_Q5_1, "q5_1", 32, 24, tfm__q5_1_unit},
+        {TFM_Q8_0, "q8_0", 32, 34, tfm__q8_0_unit},   {TFM_Q4_K, "q4_k", 256, 144, tfm__q4_k_unit},
+        {TFM_Q5_K, "q5_k", 256, 176, tfm__q5_k_unit}, {TFM_Q6_K, "q6_k", 256, 210, tfm__q6_k_unit}};
+    size_t i;
+    for (i = 0; (unsigned)dtype > TFM_PARTS && i < sizeof formats / sizeof formats[0]; i++)
+        if (formats[i].dtype == dtype)
+            return &formats[i];
+    return NULL;
+}
+
+/* n numbers of a row in blocks, from number `first` on. */
+static void tfm__from_blocks(const tfm__block_format *format, const unsigned char *row, size_t first, size_t n,
+                             float *floats) {
+    float unit[TFM__UNIT];
+    size_t i, skip, size;
+    for (i = 0; i < n; i += size) {
+        const unsigned char *block = row + (first + i) / format->numbers * format->bytes;
+        skip = (first + i) % TFM__UNIT;
+        size = TFM__MIN(TFM__UNIT - skip, n - i);
+        format->unit(block, (first + i) % format->numbers / TFM__UNIT, unit);
+        memcpy(floats + i, unit + skip, size * sizeof *unit);
+    }
+}
+
 /* ---- panels */
 
 static const void *tfm__at(const void *data, tfm_dtype dtype, size_t element) {
@@ -1534,8 +1946,21 @@ static void tfm__from_i8(const unsigned char *panel, size_t groups, size_t lane,
 
 /* n numbers from a row of a matrix of any layout, the first from column `column`, as fp32. */
 static void tfm__matrix_row(const tfm_tensor *matrix, size_t index, size_t column, size_t n, float *row) {
+    const tfm__block_format *format = tfm__blocks_of(matrix->dtype);
     size_t out = matrix->shape[0], in = matrix->shape[1], first, stride;
     const char *data = (const char *)matrix->data;
+    if (matrix->dtype == TFM_PARTS) {
+        const tfm_tensor *part = (const tfm_tensor *)matrix->data;
+        for (; index >= part->shape[0]; part++)
+            index -= part->shape[0];
+        tfm__matrix_row(part, index, column, n, row);
+        return;
+    }
+    if (format) {
+        tfm__from_blocks(format, (const unsigned char *)data + index * (in / format->numbers) * format->bytes, column,
+                         n, row);
+        return;
+    }
     if (matrix->layout == TFM_ROWS)
         first = index * in, stride = 1;
     else if (matrix->layout == TFM_COLS)
@@ -1739,8 +2164,9 @@ TFM_API tfm_status tfm_pack(const tfm_tensor *matrix, tfm_dtype dtype, const tfm
     alone.count = 1;
     if (matrix->n_dims != 2 || !matrix->shape[0] || !matrix->shape[1] || !matrix->data)
         return tfm__fail(error, TFM_ERROR_ARGUMENT, "tfm_pack: expected a matrix");
-    if (!tfm__is_matrix_dtype(matrix->dtype, matrix->layout) || !tfm__is_matrix_dtype(dtype, TFM_PANELS))
-        return tfm__fail(error, TFM_ERROR_UNSUPPORTED, "tfm_pack: expected f32, f16, bf16, or i8 in panels");
+    if (!tfm__is_readable(matrix) || !tfm__is_matrix_dtype(dtype, TFM_PANELS))
+        return tfm__fail(error, TFM_ERROR_UNSUPPORTED,
+                         "tfm_pack: expected f32, f16, bf16, i8 in panels or whole blocks in rows");
     *packed = tfm__tensor(dtype, TFM_PANELS, matrix->shape[0], matrix->shape[1], NULL);
     size = tfm_tensor_bytes(packed);
     panels = tfm__allocate_aligned(&memory, size, TFM__CACHE_LINE);
@@ -2760,17 +3186,11 @@ static TFM__TARGET TFM__INLINE int32x4_t TFM__FN(codes)(const unsigned char *cod
 }
 #endif
 
-/* The inputs that a tile takes at a time. */
-typedef struct TFM__FN(groups) {
-    size_t first, end;
-} TFM__FN(groups);
-
-/* One tile: rows x (16 * panels) of y, over some groups of 64 inputs. For each group the integer sums become floats, times
+/* One tile: rows x (16 * panels) of y. For each group the integer sums become floats, times
  * both scales, and are added to the float sums: 2 x 12 accumulators for 4 rows x 48 outputs on AVX-512, all in registers.
  * Beside 192 products on the two multipliers stand the 24 multiplications of the scales: 89 % of the peak at most. */
 static TFM__TARGET TFM__INLINE void TFM__FN(tile_i8)(const int rows, const int panels, const tfm__matmul *job,
-                                                     size_t row, TFM__FN(groups) part_of_k, const unsigned char *w,
-                                                     float *y, size_t y_stride) {
+                                                     size_t row, const unsigned char *w, float *y, size_t y_stride) {
     const int columns = panels * TFM__PARTS;
     const size_t groups = tfm__groups(job->k), panel_bytes = job->panel_bytes, q_stride = groups * TFM__GROUP;
     const unsigned char *integers = w + tfm__integers_at(groups), *codes = w + TFM__CACHE_LINE;
@@ -2784,8 +3204,8 @@ static TFM__TARGET TFM__INLINE void TFM__FN(tile_i8)(const int rows, const int p
     for (r = 0; r < rows; r++)
         TFM__UNROLL
     for (c = 0; c < columns; c++)
-        sum[r][c] = part_of_k.first ? vf_load(y + (size_t)r * y_stride + c * TFM__LANES) : vf_set1(0);
-    for (g = part_of_k.first; g < part_of_k.end; g++) {
+        sum[r][c] = vf_set1(0);
+    for (g = 0; g < groups; g++) {
         vi part[TFM__TALL_I8][TFM__PANELS_I8 * TFM__PARTS], weights[TFM__PANELS_I8 * TFM__PARTS];
         TFM__UNROLL
         for (r = 0; r < rows; r++)
@@ -2828,63 +3248,52 @@ static TFM__TARGET TFM__INLINE void TFM__FN(tile_i8)(const int rows, const int p
 }
 
 static TFM__TARGET TFM__INLINE void TFM__FN(tile_rows_i8)(size_t rows, const int panels, const tfm__matmul *job,
-                                                          size_t row, TFM__FN(groups) part_of_k, const unsigned char *w,
-                                                          float *y, size_t y_stride) {
+                                                          size_t row, const unsigned char *w, float *y,
+                                                          size_t y_stride) {
     switch (rows) {
-    case 1: TFM__FN(tile_i8)(1, panels, job, row, part_of_k, w, y, y_stride); break;
-    case 2: TFM__FN(tile_i8)(2, panels, job, row, part_of_k, w, y, y_stride); break;
+    case 1: TFM__FN(tile_i8)(1, panels, job, row, w, y, y_stride); break;
+    case 2: TFM__FN(tile_i8)(2, panels, job, row, w, y, y_stride); break;
 #if TFM__ROWS_I8 == 4
-    case 3: TFM__FN(tile_i8)(3, panels, job, row, part_of_k, w, y, y_stride); break;
+    case 3: TFM__FN(tile_i8)(3, panels, job, row, w, y, y_stride); break;
 #endif
 #if TFM__TALL_I8 == 8
-    case 5: TFM__FN(tile_i8)(5, 1, job, row, part_of_k, w, y, y_stride); break;
-    case 6: TFM__FN(tile_i8)(6, 1, job, row, part_of_k, w, y, y_stride); break;
-    case 7: TFM__FN(tile_i8)(7, 1, job, row, part_of_k, w, y, y_stride); break;
-    case 8: TFM__FN(tile_i8)(8, 1, job, row, part_of_k, w, y, y_stride); break;
+    case 5: TFM__FN(tile_i8)(5, 1, job, row, w, y, y_stride); break;
+    case 6: TFM__FN(tile_i8)(6, 1, job, row, w, y, y_stride); break;
+    case 7: TFM__FN(tile_i8)(7, 1, job, row, w, y, y_stride); break;
+    case 8: TFM__FN(tile_i8)(8, 1, job, row, w, y, y_stride); break;
 #endif
-    default: TFM__FN(tile_i8)(TFM__ROWS_I8, panels, job, row, part_of_k, w, y, y_stride);
+    default: TFM__FN(tile_i8)(TFM__ROWS_I8, panels, job, row, w, y, y_stride);
     }
 }
 
 /* All rows of y, `at_once` a time, from the column on, in one tile's width: `step` columns. */
 static TFM__TARGET TFM__INLINE void TFM__FN(columns_i8)(const tfm__matmul *job, size_t column, size_t step,
-                                                        size_t at_once, TFM__FN(groups) part_of_k) {
+                                                        size_t at_once) {
     const unsigned char *w = (const unsigned char *)job->w + column / 16 * job->panel_bytes;
     size_t row, r, lanes = TFM__MIN(job->n - column, (size_t)16);
     for (row = 0; row < job->n_rows; row += at_once) {
         float *y = job->y + row * job->y_stride + column, side[TFM__TALL_I8 * 16];
         size_t rows = TFM__MIN(job->n_rows - row, at_once);
         if (step > 16)
-            TFM__FN(tile_rows_i8)(rows, TFM__PANELS_I8, job, row, part_of_k, w, y, job->y_stride);
+            TFM__FN(tile_rows_i8)(rows, TFM__PANELS_I8, job, row, w, y, job->y_stride);
         else if (lanes == 16)
-            TFM__FN(tile_rows_i8)(rows, 1, job, row, part_of_k, w, y, job->y_stride);
+            TFM__FN(tile_rows_i8)(rows, 1, job, row, w, y, job->y_stride);
         else { /* the last panel when n is not a multiple of 16 */
-            if (part_of_k.first)
-                for (r = 0; r < rows; r++)
-                    memcpy(side + r * 16, y + r * job->y_stride, lanes * sizeof *y);
-            TFM__FN(tile_rows_i8)(rows, 1, job, row, part_of_k, w, side, 16);
+            TFM__FN(tile_rows_i8)(rows, 1, job, row, w, side, 16);
             for (r = 0; r < rows; r++)
                 memcpy(y + r * job->y_stride, side + r * 16, lanes * sizeof *y);
         }
     }
 }
 
-/* With many rows, a tile's weights are taken in parts of 12 KiB, that all rows pass over while the first-level cache has
- * them; the float sums wait in y meanwhile. With few, as in batched decoding, the weights come from memory, and most of
- * the time with them: all rows go in one tall, narrow tile, so that reading never pauses for rows that come after. */
+/* With few rows, as in batched decoding, the weights come from memory, and most of the time with them: all rows go in one
+ * tall, narrow tile, so that reading never pauses for rows that come after. */
 static TFM__TARGET void TFM__FN(matmul_i8)(const tfm__matmul *job) {
-    const int few = job->n_rows <= TFM__TALL_I8, tall = few && job->n_rows > TFM__ROWS_I8;
-    const size_t groups = tfm__groups(job->k), groups_at_once = few ? groups : 12 / TFM__PANELS_I8;
+    const int tall = job->n_rows <= TFM__TALL_I8 && job->n_rows > TFM__ROWS_I8;
     size_t column = 0, step;
     for (; column < job->n; column += step) {
-        TFM__FN(groups) part_of_k;
         step = !tall && column + 16 * TFM__PANELS_I8 <= job->n ? 16 * TFM__PANELS_I8 : 16;
-        part_of_k.end = 0;
-        do {
-            part_of_k.first = part_of_k.end;
-            part_of_k.end = TFM__MIN(part_of_k.first + groups_at_once, groups);
-            TFM__FN(columns_i8)(job, column, step, tall ? job->n_rows : TFM__ROWS_I8, part_of_k);
-        } while (part_of_k.end < groups);
+        TFM__FN(columns_i8)(job, column, step, tall ? job->n_rows : TFM__ROWS_I8);
     }
 }
 
@@ -3156,6 +3565,8 @@ static void tfm__input_piece(void *argument, size_t index) {
  * as those of most models are, fall on the same few lines of the cache.) */
 #define TFM__LINEAR_ROWS ((size_t)32)
 #define TFM__LINEAR_COLUMNS ((size_t)192)
+/* With fewer pieces than this, threads that finish would wait long for others. */
+#define TFM__PIECES ((size_t)16)
 
 /* Pieces are cut so that the weights of one stay in the second-level cache while its rows pass by, in whole tiles (48 is
  * the widest), and for i8 in whole groups of 64, which the next layer wants quantized. A few rows, whose time goes into
@@ -3163,11 +3574,15 @@ static void tfm__input_piece(void *argument, size_t index) {
  * neighbours in the order of the pieces: its weights are read from memory once. */
 static void tfm__cut(tfm__linear_job *job) {
     const int few = job->input.n_rows <= 8;
+    size_t blocks;
     if (job->linear->weight.dtype == TFM_I8 || job->result.quantized.q)
         job->columns = few ? TFM__GROUP : TFM__LINEAR_COLUMNS;
     else
         job->columns = 3 * TFM__PANEL;
+    blocks = tfm__divide_up(job->linear->weight.shape[0], job->columns);
     job->rows = 4 * TFM__LINEAR_ROWS;
+    while (job->rows > TFM__LINEAR_ROWS && blocks * tfm__divide_up(job->input.n_rows, job->rows) < TFM__PIECES)
+        job->rows /= 2;
     job->row_blocks = tfm__divide_up(job->input.n_rows, job->rows);
 }
 
@@ -4323,11 +4738,13 @@ struct tfm_file {
     tfm__bytes bytes;
     int owned;      /* 1: bytes are unmapped on closing */
     char name[256]; /* for error messages */
-    size_t n_meta, n_entries;
+    size_t n_meta, n_entries, n_whole;
     tfm_meta *meta;          /* [n_meta], in the file's order */
-    tfm_entry *entries;      /* [n_entries], in the file's order */
+    tfm_entry *entries;      /* [n_entries], in the file's order; [n_whole] matrices whose parts are among those */
+    tfm_tensor *parts;       /* the data of those */
+    uint32_t *whole;         /* [n_entries]: which of all entries that one is a part of, or itself */
     uint32_t *meta_by_key;   /* [n_meta]: sorted by key */
-    uint32_t *entry_by_name; /* [n_entries]: sorted by name */
+    uint32_t *entry_by_name; /* [n_entries + n_whole]: sorted by name */
 };
 
 static uint32_t tfm__u32(const unsigned char *p) {
@@ -4436,32 +4853,40 @@ static tfm_status tfm__parse_meta(tfm_file *file, size_t at, size_t end, tfm_err
 static tfm_status tfm__parse_entry(const tfm_file *file, const unsigned char *p, size_t data_start, tfm_entry *entry,
                                    tfm_error *error) {
     tfm_tensor *tensor = &entry->tensor;
+    const uint64_t most = (uint64_t)TFM__MIN(file->bytes.size, SIZE_MAX / 2) * 2; /* no number has less than 4 bits */
     uint64_t elements = 1, offset = tfm__u64(p + 48), size = tfm__u64(p + 56);
+    const tfm__block_format *format = tfm__blocks_of((tfm_dtype)tfm__u32(p + 4));
     int name_size = (int)TFM__MIN(entry->name_size, 100), i;
     tensor->dtype = (tfm_dtype)tfm__u32(p + 4);
     tensor->layout = (tfm_layout)tfm__u32(p + 8);
     tensor->n_dims = (int)TFM__MIN(tfm__u32(p + 12), 255);
     entry->crc = tfm__u32(p + 64);
-    if (!tfm__is_float(tensor->dtype) && tensor->dtype != TFM_I8)
+    if (!tfm__is_float(tensor->dtype) && tensor->dtype != TFM_I8 && !format)
         return tfm__fail(error, TFM_ERROR_UNSUPPORTED, "%s: tensor '%.*s' has the unknown type %lu", file->name,
                          name_size, entry->name, (unsigned long)tfm__u32(p + 4));
     if ((unsigned)tensor->layout >= TFM_LAYOUT_COUNT)
         return tfm__fail(error, TFM_ERROR_UNSUPPORTED, "%s: tensor '%.*s' has the unknown layout %lu", file->name,
                          name_size, entry->name, (unsigned long)tfm__u32(p + 8));
-    if (!tfm__is_matrix_dtype(tensor->dtype, tensor->layout))
+    if (tensor->dtype == TFM_I8 && tensor->layout != TFM_PANELS)
         return tfm__fail(error, TFM_ERROR_FORMAT, "%s: tensor '%.*s' is i8, but not in panels", file->name, name_size,
                          entry->name);
+    if (format && (tensor->layout != TFM_ROWS || tensor->n_dims != 2))
+        return tfm__fail(error, TFM_ERROR_FORMAT, "%s: tensor '%.*s' is %s, but not a matrix in rows", file->name,
+                         name_size, entry->name, format->name);
     if (tensor->n_dims < 1 || tensor->n_dims > TFM_MAX_DIMS || (tensor->layout != TFM_ROWS && tensor->n_dims != 2))
         return tfm__fail(error, TFM_ERROR_FORMAT, "%s: tensor '%.*s' has %d dimensions", file->name, name_size,
                          entry->name, tensor->n_dims);
     for (i = 0; i < TFM_MAX_DIMS; i++) {
         uint64_t n = tfm__u64(p + 16 + 8 * i);
-        if (!n || n > file->bytes.size || (i >= tensor->n_dims && n != 1) || elements > file->bytes.size / n)
+        if (!n || n > most || (i >= tensor->n_dims && n != 1) || elements > most / n)
             return tfm__fail(error, TFM_ERROR_FORMAT, "%s: tensor '%.*s' has an impossible shape", file->name,
                              name_size, entry->name);
-        elements *= n; /* no more than the file has bytes, so that nothing below overflows */
+        elements *= n; /* no more than the file has half bytes, so that nothing below overflows */
         tensor->shape[i] = (size_t)n;
     }
+    if (format && tensor->shape[1] % format->numbers)
+        return tfm__fail(error, TFM_ERROR_FORMAT, "%s: tensor '%.*s' is %s, but its rows are not whole blocks of %lu",
+                         file->name, name_size, entry->name, format->name, (unsigned long)format->numbers);
     if (size != tfm_tensor_bytes(tensor))
         return tfm__fail(error, TFM_ERROR_FORMAT, "%s: tensor '%.*s' has %llu bytes, but its shape needs %llu",
                          file->name, name_size, entry->name, (unsigned long long)size,
@@ -4480,10 +4905,11 @@ static tfm_status tfm__parse_directory(tfm_file *file, size_t at, size_t end, si
     if (n > (end - at) / 80)
         return tfm__fail(error, TFM_ERROR_FORMAT, "%s: the directory is too small for %lu tensors", file->name,
                          (unsigned long)n);
-    file->entries = (tfm_entry *)tfm__allocate(&file->allocator, n * sizeof *file->entries);
-    file->entry_by_name = (uint32_t *)tfm__allocate(&file->allocator, n * sizeof *file->entry_by_name);
-    if (!file->entries || !file->entry_by_name)
-        return tfm__fail_memory(error, n * sizeof *file->entries);
+    file->entries = (tfm_entry *)tfm__allocate(&file->allocator, 2 * n * sizeof *file->entries);
+    file->entry_by_name = (uint32_t *)tfm__allocate(&file->allocator, 2 * n * sizeof *file->entry_by_name);
+    file->whole = (uint32_t *)tfm__allocate(&file->allocator, n * sizeof *file->whole);
+    if (!file->entries || !file->entry_by_name || !file->whole)
+        return tfm__fail_memory(error, 2 * n * sizeof *file->entries);
     for (; file->n_entries < n; file->n_entries++) {
         const unsigned char *p = file->bytes.data + at;
         tfm_entry *entry = file->entries + file->n_entries;
@@ -4502,7 +4928,7 @@ static tfm_status tfm__parse_directory(tfm_file *file, size_t at, size_t end, si
                              "%s: the data of tensor '%.*s' overlaps that of the one before it", file->name,
                              (int)TFM__MIN(entry->name_size, 100), entry->name);
         last = (const unsigned char *)entry->tensor.data + tfm_tensor_bytes(&entry->tensor);
-        file->entry_by_name[file->n_entries] = (uint32_t)file->n_entries;
+        file->entry_by_name[file->n_entries] = file->whole[file->n_entries] = (uint32_t)file->n_entries;
         at += 72 + tfm__round_up(entry->name_size, 8);
     }
     if (at != end)
@@ -4514,6 +4940,52 @@ static tfm_status tfm__parse_directory(tfm_file *file, size_t at, size_t end, si
             return tfm__fail(error, TFM_ERROR_FORMAT, "%s: tensor '%.*s' is there twice", file->name,
                              (int)TFM__MIN(entry->name_size, 100), entry->name);
         }
+    return TFM_OK;
+}
+
+/* ---- matrices in parts: NAME#0, NAME#1, ... hold the rows of NAME, which is an entry more, of the type TFM_PARTS */
+
+/* Joins the parts of the entry `first`, whose name ends in #0, and returns how many there are. */
+static size_t tfm__join(tfm_file *file, const tfm_entry *first, tfm_entry *whole, tfm_tensor *parts) {
+    const tfm_entry *entry = first;
+    size_t rows = 0, n = 0;
+    char name[128];
+    *whole = *first;
+    whole->name_size -= 2;
+    for (; entry && entry->tensor.n_dims == 2 && entry->tensor.shape[1] == first->tensor.shape[1]; n++) {
+        parts[n] = entry->tensor;
+        rows += parts[n].shape[0];
+        file->whole[entry - file->entries] = (uint32_t)(whole - file->entries);
+        snprintf(name, sizeof name, "%.*s#%lu", (int)whole->name_size, whole->name, (unsigned long)n + 1);
+        entry = tfm_file_find(file, name);
+    }
+    whole->tensor = tfm__tensor(TFM_PARTS, TFM_ROWS, rows, first->tensor.shape[1], parts);
+    return n;
+}
+
+static tfm_status tfm__join_parts(tfm_file *file, tfm_error *error) {
+    const size_t n = file->n_entries;
+    size_t used = 0, n_whole = 0, i;
+    char name[128];
+    file->parts = (tfm_tensor *)tfm__allocate(&file->allocator, n * sizeof *file->parts);
+    if (!file->parts)
+        return tfm__fail_memory(error, n * sizeof *file->parts);
+    for (i = 0; i < n; i++) {
+        const tfm_entry *entry = file->entries + i;
+        if (entry->name_size < 3 || entry->name_size > 100 || entry->tensor.n_dims != 2 ||
+            memcmp(entry->name + entry->name_size - 2, "#0", 2) || memchr(entry->name, 0, entry->name_size))
+            continue;
+        snprintf(name, sizeof name, "%.*s", (int)entry->name_size - 2, entry->name);
+        if (tfm_file_find(file, name))
+            return tfm__fail(error, TFM_ERROR_FORMAT, "%s: tensor '%s' is there both whole and in parts", file->name,
+                             name);
+        used += tfm__join(file, entry, file->entries + n + n_whole, file->parts + used);
+        file->entry_by_name[n + n_whole] = (uint32_t)(n + n_whole);
+        n_whole++;
+    }
+    file->n_whole = n_whole; /* now tfm_file_find sees them */
+    if (n_whole)
+        tfm__sort(file->entry_by_name, n + n_whole, tfm__compare_entries, file);
     return TFM_OK;
 }
 
@@ -4550,7 +5022,9 @@ static tfm_status tfm__parse_file(tfm_file *file, tfm_error *error) {
         return tfm__fail(error, TFM_ERROR_FORMAT, "%s: the header's checksum is wrong: the file is damaged",
                          file->name);
     status = tfm__parse_meta(file, TFM__HEADER_SIZE, directory, error);
-    return status == TFM_OK ? tfm__parse_directory(file, directory, end, tfm__u32(p + 56), error) : status;
+    if (status == TFM_OK)
+        status = tfm__parse_directory(file, directory, end, tfm__u32(p + 56), error);
+    return status == TFM_OK ? tfm__join_parts(file, error) : status;
 }
 
 TFM_API void tfm_file_close(tfm_file *file) {
@@ -4561,6 +5035,8 @@ TFM_API void tfm_file_close(tfm_file *file) {
     tfm__release(&allocator, file->meta);
     tfm__release(&allocator, file->meta_by_key);
     tfm__release(&allocator, file->entries);
+    tfm__release(&allocator, file->parts);
+    tfm__release(&allocator, file->whole);
     tfm__release(&allocator, file->entry_by_name);
 #ifndef TFM_NO_STDIO
     if (file->owned)
@@ -4639,7 +5115,7 @@ TFM_API const tfm_entry *tfm_file_entry(const tfm_file *file, size_t index) {
 }
 
 TFM_API const tfm_entry *tfm_file_find(const tfm_file *file, const char *name) {
-    size_t low = 0, high = file->n_entries, size = strlen(name);
+    size_t low = 0, high = file->n_entries + file->n_whole, size = strlen(name);
     while (low < high) {
         size_t middle = low + (high - low) / 2;
         const tfm_entry *entry = file->entries + file->entry_by_name[middle];
@@ -4665,7 +5141,12 @@ TFM_API const tfm_meta *tfm_file_find_meta(const tfm_file *file, const char *key
 /* The tensor's data in the mapped file is not needed again soon: lets the system take the memory back, so that a file
  * that is read through once need not fit in memory. */
 static void tfm__file_forget(const tfm_file *file, const tfm_tensor *tensor) {
-    if (file->bytes.mapped)
+    const tfm_tensor *part = (const tfm_tensor *)tensor->data;
+    size_t rows;
+    if (tensor->dtype == TFM_PARTS)
+        for (rows = 0; rows < tensor->shape[0]; rows += (part++)->shape[0])
+            tfm__file_forget(file, part);
+    else if (file->bytes.mapped)
         tfm__advise_unneeded(tensor->data, tfm_tensor_bytes(tensor));
 }
 
@@ -4695,7 +5176,7 @@ TFM_API tfm_status tfm_file_verify(const tfm_file *file, tfm_error *error) {
  * values -> out, and, in a gated FFN, up -> down (the gate is not linear). */
 
 typedef struct tfm__folding {
-    tfm__factors *of; /* [n_entries] of the file */
+    tfm__factors *of; /* [n_entries + n_whole] of the file */
     float *floats;
     size_t size, used; /* floats */
 } tfm__folding;
@@ -4726,13 +5207,13 @@ static int tfm__stack_says(const tfm_file *file, const char *stack, const char *
            !memcmp(meta->values, word, meta->count);
 }
 
-/* A tensor of a block that can take part: a matrix of floats, or a vector. */
+/* A tensor of a block that can take part: a matrix that is yet to be packed, or a vector. */
 static const tfm_entry *tfm__block_entry(const tfm_file *file, const char *stack, size_t layer, const char *part) {
     const tfm_entry *entry;
     char name[96];
     snprintf(name, sizeof name, "%s.blocks.%lu.%s", stack, (unsigned long)layer, part);
     entry = tfm_file_find(file, name);
-    return entry && tfm__is_float(entry->tensor.dtype) && entry->tensor.n_dims <= 2 ? entry : NULL;
+    return entry && entry->tensor.dtype != TFM_I8 && entry->tensor.n_dims <= 2 ? entry : NULL;
 }
 
 static tfm__foldable tfm__find_foldable(const tfm_file *file, const char *stack, size_t layer) {
@@ -4937,7 +5418,7 @@ static void tfm__fold_free(tfm__folding *folding, const tfm_allocator *allocator
 /* The factors for all of a file's tensors. */
 static tfm_status tfm__fold(const tfm_file *file, tfm__folding *folding, const tfm_allocator *allocator,
                             tfm_error *error) {
-    size_t of_size = tfm__product(file->n_entries, sizeof *folding->of), run;
+    size_t of_size = tfm__product(file->n_entries + file->n_whole, sizeof *folding->of), run;
     memset(folding, 0, sizeof *folding);
     folding->of = (tfm__factors *)tfm__allocate_zeroed(allocator, of_size);
     if (!folding->of)
@@ -4971,8 +5452,6 @@ static void tfm__factored_vector(const tfm_tensor *from, const tfm__factors *fac
 
 /* ---- writing */
 
-#ifndef TFM_NO_STDIO
-
 static void tfm__put_u32(unsigned char *p, uint32_t value) {
     p[0] = (unsigned char)value;
     p[1] = (unsigned char)(value >> 8);
@@ -4984,6 +5463,8 @@ static void tfm__put_u64(unsigned char *p, uint64_t value) {
     tfm__put_u32(p, (uint32_t)value);
     tfm__put_u32(p + 4, (uint32_t)(value >> 32));
 }
+
+#ifndef TFM_NO_STDIO
 
 /* A file that is being rewritten tensor by tensor. */
 typedef struct tfm__rewrite {
@@ -5019,6 +5500,12 @@ static tfm_status tfm__write(const tfm__rewrite *rewrite, const void *data, size
 static tfm_status tfm__write_padding(const tfm__rewrite *rewrite, size_t to, tfm_error *error) {
     static const unsigned char zeros[64] = {0};
     return tfm__write(rewrite, zeros, to - rewrite->size, error);
+}
+
+/* What is written in the place of an entry: that, or the whole of which it is the first part; NULL for its other parts. */
+static const tfm_entry *tfm__written(const tfm_file *file, size_t index) {
+    const tfm_entry *entry = file->entries + index, *whole = file->entries + file->whole[index];
+    return whole == entry || ((const tfm_tensor *)whole->tensor.data)->data == entry->tensor.data ? whole : NULL;
 }
 
 /* Converts and writes one tensor, and notes its checksum in the directory at `directory`. */
@@ -5062,23 +5549,40 @@ static tfm_status tfm__rewrite_tensor(tfm__rewrite *rewrite, const tfm__crc_tabl
     return status;
 }
 
-/* Fills the new directory (in place, over the old one): dtype, layout, offset and size of each tensor. */
+/* Writes the new directory over the old one, which is no smaller: dtype, layout, offset and size of each tensor. */
 static void tfm__plan_rewrite(tfm__rewrite *rewrite) {
-    unsigned char *directory = rewrite->head + (size_t)tfm__u64(rewrite->head + 40);
-    size_t end = rewrite->head_size, i;
-    for (i = 0; i < rewrite->from->n_entries; i++) {
-        const tfm_entry *entry = rewrite->from->entries + i;
-        tfm_tensor target = tfm__rewritten(rewrite, entry);
-        end = tfm__round_up(end, TFM__CACHE_LINE);
-        tfm__put_u32(directory + 4, (uint32_t)target.dtype);
-        tfm__put_u32(directory + 8, (uint32_t)target.layout);
-        tfm__put_u64(directory + 48, end);
-        tfm__put_u64(directory + 56, tfm_tensor_bytes(&target));
-        end += tfm_tensor_bytes(&target);
+    const tfm_file *from = rewrite->from;
+    unsigned char *directory = rewrite->head + (size_t)tfm__u64(rewrite->head + 40), *entry_at = directory;
+    size_t n = 0, size, end, i;
+    for (i = 0; i < from->n_entries; i++) {
+        const tfm_entry *entry = tfm__written(from, i);
+        tfm_tensor target;
+        if (!entry)
+            continue;
+        target = tfm__rewritten(rewrite, entry);
+        size = tfm__round_up(entry->name_size, 8);
+        memset(entry_at, 0, 72 + size);
+        tfm__put_u32(entry_at, (uint32_t)entry->name_size);
+        tfm__put_u32(entry_at + 4, (uint32_t)target.dtype);
+        tfm__put_u32(entry_at + 8, (uint32_t)target.layout);
+        tfm__put_u32(entry_at + 12, (uint32_t)target.n_dims);
+        for (end = 0; end < TFM_MAX_DIMS; end++)
+            tfm__put_u64(entry_at + 16 + 8 * end, target.shape[end]);
+        tfm__put_u64(entry_at + 56, tfm_tensor_bytes(&target));
+        memcpy(entry_at + 72, entry->name, entry->name_size);
         rewrite->total += tfm_tensor_bytes(&entry->tensor);
-        directory += 72 + tfm__round_up(entry->name_size, 8);
+        entry_at += 72 + size;
+        n++;
+    }
+    rewrite->head_size = (size_t)(entry_at - rewrite->head);
+    for (end = rewrite->head_size; directory < entry_at; directory += 72 + tfm__round_up(tfm__u32(directory), 8)) {
+        end = tfm__round_up(end, TFM__CACHE_LINE);
+        tfm__put_u64(directory + 48, end);
+        end += (size_t)tfm__u64(directory + 56);
     }
     tfm__put_u64(rewrite->head + 16, end);
+    tfm__put_u64(rewrite->head + 48, rewrite->head_size - (size_t)tfm__u64(rewrite->head + 40));
+    tfm__put_u32(rewrite->head + 56, (uint32_t)n);
 }
 
 static tfm_status tfm__rewrite_file(tfm__rewrite *rewrite, tfm_error *error) {
@@ -5091,7 +5595,9 @@ static tfm_status tfm__rewrite_file(tfm__rewrite *rewrite, tfm_error *error) {
     status = tfm__write(rewrite, rewrite->head, rewrite->head_size, error); /* again when the checksums are known */
     rewrite->size = rewrite->head_size;
     for (i = 0; status == TFM_OK && i < rewrite->from->n_entries; i++) {
-        const tfm_entry *entry = rewrite->from->entries + i;
+        const tfm_entry *entry = tfm__written(rewrite->from, i);
+        if (!entry)
+            continue;
         status = tfm__rewrite_tensor(rewrite, &crc, entry, directory, error);
         directory += 72 + tfm__round_up(entry->name_size, 8);
     }
@@ -5422,41 +5928,53 @@ static const uint32_t tfm__unicode_runs[2366] = {
     0xF000040, 0xFFFFE00, 0x10000040, 0x10FFFE00,
 };
 
-/* How canonical decomposition sorts marks: runs as above, of 0 for what is no such mark, 1, 2, ... for marks that
-   stripping accents keeps, and 255 for those that it removes. */
-static const uint32_t tfm__order_runs[337] = {
-    0x0, 0x300FF, 0x34000, 0x342FF, 0x34300, 0x345FF, 0x34F00, 0x350FF, 0x37000, 0x483FF, 0x48800, 0x591FF, 0x5BE00,
-    0x5BFFF, 0x5C000, 0x5C1FF, 0x5C300, 0x5C4FF, 0x5C600, 0x5C7FF, 0x5C800, 0x610FF, 0x61B00, 0x64BFF, 0x66000, 0x670FF,
-    0x67100, 0x6D6FF, 0x6DD00, 0x6DFFF, 0x6E500, 0x6E7FF, 0x6E900, 0x6EAFF, 0x6EE00, 0x711FF, 0x71200, 0x730FF, 0x74B00,
-    0x7EBFF, 0x7F400, 0x816FF, 0x81A00, 0x81BFF, 0x82400, 0x825FF, 0x82800, 0x829FF, 0x82E00, 0x859FF, 0x85C00, 0x8D406,
-    0x8E200, 0x8E3FF, 0x90000, 0x93CFF, 0x93D00, 0x94DFF, 0x94E00, 0x951FF, 0x95500, 0x9BCFF, 0x9BD00, 0x9CDFF, 0x9CE00,
-    0xA3CFF, 0xA3D00, 0xA4DFF, 0xA4E00, 0xABCFF, 0xABD00, 0xACDFF, 0xACE00, 0xB3CFF, 0xB3D00, 0xB4DFF, 0xB4E00, 0xBCDFF,
-    0xBCE00, 0xC4DFF, 0xC4E00, 0xC55FF, 0xC5700, 0xCBCFF, 0xCBD00, 0xCCDFF, 0xCCE00, 0xD4DFF, 0xD4E00, 0xDCAFF, 0xDCB00,
-    0xE38FF, 0xE3B00, 0xE48FF, 0xE4C00, 0xEB8FF, 0xEBA00, 0xEC8FF, 0xECC00, 0xF18FF, 0xF1A00, 0xF35FF, 0xF3600, 0xF37FF,
-    0xF3800, 0xF39FF, 0xF3A00, 0xF71FF, 0xF7300, 0xF74FF, 0xF7500, 0xF7AFF, 0xF7E00, 0xF80FF, 0xF8100, 0xF82FF, 0xF8500,
-    0xF86FF, 0xF8800, 0xFC6FF, 0xFC700, 0x1037FF, 0x103800, 0x1039FF, 0x103B00, 0x108DFF, 0x108E00, 0x135DFF, 0x136000,
-    0x1714FF, 0x171500, 0x1734FF, 0x173500, 0x17D2FF, 0x17D300, 0x17DDFF, 0x17DE00, 0x18A9FF, 0x18AA00, 0x1939FF,
-    0x193C00, 0x1A17FF, 0x1A1900, 0x1A60FF, 0x1A6100, 0x1A75FF, 0x1A7D00, 0x1A7FFF, 0x1A8000, 0x1AB0FF, 0x1ABE00,
-    0x1B34FF, 0x1B3500, 0x1B4402, 0x1B4500, 0x1B6BFF, 0x1B7400, 0x1BAA02, 0x1BABFF, 0x1BAC00, 0x1BE6FF, 0x1BE700,
-    0x1BF202, 0x1BF400, 0x1C37FF, 0x1C3800, 0x1CD0FF, 0x1CD300, 0x1CD4FF, 0x1CE100, 0x1CE2FF, 0x1CE900, 0x1CEDFF,
-    0x1CEE00, 0x1CF4FF, 0x1CF500, 0x1CF8FF, 0x1CFA00, 0x1DC0FF, 0x1DF600, 0x1DFB06, 0x1DFCFF, 0x1E0000, 0x20D0FF,
-    0x20DD00, 0x20E1FF, 0x20E200, 0x20E5FF, 0x20F100, 0x2CEFFF, 0x2CF200, 0x2D7FFF, 0x2D8000, 0x2DE0FF, 0x2E0000,
-    0x302AFF, 0x302E04, 0x303000, 0x3099FF, 0x309B00, 0xA66FFF, 0xA67000, 0xA674FF, 0xA67E00, 0xA69EFF, 0xA6A000,
-    0xA6F0FF, 0xA6F200, 0xA806FF, 0xA80700, 0xA8C4FF, 0xA8C500, 0xA8E0FF, 0xA8F200, 0xA92BFF, 0xA92E00, 0xA95302,
-    0xA95400, 0xA9B3FF, 0xA9B400, 0xA9C002, 0xA9C100, 0xAAB0FF, 0xAAB100, 0xAAB2FF, 0xAAB500, 0xAAB7FF, 0xAAB900,
-    0xAABEFF, 0xAAC000, 0xAAC1FF, 0xAAC200, 0xAAF6FF, 0xAAF700, 0xABEDFF, 0xABEE00, 0xFB1EFF, 0xFB1F00, 0xFE20FF,
-    0xFE3000, 0x101FDFF, 0x101FE00, 0x102E0FF, 0x102E100, 0x10376FF, 0x1037B00, 0x10A0DFF, 0x10A0E00, 0x10A0FFF,
-    0x10A1000, 0x10A38FF, 0x10A3B00, 0x10A3FFF, 0x10A4000, 0x10AE5FF, 0x10AE700, 0x11046FF, 0x1104700, 0x1107FFF,
-    0x1108000, 0x110B9FF, 0x110BB00, 0x11100FF, 0x1110300, 0x11133FF, 0x1113500, 0x11173FF, 0x1117400, 0x111C002,
-    0x111C100, 0x111CAFF, 0x111CB00, 0x1123502, 0x11236FF, 0x1123700, 0x112E9FF, 0x112EB00, 0x1133CFF, 0x1133D00,
-    0x1134D02, 0x1134E00, 0x11366FF, 0x1136D00, 0x11370FF, 0x1137500, 0x1144202, 0x1144300, 0x1144601, 0x1144700,
-    0x114C2FF, 0x114C400, 0x115BFFF, 0x115C100, 0x1163FFF, 0x1164000, 0x116B602, 0x116B7FF, 0x116B800, 0x1172BFF,
-    0x1172C00, 0x11C3F02, 0x11C4000, 0x16AF0FF, 0x16AF500, 0x16B30FF, 0x16B3700, 0x1BC9EFF, 0x1BC9F00, 0x1D16503,
-    0x1D167FF, 0x1D16A00, 0x1D16D05, 0x1D16E03, 0x1D17300, 0x1D17BFF, 0x1D18300, 0x1D185FF, 0x1D18C00, 0x1D1AAFF,
-    0x1D1AE00, 0x1D242FF, 0x1D24500, 0x1E00006, 0x1E00700, 0x1E00806, 0x1E01900, 0x1E01B06, 0x1E02200, 0x1E02306,
-    0x1E02500, 0x1E02606, 0x1E02B00, 0x1E8D0FF, 0x1E8D700, 0x1E94406, 0x1E94A01, 0x1E94B00,
+/* How canonical decomposition sorts marks: runs as above, of 0 for what is no such mark, and 1, 2, ... */
+static const uint32_t tfm__order_runs[499] = {
+    0x0, 0x30032, 0x31533, 0x3162D, 0x31A33, 0x31B2B, 0x31C2D, 0x32129, 0x3232D, 0x32729, 0x3292D, 0x33401, 0x3392D,
+    0x33D32, 0x34000, 0x34232, 0x34300, 0x34536, 0x34632, 0x3472D, 0x34A32, 0x34D2D, 0x34F00, 0x35032, 0x3532D, 0x35732,
+    0x35833, 0x3592D, 0x35B32, 0x35C34, 0x35D35, 0x35F34, 0x36035, 0x36234, 0x36332, 0x37000, 0x48332, 0x48800, 0x5912D,
+    0x59232, 0x5962D, 0x59732, 0x59A2E, 0x59B2D, 0x59C32, 0x5A22D, 0x5A832, 0x5AA2D, 0x5AB32, 0x5AD2E, 0x5AE31, 0x5AF32,
+    0x5B005, 0x5B106, 0x5B207, 0x5B308, 0x5B409, 0x5B50A, 0x5B60B, 0x5B70C, 0x5B80D, 0x5B90E, 0x5BB0F, 0x5BC10, 0x5BD11,
+    0x5BE00, 0x5BF12, 0x5C000, 0x5C113, 0x5C214, 0x5C300, 0x5C432, 0x5C52D, 0x5C600, 0x5C70D, 0x5C800, 0x61032, 0x61819,
+    0x6191A, 0x61A1B, 0x61B00, 0x64B16, 0x64C17, 0x64D18, 0x64E19, 0x64F1A, 0x6501B, 0x6511C, 0x6521D, 0x65332, 0x6552D,
+    0x65732, 0x65C2D, 0x65D32, 0x65F2D, 0x66000, 0x6701E, 0x67100, 0x6D632, 0x6DD00, 0x6DF32, 0x6E32D, 0x6E432, 0x6E500,
+    0x6E732, 0x6E900, 0x6EA2D, 0x6EB32, 0x6ED2D, 0x6EE00, 0x7111F, 0x71200, 0x73032, 0x7312D, 0x73232, 0x7342D, 0x73532,
+    0x7372D, 0x73A32, 0x73B2D, 0x73D32, 0x73E2D, 0x73F32, 0x7422D, 0x74332, 0x7442D, 0x74532, 0x7462D, 0x74732, 0x7482D,
+    0x74932, 0x74B00, 0x7EB32, 0x7F22D, 0x7F332, 0x7F400, 0x81632, 0x81A00, 0x81B32, 0x82400, 0x82532, 0x82800, 0x82932,
+    0x82E00, 0x8592D, 0x85C00, 0x8D432, 0x8E200, 0x8E32D, 0x8E432, 0x8E62D, 0x8E732, 0x8E92D, 0x8EA32, 0x8ED2D, 0x8F016,
+    0x8F117, 0x8F218, 0x8F332, 0x8F62D, 0x8F732, 0x8F92D, 0x8FB32, 0x90000, 0x93C02, 0x93D00, 0x94D04, 0x94E00, 0x95132,
+    0x9522D, 0x95332, 0x95500, 0x9BC02, 0x9BD00, 0x9CD04, 0x9CE00, 0xA3C02, 0xA3D00, 0xA4D04, 0xA4E00, 0xABC02, 0xABD00,
+    0xACD04, 0xACE00, 0xB3C02, 0xB3D00, 0xB4D04, 0xB4E00, 0xBCD04, 0xBCE00, 0xC4D04, 0xC4E00, 0xC5520, 0xC5621, 0xC5700,
+    0xCBC02, 0xCBD00, 0xCCD04, 0xCCE00, 0xD4D04, 0xD4E00, 0xDCA04, 0xDCB00, 0xE3822, 0xE3A04, 0xE3B00, 0xE4823, 0xE4C00,
+    0xEB824, 0xEBA00, 0xEC825, 0xECC00, 0xF182D, 0xF1A00, 0xF352D, 0xF3600, 0xF372D, 0xF3800, 0xF392B, 0xF3A00, 0xF7126,
+    0xF7227, 0xF7300, 0xF7428, 0xF7500, 0xF7A27, 0xF7E00, 0xF8027, 0xF8100, 0xF8232, 0xF8404, 0xF8500, 0xF8632, 0xF8800,
+    0xFC62D, 0xFC700, 0x103702, 0x103800, 0x103904, 0x103B00, 0x108D2D, 0x108E00, 0x135D32, 0x136000, 0x171404,
+    0x171500, 0x173404, 0x173500, 0x17D204, 0x17D300, 0x17DD32, 0x17DE00, 0x18A931, 0x18AA00, 0x19392E, 0x193A32,
+    0x193B2D, 0x193C00, 0x1A1732, 0x1A182D, 0x1A1900, 0x1A6004, 0x1A6100, 0x1A7532, 0x1A7D00, 0x1A7F2D, 0x1A8000,
+    0x1AB032, 0x1AB52D, 0x1ABB32, 0x1ABD2D, 0x1ABE00, 0x1B3402, 0x1B3500, 0x1B4404, 0x1B4500, 0x1B6B32, 0x1B6C2D,
+    0x1B6D32, 0x1B7400, 0x1BAA04, 0x1BAC00, 0x1BE602, 0x1BE700, 0x1BF204, 0x1BF400, 0x1C3702, 0x1C3800, 0x1CD032,
+    0x1CD300, 0x1CD401, 0x1CD52D, 0x1CDA32, 0x1CDC2D, 0x1CE032, 0x1CE100, 0x1CE201, 0x1CE900, 0x1CED2D, 0x1CEE00,
+    0x1CF432, 0x1CF500, 0x1CF832, 0x1CFA00, 0x1DC032, 0x1DC22D, 0x1DC332, 0x1DCA2D, 0x1DCB32, 0x1DCD35, 0x1DCE2A,
+    0x1DCF2D, 0x1DD029, 0x1DD132, 0x1DF600, 0x1DFB32, 0x1DFC34, 0x1DFD2D, 0x1DFE32, 0x1DFF2D, 0x1E0000, 0x20D032,
+    0x20D201, 0x20D432, 0x20D801, 0x20DB32, 0x20DD00, 0x20E132, 0x20E200, 0x20E501, 0x20E732, 0x20E82D, 0x20E932,
+    0x20EA01, 0x20EC2D, 0x20F032, 0x20F100, 0x2CEF32, 0x2CF200, 0x2D7F04, 0x2D8000, 0x2DE032, 0x2E0000, 0x302A2C,
+    0x302B31, 0x302C33, 0x302D2E, 0x302E2F, 0x303000, 0x309903, 0x309B00, 0xA66F32, 0xA67000, 0xA67432, 0xA67E00,
+    0xA69E32, 0xA6A000, 0xA6F032, 0xA6F200, 0xA80604, 0xA80700, 0xA8C404, 0xA8C500, 0xA8E032, 0xA8F200, 0xA92B2D,
+    0xA92E00, 0xA95304, 0xA95400, 0xA9B302, 0xA9B400, 0xA9C004, 0xA9C100, 0xAAB032, 0xAAB100, 0xAAB232, 0xAAB42D,
+    0xAAB500, 0xAAB732, 0xAAB900, 0xAABE32, 0xAAC000, 0xAAC132, 0xAAC200, 0xAAF604, 0xAAF700, 0xABED04, 0xABEE00,
+    0xFB1E15, 0xFB1F00, 0xFE2032, 0xFE272D, 0xFE2E32, 0xFE3000, 0x101FD2D, 0x101FE00, 0x102E02D, 0x102E100, 0x1037632,
+    0x1037B00, 0x10A0D2D, 0x10A0E00, 0x10A0F32, 0x10A1000, 0x10A3832, 0x10A3901, 0x10A3A2D, 0x10A3B00, 0x10A3F04,
+    0x10A4000, 0x10AE532, 0x10AE62D, 0x10AE700, 0x1104604, 0x1104700, 0x1107F04, 0x1108000, 0x110B904, 0x110BA02,
+    0x110BB00, 0x1110032, 0x1110300, 0x1113304, 0x1113500, 0x1117302, 0x1117400, 0x111C004, 0x111C100, 0x111CA02,
+    0x111CB00, 0x1123504, 0x1123602, 0x1123700, 0x112E902, 0x112EA04, 0x112EB00, 0x1133C02, 0x1133D00, 0x1134D04,
+    0x1134E00, 0x1136632, 0x1136D00, 0x1137032, 0x1137500, 0x1144204, 0x1144300, 0x1144602, 0x1144700, 0x114C204,
+    0x114C302, 0x114C400, 0x115BF04, 0x115C002, 0x115C100, 0x1163F04, 0x1164000, 0x116B604, 0x116B702, 0x116B800,
+    0x1172B04, 0x1172C00, 0x11C3F04, 0x11C4000, 0x16AF001, 0x16AF500, 0x16B3032, 0x16B3700, 0x1BC9E01, 0x1BC9F00,
+    0x1D1652B, 0x1D16701, 0x1D16A00, 0x1D16D30, 0x1D16E2B, 0x1D17300, 0x1D17B2D, 0x1D18300, 0x1D18532, 0x1D18A2D,
+    0x1D18C00, 0x1D1AA32, 0x1D1AE00, 0x1D24232, 0x1D24500, 0x1E00032, 0x1E00700, 0x1E00832, 0x1E01900, 0x1E01B32,
+    0x1E02200, 0x1E02332, 0x1E02500, 0x1E02632, 0x1E02B00, 0x1E8D02D, 0x1E8D700, 0x1E94432, 0x1E94A02, 0x1E94B00,
 };
-#define TFM__N_ORDERS 6
+#define TFM__N_ORDERS 54
 
 /* Lower case beyond ASCII: the first code points of runs; their last one, step, and how much further on the lower case
    is. (And U+0130 becomes an i with a dot, U+0307.) */
@@ -5650,6 +6168,228 @@ static const uint32_t tfm__unaccented_several[42][3] = {
     {119128, 119141, 0}, {119128, 119141, 119150}, {119128, 119141, 119151}, {119128, 119141, 119152},
     {119128, 119141, 119153}, {119128, 119141, 119154}, {119225, 119141, 0}, {119226, 119141, 0},
     {119225, 119141, 119150}, {119226, 119141, 119150}, {119225, 119141, 119151}, {119226, 119141, 119151},
+};
+
+/* Canonical decomposition, a step at a time, where accents or their like come apart: character, first, second (0: there
+   is none). */
+static const uint32_t tfm__decompositions[1033][3] = {
+    {192, 65, 768}, {193, 65, 769}, {194, 65, 770}, {195, 65, 771}, {196, 65, 776}, {197, 65, 778}, {199, 67, 807},
+    {200, 69, 768}, {201, 69, 769}, {202, 69, 770}, {203, 69, 776}, {204, 73, 768}, {205, 73, 769}, {206, 73, 770},
+    {207, 73, 776}, {209, 78, 771}, {210, 79, 768}, {211, 79, 769}, {212, 79, 770}, {213, 79, 771}, {214, 79, 776},
+    {217, 85, 768}, {218, 85, 769}, {219, 85, 770}, {220, 85, 776}, {221, 89, 769}, {224, 97, 768}, {225, 97, 769},
+    {226, 97, 770}, {227, 97, 771}, {228, 97, 776}, {229, 97, 778}, {231, 99, 807}, {232, 101, 768}, {233, 101, 769},
+    {234, 101, 770}, {235, 101, 776}, {236, 105, 768}, {237, 105, 769}, {238, 105, 770}, {239, 105, 776},
+    {241, 110, 771}, {242, 111, 768}, {243, 111, 769}, {244, 111, 770}, {245, 111, 771}, {246, 111, 776},
+    {249, 117, 768}, {250, 117, 769}, {251, 117, 770}, {252, 117, 776}, {253, 121, 769}, {255, 121, 776},
+    {256, 65, 772}, {257, 97, 772}, {258, 65, 774}, {259, 97, 774}, {260, 65, 808}, {261, 97, 808}, {262, 67, 769},
+    {263, 99, 769}, {264, 67, 770}, {265, 99, 770}, {266, 67, 775}, {267, 99, 775}, {268, 67, 780}, {269, 99, 780},
+    {270, 68, 780}, {271, 100, 780}, {274, 69, 772}, {275, 101, 772}, {276, 69, 774}, {277, 101, 774}, {278, 69, 775},
+    {279, 101, 775}, {280, 69, 808}, {281, 101, 808}, {282, 69, 780}, {283, 101, 780}, {284, 71, 770}, {285, 103, 770},
+    {286, 71, 774}, {287, 103, 774}, {288, 71, 775}, {289, 103, 775}, {290, 71, 807}, {291, 103, 807}, {292, 72, 770},
+    {293, 104, 770}, {296, 73, 771}, {297, 105, 771}, {298, 73, 772}, {299, 105, 772}, {300, 73, 774}, {301, 105, 774},
+    {302, 73, 808}, {303, 105, 808}, {304, 73, 775}, {308, 74, 770}, {309, 106, 770}, {310, 75, 807}, {311, 107, 807},
+    {313, 76, 769}, {314, 108, 769}, {315, 76, 807}, {316, 108, 807}, {317, 76, 780}, {318, 108, 780}, {323, 78, 769},
+    {324, 110, 769}, {325, 78, 807}, {326, 110, 807}, {327, 78, 780}, {328, 110, 780}, {332, 79, 772}, {333, 111, 772},
+    {334, 79, 774}, {335, 111, 774}, {336, 79, 779}, {337, 111, 779}, {340, 82, 769}, {341, 114, 769}, {342, 82, 807},
+    {343, 114, 807}, {344, 82, 780}, {345, 114, 780}, {346, 83, 769}, {347, 115, 769}, {348, 83, 770}, {349, 115, 770},
+    {350, 83, 807}, {351, 115, 807}, {352, 83, 780}, {353, 115, 780}, {354, 84, 807}, {355, 116, 807}, {356, 84, 780},
+    {357, 116, 780}, {360, 85, 771}, {361, 117, 771}, {362, 85, 772}, {363, 117, 772}, {364, 85, 774}, {365, 117, 774},
+    {366, 85, 778}, {367, 117, 778}, {368, 85, 779}, {369, 117, 779}, {370, 85, 808}, {371, 117, 808}, {372, 87, 770},
+    {373, 119, 770}, {374, 89, 770}, {375, 121, 770}, {376, 89, 776}, {377, 90, 769}, {378, 122, 769}, {379, 90, 775},
+    {380, 122, 775}, {381, 90, 780}, {382, 122, 780}, {416, 79, 795}, {417, 111, 795}, {431, 85, 795}, {432, 117, 795},
+    {461, 65, 780}, {462, 97, 780}, {463, 73, 780}, {464, 105, 780}, {465, 79, 780}, {466, 111, 780}, {467, 85, 780},
+    {468, 117, 780}, {469, 220, 772}, {470, 252, 772}, {471, 220, 769}, {472, 252, 769}, {473, 220, 780},
+    {474, 252, 780}, {475, 220, 768}, {476, 252, 768}, {478, 196, 772}, {479, 228, 772}, {480, 550, 772},
+    {481, 551, 772}, {482, 198, 772}, {483, 230, 772}, {486, 71, 780}, {487, 103, 780}, {488, 75, 780}, {489, 107, 780},
+    {490, 79, 808}, {491, 111, 808}, {492, 490, 772}, {493, 491, 772}, {494, 439, 780}, {495, 658, 780},
+    {496, 106, 780}, {500, 71, 769}, {501, 103, 769}, {504, 78, 768}, {505, 110, 768}, {506, 197, 769}, {507, 229, 769},
+    {508, 198, 769}, {509, 230, 769}, {510, 216, 769}, {511, 248, 769}, {512, 65, 783}, {513, 97, 783}, {514, 65, 785},
+    {515, 97, 785}, {516, 69, 783}, {517, 101, 783}, {518, 69, 785}, {519, 101, 785}, {520, 73, 783}, {521, 105, 783},
+    {522, 73, 785}, {523, 105, 785}, {524, 79, 783}, {525, 111, 783}, {526, 79, 785}, {527, 111, 785}, {528, 82, 783},
+    {529, 114, 783}, {530, 82, 785}, {531, 114, 785}, {532, 85, 783}, {533, 117, 783}, {534, 85, 785}, {535, 117, 785},
+    {536, 83, 806}, {537, 115, 806}, {538, 84, 806}, {539, 116, 806}, {542, 72, 780}, {543, 104, 780}, {550, 65, 775},
+    {551, 97, 775}, {552, 69, 807}, {553, 101, 807}, {554, 214, 772}, {555, 246, 772}, {556, 213, 772}, {557, 245, 772},
+    {558, 79, 775}, {559, 111, 775}, {560, 558, 772}, {561, 559, 772}, {562, 89, 772}, {563, 121, 772}, {832, 768, 0},
+    {833, 769, 0}, {835, 787, 0}, {836, 776, 769}, {901, 168, 769}, {902, 913, 769}, {904, 917, 769}, {905, 919, 769},
+    {906, 921, 769}, {908, 927, 769}, {910, 933, 769}, {911, 937, 769}, {912, 970, 769}, {938, 921, 776},
+    {939, 933, 776}, {940, 945, 769}, {941, 949, 769}, {942, 951, 769}, {943, 953, 769}, {944, 971, 769},
+    {970, 953, 776}, {971, 965, 776}, {972, 959, 769}, {973, 965, 769}, {974, 969, 769}, {979, 978, 769},
+    {980, 978, 776}, {1024, 1045, 768}, {1025, 1045, 776}, {1027, 1043, 769}, {1031, 1030, 776}, {1036, 1050, 769},
+    {1037, 1048, 768}, {1038, 1059, 774}, {1049, 1048, 774}, {1081, 1080, 774}, {1104, 1077, 768}, {1105, 1077, 776},
+    {1107, 1075, 769}, {1111, 1110, 776}, {1116, 1082, 769}, {1117, 1080, 768}, {1118, 1091, 774}, {1142, 1140, 783},
+    {1143, 1141, 783}, {1217, 1046, 774}, {1218, 1078, 774}, {1232, 1040, 774}, {1233, 1072, 774}, {1234, 1040, 776},
+    {1235, 1072, 776}, {1238, 1045, 774}, {1239, 1077, 774}, {1242, 1240, 776}, {1243, 1241, 776}, {1244, 1046, 776},
+    {1245, 1078, 776}, {1246, 1047, 776}, {1247, 1079, 776}, {1250, 1048, 772}, {1251, 1080, 772}, {1252, 1048, 776},
+    {1253, 1080, 776}, {1254, 1054, 776}, {1255, 1086, 776}, {1258, 1256, 776}, {1259, 1257, 776}, {1260, 1069, 776},
+    {1261, 1101, 776}, {1262, 1059, 772}, {1263, 1091, 772}, {1264, 1059, 776}, {1265, 1091, 776}, {1266, 1059, 779},
+    {1267, 1091, 779}, {1268, 1063, 776}, {1269, 1095, 776}, {1272, 1067, 776}, {1273, 1099, 776}, {1570, 1575, 1619},
+    {1571, 1575, 1620}, {1572, 1608, 1620}, {1573, 1575, 1621}, {1574, 1610, 1620}, {1728, 1749, 1620},
+    {1730, 1729, 1620}, {1747, 1746, 1620}, {2345, 2344, 2364}, {2353, 2352, 2364}, {2356, 2355, 2364},
+    {2392, 2325, 2364}, {2393, 2326, 2364}, {2394, 2327, 2364}, {2395, 2332, 2364}, {2396, 2337, 2364},
+    {2397, 2338, 2364}, {2398, 2347, 2364}, {2399, 2351, 2364}, {2507, 2503, 2494}, {2508, 2503, 2519},
+    {2524, 2465, 2492}, {2525, 2466, 2492}, {2527, 2479, 2492}, {2611, 2610, 2620}, {2614, 2616, 2620},
+    {2649, 2582, 2620}, {2650, 2583, 2620}, {2651, 2588, 2620}, {2654, 2603, 2620}, {2888, 2887, 2902},
+    {2891, 2887, 2878}, {2892, 2887, 2903}, {2908, 2849, 2876}, {2909, 2850, 2876}, {2964, 2962, 3031},
+    {3018, 3014, 3006}, {3019, 3015, 3006}, {3020, 3014, 3031}, {3144, 3142, 3158}, {3264, 3263, 3285},
+    {3271, 3270, 3285}, {3272, 3270, 3286}, {3274, 3270, 3266}, {3275, 3274, 3285}, {3402, 3398, 3390},
+    {3403, 3399, 3390}, {3404, 3398, 3415}, {3546, 3545, 3530}, {3548, 3545, 3535}, {3549, 3548, 3530},
+    {3550, 3545, 3551}, {3907, 3906, 4023}, {3917, 3916, 4023}, {3922, 3921, 4023}, {3927, 3926, 4023},
+    {3932, 3931, 4023}, {3945, 3904, 4021}, {3955, 3953, 3954}, {3957, 3953, 3956}, {3958, 4018, 3968},
+    {3960, 4019, 3968}, {3969, 3953, 3968}, {3987, 3986, 4023}, {3997, 3996, 4023}, {4002, 4001, 4023},
+    {4007, 4006, 4023}, {4012, 4011, 4023}, {4025, 3984, 4021}, {4134, 4133, 4142}, {6918, 6917, 6965},
+    {6920, 6919, 6965}, {6922, 6921, 6965}, {6924, 6923, 6965}, {6926, 6925, 6965}, {6930, 6929, 6965},
+    {6971, 6970, 6965}, {6973, 6972, 6965}, {6976, 6974, 6965}, {6977, 6975, 6965}, {6979, 6978, 6965}, {7680, 65, 805},
+    {7681, 97, 805}, {7682, 66, 775}, {7683, 98, 775}, {7684, 66, 803}, {7685, 98, 803}, {7686, 66, 817},
+    {7687, 98, 817}, {7688, 199, 769}, {7689, 231, 769}, {7690, 68, 775}, {7691, 100, 775}, {7692, 68, 803},
+    {7693, 100, 803}, {7694, 68, 817}, {7695, 100, 817}, {7696, 68, 807}, {7697, 100, 807}, {7698, 68, 813},
+    {7699, 100, 813}, {7700, 274, 768}, {7701, 275, 768}, {7702, 274, 769}, {7703, 275, 769}, {7704, 69, 813},
+    {7705, 101, 813}, {7706, 69, 816}, {7707, 101, 816}, {7708, 552, 774}, {7709, 553, 774}, {7710, 70, 775},
+    {7711, 102, 775}, {7712, 71, 772}, {7713, 103, 772}, {7714, 72, 775}, {7715, 104, 775}, {7716, 72, 803},
+    {7717, 104, 803}, {7718, 72, 776}, {7719, 104, 776}, {7720, 72, 807}, {7721, 104, 807}, {7722, 72, 814},
+    {7723, 104, 814}, {7724, 73, 816}, {7725, 105, 816}, {7726, 207, 769}, {7727, 239, 769}, {7728, 75, 769},
+    {7729, 107, 769}, {7730, 75, 803}, {7731, 107, 803}, {7732, 75, 817}, {7733, 107, 817}, {7734, 76, 803},
+    {7735, 108, 803}, {7736, 7734, 772}, {7737, 7735, 772}, {7738, 76, 817}, {7739, 108, 817}, {7740, 76, 813},
+    {7741, 108, 813}, {7742, 77, 769}, {7743, 109, 769}, {7744, 77, 775}, {7745, 109, 775}, {7746, 77, 803},
+    {7747, 109, 803}, {7748, 78, 775}, {7749, 110, 775}, {7750, 78, 803}, {7751, 110, 803}, {7752, 78, 817},
+    {7753, 110, 817}, {7754, 78, 813}, {7755, 110, 813}, {7756, 213, 769}, {7757, 245, 769}, {7758, 213, 776},
+    {7759, 245, 776}, {7760, 332, 768}, {7761, 333, 768}, {7762, 332, 769}, {7763, 333, 769}, {7764, 80, 769},
+    {7765, 112, 769}, {7766, 80, 775}, {7767, 112, 775}, {7768, 82, 775}, {7769, 114, 775}, {7770, 82, 803},
+    {7771, 114, 803}, {7772, 7770, 772}, {7773, 7771, 772}, {7774, 82, 817}, {7775, 114, 817}, {7776, 83, 775},
+    {7777, 115, 775}, {7778, 83, 803}, {7779, 115, 803}, {7780, 346, 775}, {7781, 347, 775}, {7782, 352, 775},
+    {7783, 353, 775}, {7784, 7778, 775}, {7785, 7779, 775}, {7786, 84, 775}, {7787, 116, 775}, {7788, 84, 803},
+    {7789, 116, 803}, {7790, 84, 817}, {7791, 116, 817}, {7792, 84, 813}, {7793, 116, 813}, {7794, 85, 804},
+    {7795, 117, 804}, {7796, 85, 816}, {7797, 117, 816}, {7798, 85, 813}, {7799, 117, 813}, {7800, 360, 769},
+    {7801, 361, 769}, {7802, 362, 776}, {7803, 363, 776}, {7804, 86, 771}, {7805, 118, 771}, {7806, 86, 803},
+    {7807, 118, 803}, {7808, 87, 768}, {7809, 119, 768}, {7810, 87, 769}, {7811, 119, 769}, {7812, 87, 776},
+    {7813, 119, 776}, {7814, 87, 775}, {7815, 119, 775}, {7816, 87, 803}, {7817, 119, 803}, {7818, 88, 775},
+    {7819, 120, 775}, {7820, 88, 776}, {7821, 120, 776}, {7822, 89, 775}, {7823, 121, 775}, {7824, 90, 770},
+    {7825, 122, 770}, {7826, 90, 803}, {7827, 122, 803}, {7828, 90, 817}, {7829, 122, 817}, {7830, 104, 817},
+    {7831, 116, 776}, {7832, 119, 778}, {7833, 121, 778}, {7835, 383, 775}, {7840, 65, 803}, {7841, 97, 803},
+    {7842, 65, 777}, {7843, 97, 777}, {7844, 194, 769}, {7845, 226, 769}, {7846, 194, 768}, {7847, 226, 768},
+    {7848, 194, 777}, {7849, 226, 777}, {7850, 194, 771}, {7851, 226, 771}, {7852, 7840, 770}, {7853, 7841, 770},
+    {7854, 258, 769}, {7855, 259, 769}, {7856, 258, 768}, {7857, 259, 768}, {7858, 258, 777}, {7859, 259, 777},
+    {7860, 258, 771}, {7861, 259, 771}, {7862, 7840, 774}, {7863, 7841, 774}, {7864, 69, 803}, {7865, 101, 803},
+    {7866, 69, 777}, {7867, 101, 777}, {7868, 69, 771}, {7869, 101, 771}, {7870, 202, 769}, {7871, 234, 769},
+    {7872, 202, 768}, {7873, 234, 768}, {7874, 202, 777}, {7875, 234, 777}, {7876, 202, 771}, {7877, 234, 771},
+    {7878, 7864, 770}, {7879, 7865, 770}, {7880, 73, 777}, {7881, 105, 777}, {7882, 73, 803}, {7883, 105, 803},
+    {7884, 79, 803}, {7885, 111, 803}, {7886, 79, 777}, {7887, 111, 777}, {7888, 212, 769}, {7889, 244, 769},
+    {7890, 212, 768}, {7891, 244, 768}, {7892, 212, 777}, {7893, 244, 777}, {7894, 212, 771}, {7895, 244, 771},
+    {7896, 7884, 770}, {7897, 7885, 770}, {7898, 416, 769}, {7899, 417, 769}, {7900, 416, 768}, {7901, 417, 768},
+    {7902, 416, 777}, {7903, 417, 777}, {7904, 416, 771}, {7905, 417, 771}, {7906, 416, 803}, {7907, 417, 803},
+    {7908, 85, 803}, {7909, 117, 803}, {7910, 85, 777}, {7911, 117, 777}, {7912, 431, 769}, {7913, 432, 769},
+    {7914, 431, 768}, {7915, 432, 768}, {7916, 431, 777}, {7917, 432, 777}, {7918, 431, 771}, {7919, 432, 771},
+    {7920, 431, 803}, {7921, 432, 803}, {7922, 89, 768}, {7923, 121, 768}, {7924, 89, 803}, {7925, 121, 803},
+    {7926, 89, 777}, {7927, 121, 777}, {7928, 89, 771}, {7929, 121, 771}, {7936, 945, 787}, {7937, 945, 788},
+    {7938, 7936, 768}, {7939, 7937, 768}, {7940, 7936, 769}, {7941, 7937, 769}, {7942, 7936, 834}, {7943, 7937, 834},
+    {7944, 913, 787}, {7945, 913, 788}, {7946, 7944, 768}, {7947, 7945, 768}, {7948, 7944, 769}, {7949, 7945, 769},
+    {7950, 7944, 834}, {7951, 7945, 834}, {7952, 949, 787}, {7953, 949, 788}, {7954, 7952, 768}, {7955, 7953, 768},
+    {7956, 7952, 769}, {7957, 7953, 769}, {7960, 917, 787}, {7961, 917, 788}, {7962, 7960, 768}, {7963, 7961, 768},
+    {7964, 7960, 769}, {7965, 7961, 769}, {7968, 951, 787}, {7969, 951, 788}, {7970, 7968, 768}, {7971, 7969, 768},
+    {7972, 7968, 769}, {7973, 7969, 769}, {7974, 7968, 834}, {7975, 7969, 834}, {7976, 919, 787}, {7977, 919, 788},
+    {7978, 7976, 768}, {7979, 7977, 768}, {7980, 7976, 769}, {7981, 7977, 769}, {7982, 7976, 834}, {7983, 7977, 834},
+    {7984, 953, 787}, {7985, 953, 788}, {7986, 7984, 768}, {7987, 7985, 768}, {7988, 7984, 769}, {7989, 7985, 769},
+    {7990, 7984, 834}, {7991, 7985, 834}, {7992, 921, 787}, {7993, 921, 788}, {7994, 7992, 768}, {7995, 7993, 768},
+    {7996, 7992, 769}, {7997, 7993, 769}, {7998, 7992, 834}, {7999, 7993, 834}, {8000, 959, 787}, {8001, 959, 788},
+    {8002, 8000, 768}, {8003, 8001, 768}, {8004, 8000, 769}, {8005, 8001, 769}, {8008, 927, 787}, {8009, 927, 788},
+    {8010, 8008, 768}, {8011, 8009, 768}, {8012, 8008, 769}, {8013, 8009, 769}, {8016, 965, 787}, {8017, 965, 788},
+    {8018, 8016, 768}, {8019, 8017, 768}, {8020, 8016, 769}, {8021, 8017, 769}, {8022, 8016, 834}, {8023, 8017, 834},
+    {8025, 933, 788}, {8027, 8025, 768}, {8029, 8025, 769}, {8031, 8025, 834}, {8032, 969, 787}, {8033, 969, 788},
+    {8034, 8032, 768}, {8035, 8033, 768}, {8036, 8032, 769}, {8037, 8033, 769}, {8038, 8032, 834}, {8039, 8033, 834},
+    {8040, 937, 787}, {8041, 937, 788}, {8042, 8040, 768}, {8043, 8041, 768}, {8044, 8040, 769}, {8045, 8041, 769},
+    {8046, 8040, 834}, {8047, 8041, 834}, {8048, 945, 768}, {8049, 940, 0}, {8050, 949, 768}, {8051, 941, 0},
+    {8052, 951, 768}, {8053, 942, 0}, {8054, 953, 768}, {8055, 943, 0}, {8056, 959, 768}, {8057, 972, 0},
+    {8058, 965, 768}, {8059, 973, 0}, {8060, 969, 768}, {8061, 974, 0}, {8064, 7936, 837}, {8065, 7937, 837},
+    {8066, 7938, 837}, {8067, 7939, 837}, {8068, 7940, 837}, {8069, 7941, 837}, {8070, 7942, 837}, {8071, 7943, 837},
+    {8072, 7944, 837}, {8073, 7945, 837}, {8074, 7946, 837}, {8075, 7947, 837}, {8076, 7948, 837}, {8077, 7949, 837},
+    {8078, 7950, 837}, {8079, 7951, 837}, {8080, 7968, 837}, {8081, 7969, 837}, {8082, 7970, 837}, {8083, 7971, 837},
+    {8084, 7972, 837}, {8085, 7973, 837}, {8086, 7974, 837}, {8087, 7975, 837}, {8088, 7976, 837}, {8089, 7977, 837},
+    {8090, 7978, 837}, {8091, 7979, 837}, {8092, 7980, 837}, {8093, 7981, 837}, {8094, 7982, 837}, {8095, 7983, 837},
+    {8096, 8032, 837}, {8097, 8033, 837}, {8098, 8034, 837}, {8099, 8035, 837}, {8100, 8036, 837}, {8101, 8037, 837},
+    {8102, 8038, 837}, {8103, 8039, 837}, {8104, 8040, 837}, {8105, 8041, 837}, {8106, 8042, 837}, {8107, 8043, 837},
+    {8108, 8044, 837}, {8109, 8045, 837}, {8110, 8046, 837}, {8111, 8047, 837}, {8112, 945, 774}, {8113, 945, 772},
+    {8114, 8048, 837}, {8115, 945, 837}, {8116, 940, 837}, {8118, 945, 834}, {8119, 8118, 837}, {8120, 913, 774},
+    {8121, 913, 772}, {8122, 913, 768}, {8123, 902, 0}, {8124, 913, 837}, {8129, 168, 834}, {8130, 8052, 837},
+    {8131, 951, 837}, {8132, 942, 837}, {8134, 951, 834}, {8135, 8134, 837}, {8136, 917, 768}, {8137, 904, 0},
+    {8138, 919, 768}, {8139, 905, 0}, {8140, 919, 837}, {8141, 8127, 768}, {8142, 8127, 769}, {8143, 8127, 834},
+    {8144, 953, 774}, {8145, 953, 772}, {8146, 970, 768}, {8147, 912, 0}, {8150, 953, 834}, {8151, 970, 834},
+    {8152, 921, 774}, {8153, 921, 772}, {8154, 921, 768}, {8155, 906, 0}, {8157, 8190, 768}, {8158, 8190, 769},
+    {8159, 8190, 834}, {8160, 965, 774}, {8161, 965, 772}, {8162, 971, 768}, {8163, 944, 0}, {8164, 961, 787},
+    {8165, 961, 788}, {8166, 965, 834}, {8167, 971, 834}, {8168, 933, 774}, {8169, 933, 772}, {8170, 933, 768},
+    {8171, 910, 0}, {8172, 929, 788}, {8173, 168, 768}, {8174, 901, 0}, {8178, 8060, 837}, {8179, 969, 837},
+    {8180, 974, 837}, {8182, 969, 834}, {8183, 8182, 837}, {8184, 927, 768}, {8185, 908, 0}, {8186, 937, 768},
+    {8187, 911, 0}, {8188, 937, 837}, {8491, 197, 0}, {8602, 8592, 824}, {8603, 8594, 824}, {8622, 8596, 824},
+    {8653, 8656, 824}, {8654, 8660, 824}, {8655, 8658, 824}, {8708, 8707, 824}, {8713, 8712, 824}, {8716, 8715, 824},
+    {8740, 8739, 824}, {8742, 8741, 824}, {8769, 8764, 824}, {8772, 8771, 824}, {8775, 8773, 824}, {8777, 8776, 824},
+    {8800, 61, 824}, {8802, 8801, 824}, {8813, 8781, 824}, {8814, 60, 824}, {8815, 62, 824}, {8816, 8804, 824},
+    {8817, 8805, 824}, {8820, 8818, 824}, {8821, 8819, 824}, {8824, 8822, 824}, {8825, 8823, 824}, {8832, 8826, 824},
+    {8833, 8827, 824}, {8836, 8834, 824}, {8837, 8835, 824}, {8840, 8838, 824}, {8841, 8839, 824}, {8876, 8866, 824},
+    {8877, 8872, 824}, {8878, 8873, 824}, {8879, 8875, 824}, {8928, 8828, 824}, {8929, 8829, 824}, {8930, 8849, 824},
+    {8931, 8850, 824}, {8938, 8882, 824}, {8939, 8883, 824}, {8940, 8884, 824}, {8941, 8885, 824}, {10972, 10973, 824},
+    {12364, 12363, 12441}, {12366, 12365, 12441}, {12368, 12367, 12441}, {12370, 12369, 12441}, {12372, 12371, 12441},
+    {12374, 12373, 12441}, {12376, 12375, 12441}, {12378, 12377, 12441}, {12380, 12379, 12441}, {12382, 12381, 12441},
+    {12384, 12383, 12441}, {12386, 12385, 12441}, {12389, 12388, 12441}, {12391, 12390, 12441}, {12393, 12392, 12441},
+    {12400, 12399, 12441}, {12401, 12399, 12442}, {12403, 12402, 12441}, {12404, 12402, 12442}, {12406, 12405, 12441},
+    {12407, 12405, 12442}, {12409, 12408, 12441}, {12410, 12408, 12442}, {12412, 12411, 12441}, {12413, 12411, 12442},
+    {12436, 12358, 12441}, {12446, 12445, 12441}, {12460, 12459, 12441}, {12462, 12461, 12441}, {12464, 12463, 12441},
+    {12466, 12465, 12441}, {12468, 12467, 12441}, {12470, 12469, 12441}, {12472, 12471, 12441}, {12474, 12473, 12441},
+    {12476, 12475, 12441}, {12478, 12477, 12441}, {12480, 12479, 12441}, {12482, 12481, 12441}, {12485, 12484, 12441},
+    {12487, 12486, 12441}, {12489, 12488, 12441}, {12496, 12495, 12441}, {12497, 12495, 12442}, {12499, 12498, 12441},
+    {12500, 12498, 12442}, {12502, 12501, 12441}, {12503, 12501, 12442}, {12505, 12504, 12441}, {12506, 12504, 12442},
+    {12508, 12507, 12441}, {12509, 12507, 12442}, {12532, 12454, 12441}, {12535, 12527, 12441}, {12536, 12528, 12441},
+    {12537, 12529, 12441}, {12538, 12530, 12441}, {12542, 12541, 12441}, {64285, 1497, 1460}, {64287, 1522, 1463},
+    {64298, 1513, 1473}, {64299, 1513, 1474}, {64300, 64329, 1473}, {64301, 64329, 1474}, {64302, 1488, 1463},
+    {64303, 1488, 1464}, {64304, 1488, 1468}, {64305, 1489, 1468}, {64306, 1490, 1468}, {64307, 1491, 1468},
+    {64308, 1492, 1468}, {64309, 1493, 1468}, {64310, 1494, 1468}, {64312, 1496, 1468}, {64313, 1497, 1468},
+    {64314, 1498, 1468}, {64315, 1499, 1468}, {64316, 1500, 1468}, {64318, 1502, 1468}, {64320, 1504, 1468},
+    {64321, 1505, 1468}, {64323, 1507, 1468}, {64324, 1508, 1468}, {64326, 1510, 1468}, {64327, 1511, 1468},
+    {64328, 1512, 1468}, {64329, 1513, 1468}, {64330, 1514, 1468}, {64331, 1493, 1465}, {64332, 1489, 1471},
+    {64333, 1499, 1471}, {64334, 1508, 1471}, {69786, 69785, 69818}, {69788, 69787, 69818}, {69803, 69797, 69818},
+    {69934, 69937, 69927}, {69935, 69938, 69927}, {70475, 70471, 70462}, {70476, 70471, 70487}, {70843, 70841, 70842},
+    {70844, 70841, 70832}, {70846, 70841, 70845}, {71098, 71096, 71087}, {71099, 71097, 71087},
+};
+
+/* The places of those that canonical composition makes, in the order of (first, second). */
+static const uint16_t tfm__compositions[940] = {
+    902, 899, 903, 0, 1, 2, 3, 53, 55, 238, 4, 569, 5, 165, 208, 210, 567, 412, 57, 414, 416, 418, 59, 61, 63, 65, 6,
+    422, 67, 424, 428, 430, 426, 7, 8, 9, 595, 69, 71, 73, 10, 593, 77, 212, 214, 591, 240, 75, 436, 438, 442, 198, 79,
+    444, 81, 83, 187, 85, 87, 446, 450, 236, 448, 452, 454, 11, 12, 13, 89, 91, 93, 97, 14, 607, 167, 216, 218, 609, 95,
+    456, 98, 460, 189, 462, 100, 464, 102, 106, 466, 104, 472, 470, 474, 476, 478, 200, 108, 15, 480, 112, 482, 110,
+    486, 484, 16, 17, 18, 19, 114, 116, 246, 20, 613, 118, 169, 220, 222, 161, 611, 191, 496, 498, 120, 500, 124, 224,
+    226, 502, 122, 506, 126, 128, 508, 132, 510, 232, 130, 518, 136, 520, 234, 134, 524, 522, 21, 22, 23, 138, 140, 142,
+    24, 637, 144, 146, 171, 228, 230, 163, 635, 526, 148, 530, 528, 536, 538, 540, 542, 150, 546, 544, 548, 550, 552,
+    649, 25, 152, 655, 250, 554, 154, 653, 651, 155, 556, 157, 159, 558, 560, 26, 27, 28, 29, 54, 56, 239, 30, 570, 31,
+    166, 209, 211, 568, 413, 58, 415, 417, 419, 60, 62, 64, 66, 32, 423, 68, 425, 429, 431, 427, 33, 34, 35, 596, 70,
+    72, 74, 36, 594, 78, 213, 215, 592, 241, 76, 437, 439, 443, 199, 80, 445, 82, 84, 188, 86, 88, 447, 451, 237, 449,
+    453, 455, 562, 37, 38, 39, 90, 92, 94, 40, 608, 168, 217, 219, 610, 96, 457, 99, 197, 461, 190, 463, 101, 465, 103,
+    107, 467, 105, 473, 471, 475, 477, 479, 201, 109, 41, 481, 113, 483, 111, 487, 485, 42, 43, 44, 45, 115, 117, 247,
+    46, 614, 119, 170, 221, 223, 162, 612, 192, 497, 499, 121, 501, 125, 225, 227, 503, 123, 507, 127, 129, 509, 133,
+    511, 233, 131, 519, 563, 137, 521, 235, 135, 525, 523, 47, 48, 49, 139, 141, 143, 50, 638, 145, 147, 172, 229, 231,
+    164, 636, 527, 149, 531, 529, 537, 539, 541, 543, 151, 547, 545, 564, 549, 551, 553, 650, 51, 153, 656, 251, 555,
+    52, 654, 565, 652, 156, 557, 158, 160, 559, 561, 871, 256, 831, 573, 571, 577, 575, 181, 202, 204, 185, 420, 599,
+    597, 603, 601, 458, 617, 615, 621, 619, 488, 244, 490, 242, 206, 179, 175, 173, 177, 574, 572, 578, 576, 182, 203,
+    205, 186, 421, 600, 598, 604, 602, 459, 618, 616, 622, 620, 489, 245, 491, 243, 207, 180, 176, 174, 178, 583, 581,
+    587, 585, 584, 582, 588, 586, 432, 434, 433, 435, 492, 494, 493, 495, 512, 513, 514, 515, 532, 533, 534, 535, 566,
+    627, 625, 631, 629, 633, 628, 626, 632, 630, 634, 641, 639, 645, 643, 647, 642, 640, 646, 644, 648, 195, 193, 194,
+    183, 184, 440, 441, 248, 249, 196, 828, 257, 827, 826, 665, 666, 830, 837, 258, 679, 680, 839, 259, 693, 694, 841,
+    853, 260, 852, 851, 265, 709, 710, 878, 261, 723, 724, 870, 868, 262, 867, 866, 266, 737, 880, 263, 749, 750, 882,
+    823, 834, 757, 267, 820, 819, 657, 658, 824, 822, 759, 268, 673, 674, 761, 269, 685, 686, 835, 833, 763, 270, 846,
+    845, 272, 701, 702, 849, 765, 274, 717, 718, 862, 863, 767, 275, 859, 858, 273, 729, 730, 864, 769, 276, 741, 742,
+    876, 874, 847, 264, 850, 860, 271, 865, 875, 277, 278, 282, 299, 301, 281, 279, 303, 280, 297, 307, 309, 284, 311,
+    286, 313, 283, 315, 321, 285, 323, 325, 327, 329, 319, 300, 302, 290, 288, 304, 289, 298, 308, 310, 293, 312, 287,
+    314, 292, 316, 322, 294, 324, 326, 328, 330, 320, 291, 295, 296, 305, 306, 317, 318, 331, 332, 334, 333, 335, 337,
+    338, 336, 339, 340, 341, 350, 351, 362, 361, 363, 366, 367, 369, 368, 370, 371, 374, 372, 373, 375, 376, 378, 377,
+    379, 380, 382, 381, 400, 401, 402, 403, 404, 405, 406, 407, 408, 409, 410, 411, 468, 469, 504, 505, 516, 517, 579,
+    589, 580, 590, 605, 606, 623, 624, 659, 661, 663, 771, 660, 662, 664, 772, 773, 774, 775, 776, 777, 778, 667, 669,
+    671, 779, 668, 670, 672, 780, 781, 782, 783, 784, 785, 786, 675, 677, 676, 678, 681, 683, 682, 684, 687, 689, 691,
+    787, 688, 690, 692, 788, 789, 790, 791, 792, 793, 794, 695, 697, 699, 795, 696, 698, 700, 796, 797, 798, 799, 800,
+    801, 802, 703, 705, 707, 704, 706, 708, 711, 713, 715, 712, 714, 716, 719, 721, 720, 722, 725, 727, 726, 728, 731,
+    733, 735, 732, 734, 736, 738, 739, 740, 743, 745, 747, 803, 744, 746, 748, 804, 805, 806, 807, 808, 809, 810, 751,
+    753, 755, 811, 752, 754, 756, 812, 813, 814, 815, 816, 817, 818, 821, 832, 873, 825, 842, 843, 844, 836, 877, 855,
+    856, 857, 884, 885, 886, 887, 889, 888, 890, 891, 892, 893, 894, 895, 896, 897, 898, 901, 900, 904, 905, 906, 907,
+    908, 909, 910, 911, 920, 921, 912, 913, 914, 915, 922, 923, 916, 917, 918, 919, 924, 925, 926, 927, 954, 929, 930,
+    931, 932, 933, 934, 935, 936, 937, 938, 939, 940, 941, 942, 943, 944, 945, 946, 947, 948, 949, 950, 951, 952, 953,
+    955, 981, 956, 957, 958, 959, 960, 961, 962, 963, 964, 965, 966, 967, 968, 969, 970, 971, 972, 973, 974, 975, 976,
+    977, 978, 979, 980, 982, 983, 984, 985, 986, 1021, 1022, 1023, 1024, 1025, 1026, 1027, 1029, 1028, 1030, 1031, 1032,
 };
 /* clang-format on */
 /* END UNICODE */
@@ -5900,6 +6640,14 @@ typedef struct tfm__spm_rules {
                                      is text; all spaces of the first token */
 } tfm__spm_rules;
 
+/* How byte-level BPE cuts a text into pieces: see tfm__bpe_piece(). */
+typedef enum tfm__pattern {
+    TFM__GPT2_PATTERN,
+    TFM__LLAMA3_PATTERN,
+    TFM__QWEN2_PATTERN,
+    TFM__SMOLLM_PATTERN
+} tfm__pattern;
+
 /* The tokenizer's tables as they lie in the mapped file, none of them checked. The file must stay mapped for as long
    as the tokenizer built on it is used. What a kind has no use for is 0. */
 typedef struct tfm__tokenizer_source {
@@ -5925,8 +6673,11 @@ typedef struct tfm__tokenizer_source {
     size_t n_merges;
     const int32_t *byte_ids; /* [256] the token of each single byte, or -1: it becomes unk_id, or else vanishes */
     int fuse_unk;            /* one unk_id for a run of such bytes */
-    int add_prefix_space;    /* a text that does not begin with a space gets one, also after each added token */
-    int ignore_merges;       /* a piece that is a token is that token, whatever the merges make of it */
+    tfm__pattern pattern;
+    int nfc;              /* a text is put into Unicode's composed form first */
+    int add_prefix_space; /* a text that does not begin with a space gets one, also after each added token; only with
+                                GPT-2's pattern */
+    int ignore_merges;    /* a piece that is a token is that token, whatever the merges make of it */
     /* WordPiece */
     const unsigned char *continuing_prefix; /* marks a token that continues a word */
     size_t continuing_size;
@@ -6355,6 +7106,89 @@ static size_t tfm__gpt2_piece(const unsigned char *text, size_t size, int lead) 
     return end < size && (last > 0 || lead) ? last : end;
 }
 
+/* The size of the English contraction at the start of text, in any case; 0 if there is none. Folding case also makes an s of
+   U+017F, the long one (two bytes). */
+static size_t tfm__cased_contraction(const unsigned char *text, size_t size) {
+    unsigned char lower[3] = {0, 0, 0};
+    size_t i;
+    for (i = 0; i < 3 && i < size; i++)
+        lower[i] = (unsigned char)(text[i] >= 'A' && text[i] <= 'Z' ? text[i] + 32 : text[i]);
+    if (lower[0] == '\'' && lower[1] == 0xC5 && lower[2] == 0xBF)
+        return 3;
+    return tfm__gpt2_contraction(lower, size < 3 ? size : 3);
+}
+
+/* Where the run of white space at the start of text ends; in *last where its last character begins, and in *line where what
+   follows its last CR or LF begins (0: there is none). */
+static size_t tfm__space_run(const unsigned char *text, size_t size, size_t *last, size_t *line) {
+    size_t end, used;
+    *last = *line = 0;
+    for (end = 0; end < size && (tfm__class_at(text + end, size - end, &used) & TFM__SPACE); end += used) {
+        *last = end;
+        if (text[end] == '\r' || text[end] == '\n')
+            *line = end + 1;
+    }
+    return end;
+}
+
+/* The same as tfm__gpt2_piece() by the pattern of GPT-4 and LLaMA 3:
+
+       (?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+
+
+   In words: an English contraction; a run of letters with any one character before it that is none, but for numbers and line
+   ends; up to `digits` numbers (Qwen 2: one); a run of others with the one space before and the line ends after it; white
+   space up to its last line end; or as with GPT-2. */
+static size_t tfm__llama3_piece(const unsigned char *text, size_t size, size_t digits) {
+    const unsigned kinds = TFM__LETTER | TFM__NUMBER | TFM__SPACE;
+    size_t end = tfm__cased_contraction(text, size), used, next_used, last, line;
+    unsigned kind = tfm__class_at(text, size, &used) & kinds, next;
+    if (end > 0)
+        return end;
+    next = used < size ? tfm__class_at(text + used, size - used, &next_used) & kinds : TFM__SPACE;
+    if (kind == TFM__LETTER || (next == TFM__LETTER && kind != TFM__NUMBER && text[0] != '\r' && text[0] != '\n')) {
+        for (end = used; end < size && (tfm__class_at(text + end, size - end, &used) & TFM__LETTER); end += used)
+            ;
+        return end;
+    }
+    if (kind == TFM__NUMBER) {
+        for (end = used; --digits && end < size && (tfm__class_at(text + end, size - end, &used) & TFM__NUMBER);)
+            end += used;
+        return end;
+    }
+    if (kind == 0 || (text[0] == ' ' && next == 0)) {
+        for (end = used; end < size && !(tfm__class_at(text + end, size - end, &used) & kinds); end += used)
+            ;
+        while (end < size && (text[end] == '\r' || text[end] == '\n'))
+            end++;
+        return end;
+    }
+    end = tfm__space_run(text, size, &last, &line);
+    return line > 0 ? line : end < size && last > 0 ? last : end;
+}
+
+/* The same for StarCoder and SmolLM: each number is a piece, and what is between numbers is cut by GPT-2's pattern as if it
+   were a text of its own, so that white space before a number stays together. */
+static size_t tfm__digits_piece(const unsigned char *text, size_t size) {
+    size_t end, used, last, line;
+    if (tfm__class_at(text, size, &used) & TFM__NUMBER)
+        return used;
+    end = tfm__space_run(text, size, &last, &line);
+    if (end > 0 && end < size && (tfm__class_at(text + end, size - end, &used) & TFM__NUMBER))
+        return end;
+    return tfm__gpt2_piece(text, size, 0);
+}
+
+/* The first piece of a text by the tokenizer's pattern. */
+static size_t tfm__bpe_piece(const tfm__tokenizer_source *source, const unsigned char *text, size_t size, int lead) {
+    switch (source->pattern) {
+    case TFM__LLAMA3_PATTERN: return tfm__llama3_piece(text, size, 3);
+    case TFM__QWEN2_PATTERN: return tfm__llama3_piece(text, size, 1);
+    case TFM__SMOLLM_PATTERN: return tfm__digits_piece(text, size);
+    case TFM__GPT2_PATTERN: break;
+    }
+    return tfm__gpt2_piece(text, size, lead);
+}
+
 /* ---- Byte-level BPE: its tables -------------------------------------------------------------------------------------- */
 
 /* That the token of each byte, if it has one, is that byte. */
@@ -6619,7 +7453,7 @@ static tfm_status tfm__bpe_encode_plain(tfm__encoder *encoder, const unsigned ch
     int lead = encoder->tokenizer->source.add_prefix_space && text[0] != ' ';
     tfm_status status;
     do {
-        size_t piece = tfm__gpt2_piece(text, size, lead);
+        size_t piece = tfm__bpe_piece(&encoder->tokenizer->source, text, size, lead);
         status = tfm__bpe_encode_piece(encoder, text, piece, lead);
         text += piece;
         size -= piece;
@@ -6775,6 +7609,157 @@ static size_t tfm__bert_normalize(const tfm__tokenizer_source *rules, const unsi
     }
     tfm__end_marks(&marks, text, size, out);
     return n;
+}
+
+/* ---- Unicode's composed form (NFC) ----------------------------------------------------------------------------------- */
+
+#define TFM__HANGUL 0xAC00u /* 19 leading letters, 21 vowels, 27 finals: composed by arithmetic */
+
+/* The canonical decomposition of a character: up to four; returns how many. */
+static size_t tfm__decompose(uint32_t code_point, uint32_t out[4]) {
+    size_t low = 0, high = sizeof tfm__decompositions / sizeof tfm__decompositions[0], n;
+    while (low < high) {
+        size_t middle = low + (high - low) / 2;
+        const uint32_t *step = tfm__decompositions[middle];
+        if (step[0] == code_point) {
+            n = tfm__decompose(step[1], out);
+            if (step[2])
+                out[n++] = step[2];
+            return n;
+        }
+        if (step[0] < code_point)
+            low = middle + 1;
+        else
+            high = middle;
+    }
+    if (!(tfm__unicode_class(code_point) & TFM__ACCENT))
+        return tfm__unaccent(code_point, out);
+    out[0] = code_point;
+    return 1;
+}
+
+/* What the two characters are together; 0: two characters. */
+static uint32_t tfm__compose(uint32_t first, uint32_t second) {
+    size_t low = 0, high = sizeof tfm__compositions / sizeof tfm__compositions[0];
+    if (first - 0x1100 < 19 && second - 0x1161 < 21)
+        return TFM__HANGUL + ((first - 0x1100) * 21 + (second - 0x1161)) * 28;
+    if (first - TFM__HANGUL < 11172 && (first - TFM__HANGUL) % 28 == 0 && second - 0x11A8 < 27)
+        return first + (second - 0x11A7);
+    while (low < high) {
+        size_t middle = low + (high - low) / 2;
+        const uint32_t *step = tfm__decompositions[tfm__compositions[middle]];
+        if (step[1] == first && step[2] == second)
+            return step[0];
+        if (step[1] < first || (step[1] == first && step[2] < second))
+            low = middle + 1;
+        else
+            high = middle;
+    }
+    return 0;
+}
+
+/* Writes a character; what is not well-formed stays the byte that it is. */
+static size_t tfm__put_character(uint32_t code_point, unsigned char byte, unsigned char *out) {
+    out[0] = byte;
+    return code_point == TFM__NOT_UTF8 ? 1 : tfm__utf8_encode(code_point, out);
+}
+
+/* Writes the decomposed marks of text, but for what begins its first character (`skip` parts), in their order: as many
+   counters as there are orders, so that the time is linear in a text of marks. */
+static void tfm__sort_marks(const unsigned char *text, size_t size, size_t skip, unsigned char *out) {
+    size_t places[TFM__N_ORDERS + 2] = {0}, at, used, order, i;
+    unsigned char ignored[4];
+    int run;
+    for (run = 0; run < 2; run++) { /* the size of each order's marks; then the marks */
+        for (at = 0; at < size; at += used) {
+            uint32_t parts[4];
+            size_t n_parts = tfm__decompose(tfm__utf8_decode(text + at, size - at, &used), parts);
+            for (i = at ? 0 : skip; i < n_parts; i++) {
+                order = tfm__mark_order(parts[i]);
+                if (run)
+                    places[order] += tfm__utf8_encode(parts[i], out + places[order]);
+                else
+                    places[order + 1] += tfm__utf8_encode(parts[i], ignored);
+            }
+        }
+        for (order = 1; !run && order < TFM__N_ORDERS + 2; order++)
+            places[order] += places[order - 1];
+    }
+}
+
+/* Unicode's decomposed form (NFD). Returns the size of what was written, at most TFM__GROWTH * size. */
+static size_t tfm__nfd(const unsigned char *text, size_t size, unsigned char *out) {
+    size_t n = 0, at, used, first = 0, skip = 0, run = 0, i; /* a run of marks begins in text[first], and at out[run] */
+    unsigned highest = 0;                                    /* order in it; 0: no mark yet */
+    int unsorted = 0;
+    for (at = 0; at < size; at += used) {
+        uint32_t parts[4];
+        size_t n_parts = tfm__decompose(tfm__utf8_decode(text + at, size - at, &used), parts);
+        for (i = 0; i < n_parts; i++) {
+            unsigned order = tfm__mark_order(parts[i]);
+            if (order == 0 && unsorted)
+                tfm__sort_marks(text + first, at - first, skip, out + run);
+            if (order == 0)
+                highest = 0, unsorted = 0;
+            else if (highest == 0)
+                first = at, skip = i, run = n;
+            unsorted |= order < highest;
+            highest = TFM__MAX(order, highest);
+            n += tfm__put_character(parts[i], text[at], out + n);
+        }
+    }
+    if (unsorted)
+        tfm__sort_marks(text + first, size - first, skip, out + run);
+    return n;
+}
+
+/* Writes a starter that has been composed over out[at..at + size): returns by how much it is longer or shorter, by which
+   what follows it up to out[n] has been moved. */
+static size_t tfm__put_starter(uint32_t starter, size_t at, size_t size, size_t n, unsigned char *out) {
+    unsigned char bytes[4];
+    size_t new_size = tfm__utf8_encode(starter, bytes);
+    memmove(out + at + new_size, out + at + size, n - at - size);
+    memcpy(out + at, bytes, new_size);
+    return n + new_size - size;
+}
+
+/* Unicode's composed form (NFC): decomposed, then composed in place. What is composed is no longer than its parts, so
+   that what is written never overtakes what is read. Returns the size; `out` has room for TFM__GROWTH * size. */
+static size_t tfm__nfc(const unsigned char *text, size_t size, unsigned char *out) {
+    const size_t all = tfm__nfd(text, size, out);
+    size_t n = 0, at, used, place = 0, length = 0; /* where the last starter is, and its size there; 0: none */
+    uint32_t starter = 0, before = 0;              /* the starter; what it was before something was composed with it */
+    unsigned last = 0;                             /* order of the last mark that stayed */
+    for (at = 0; at < all; at += used) {
+        uint32_t c = tfm__utf8_decode(out + at, all - at, &used), both = 0;
+        unsigned order = tfm__mark_order(c);
+        unsigned char byte = out[at];
+        if (length && (last < order || n == place + length))
+            both = tfm__compose(starter, c);
+        if (both) {
+            starter = both;
+            continue;
+        }
+        if (order == 0) {
+            if (length && starter != before)
+                n = tfm__put_starter(starter, place, length, n, out);
+            starter = before = c;
+            place = n;
+            length = used;
+        }
+        last = order;
+        n += tfm__put_character(c, byte, out + n);
+    }
+    return length && starter != before ? tfm__put_starter(starter, place, length, n, out) : n;
+}
+
+/* Whether a text is surely in that form: it has no character from U+0300 on, where marks begin. */
+static int tfm__is_plainly_nfc(const unsigned char *text, size_t size) {
+    size_t i;
+    for (i = 0; i < size; i++)
+        if (text[i] >= 0xCC)
+            return 0;
+    return 1;
 }
 
 /* ---- WordPiece: words -------------------------------------------------------------------------------------------- */
@@ -7934,7 +8919,7 @@ static tfm_status tfm__kind_build(tfm__tokenizer *tokenizer, tfm_error *error) {
 
 /* Whether text is normalized before it is encoded. */
 static int tfm__kind_normalizes(const tfm__tokenizer *tokenizer) {
-    return tokenizer->source.kind != TFM__BYTE_BPE;
+    return tokenizer->source.kind != TFM__BYTE_BPE || tokenizer->source.nfc;
 }
 
 /* Normalizes text; returns the size of what was written, at most TFM__GROWTH * size. (Where SentencePiece makes it longer
@@ -7942,7 +8927,7 @@ static int tfm__kind_normalizes(const tfm__tokenizer *tokenizer) {
 static size_t tfm__kind_normalize(const tfm__tokenizer *tokenizer, const unsigned char *text, size_t size,
                                   unsigned char *out) {
     switch (tokenizer->source.kind) {
-    case TFM__BYTE_BPE: break;
+    case TFM__BYTE_BPE: return tfm__nfc(text, size, out);
     case TFM__WORDPIECE: return tfm__bert_normalize(&tokenizer->source, text, size, out);
     case TFM__UNIGRAM:
     case TFM__SPM_BPE: return tfm__spm_normalize_token(tokenizer, text, size, out);
@@ -7965,7 +8950,8 @@ static tfm_status tfm__kind_encode(tfm__encoder *encoder, const unsigned char *t
 /* Bytes of scratch memory with which the encoding of `size` bytes of text allocates nothing. */
 static size_t tfm__kind_scratch(const tfm__tokenizer *tokenizer, size_t size) {
     switch (tokenizer->source.kind) {
-    case TFM__BYTE_BPE: /* a text without a place to cut */ return tfm__product(size + 100, 13);
+    case TFM__BYTE_BPE: /* a text without a place to cut; its composed form is hardly ever longer */
+        return tfm__product(size + 100, tokenizer->source.nfc ? 17 : 13);
     case TFM__WORDPIECE: return tfm__product(size + 1, TFM__GROWTH);
     case TFM__UNIGRAM:
     case TFM__SPM_BPE: return tfm__spm_scratch(tokenizer, size);
@@ -8069,16 +9055,26 @@ static size_t tfm__normalized_piece(const tfm__tokenizer *tokenizer, const unsig
     return end;
 }
 
-/* Normalizes text (size > 0) by SentencePiece's rules, and encodes it from the second trie on. The normalized text is in
+/* Normalizes all of a text, as byte-level BPE and SentencePiece need it; without room for it (out->bytes NULL), only says
+   how much is enough. */
+static void tfm__normalize_whole(const tfm__tokenizer *tokenizer, const unsigned char *text, size_t size,
+                                 tfm__normalized *out) {
+    if (tokenizer->source.kind == TFM__BYTE_BPE)
+        out->size = out->bytes ? tfm__nfc(text, size, out->bytes) : TFM__GROWTH * size;
+    else
+        tfm__normalize(tokenizer, text, size, out);
+}
+
+/* Normalizes all of a text (size > 0), and encodes it from the second trie on. The normalized text is in
    the encoder's memory if that has room for it, ahead of the memory for the rest, else in memory of its own. */
-static tfm_status tfm__encode_spm(tfm__encoder *encoder, const unsigned char *text, size_t size) {
+static tfm_status tfm__encode_whole(tfm__encoder *encoder, const unsigned char *text, size_t size) {
     const tfm_allocator *allocator = &encoder->tokenizer->allocator;
     tfm__normalized out = {NULL, 0};
     tfm_status status = TFM_OK;
     uint32_t *memory = encoder->memory;
     size_t all_words = encoder->n_words, n_words;
     void *own = NULL;
-    tfm__normalize(encoder->tokenizer, text, size, &out);
+    tfm__normalize_whole(encoder->tokenizer, text, size, &out);
     n_words = out.size / sizeof(uint32_t) + 1;
     if (!encoder->own && n_words <= encoder->n_words) {
         out.bytes = (unsigned char *)encoder->memory;
@@ -8091,7 +9087,7 @@ static tfm_status tfm__encode_spm(tfm__encoder *encoder, const unsigned char *te
         out.bytes = (unsigned char *)own;
     }
     out.size = 0;
-    tfm__normalize(encoder->tokenizer, text, size, &out);
+    tfm__normalize_whole(encoder->tokenizer, text, size, &out);
     encoder->normalized = out.bytes;
     encoder->at_start = text == encoder->text;
     if (out.size > 0)
@@ -8131,8 +9127,11 @@ static tfm_status tfm__encode_normalized(tfm__encoder *encoder, const unsigned c
 static tfm_status tfm__encode_rest(tfm__encoder *encoder, unsigned root, const unsigned char *text, size_t size) {
     if (root == 1)
         return tfm__kind_encode(encoder, text, size);
-    if (encoder->tokenizer->source.types)
-        return tfm__encode_spm(encoder, text, size);
+    if (encoder->tokenizer->source.types ||
+        (encoder->tokenizer->source.nfc && !tfm__is_plainly_nfc(text, size) && size < SIZE_MAX / 4))
+        return tfm__encode_whole(encoder, text, size);
+    if (encoder->tokenizer->source.kind == TFM__BYTE_BPE)
+        return tfm__encode_text(encoder, 1, text, size);
     return tfm__kind_normalizes(encoder->tokenizer) ? tfm__encode_normalized(encoder, text, size)
                                                     : tfm__encode_text(encoder, 1, text, size);
 }
@@ -8238,7 +9237,7 @@ struct tfm_model {
     size_t labels_size;
     void *weights; /* what could not be used where it lies in the file */
     uint64_t parameters, bytes_per_token;
-    int has_tokenizer;
+    int has_tokenizer, only_tokenizer; /* the file has no model beside it */
     tfm__tokenizer tokenizer;
     int32_t mask_id, start_id; /* -1: there is none */
     const int32_t *end_ids;
@@ -8400,6 +9399,13 @@ static void tfm__read_classes(tfm__reader *reader, tfm_model *model) {
 
 static void tfm__read_description(tfm__reader *reader, tfm_model *model) {
     tfm_description *d = &model->description;
+    model->encoder.shape = &d->encoder;
+    model->decoder.shape = &d->decoder;
+    model->start_id = -1;
+    model->only_tokenizer = !tfm_file_find_meta(reader->file, "model.kind") && !reader->file->n_entries &&
+                            tfm_file_find_meta(reader->file, "tokenizer.kind");
+    if (model->only_tokenizer)
+        return;
     d->kind = (tfm_kind)tfm__read_word(reader, "model.kind", tfm__kind_words, 1);
     d->vocab_size = tfm__read_size(reader, "vocab_size", 0, TFM__MAX_SIZE, -1);
     d->d_model = tfm__read_size(reader, "d_model", 1, TFM__MAX_SIZE, -1);
@@ -8421,8 +9427,6 @@ static void tfm__read_description(tfm__reader *reader, tfm_model *model) {
         tfm__reader_fail(reader, "logit_softcap", "a number that is not negative");
     if (d->kind == TFM_ENCODER_DECODER && !d->decoder.cross)
         tfm__reader_fail(reader, "decoder.cross", "1 in an encoder-decoder");
-    model->encoder.shape = &d->encoder;
-    model->decoder.shape = &d->decoder;
     model->start_id =
         tfm_file_find_meta(reader->file, "generation.start_id")
             ? (int32_t)tfm__read_size(reader, "generation.start_id", 0, (int64_t)TFM__MAX(d->vocab_size, 1) - 1, 0)
@@ -8478,6 +9482,15 @@ static const tfm_entry *tfm__load_entry(tfm__loader *loader, const char *name, s
     return entry;
 }
 
+/* Whether a file holds blocks, with which the kernels can't compute. */
+static int tfm__has_blocks(const tfm_file *file) {
+    size_t i;
+    for (i = 0; i < file->n_entries; i++)
+        if (tfm__blocks_of(file->entries[i].tensor.dtype))
+            return 1;
+    return 0;
+}
+
 /* A matrix for the kernels: in panels. */
 static void tfm__load_matrix(tfm__loader *loader, const char *name, size_t out, size_t in, tfm_tensor *matrix) {
     const tfm_entry *entry = tfm__load_entry(loader, name, out, in, 0);
@@ -8486,6 +9499,8 @@ static void tfm__load_matrix(tfm__loader *loader, const char *name, size_t out, 
     if (!entry)
         return;
     dtype = loader->dtype ? loader->dtype : entry->tensor.dtype;
+    if (dtype == TFM_PARTS) /* of types that differ, which without blocks only a strange file has */
+        dtype = TFM_F32;
     *matrix = tfm__tensor(dtype, TFM_PANELS, out, in, entry->tensor.data);
     if (loader->copy || entry->tensor.layout != TFM_PANELS || entry->tensor.dtype != dtype) {
         char *memory = tfm__loader_take(loader, tfm_tensor_bytes(matrix));
@@ -8814,9 +9829,10 @@ static void tfm__read_vocabulary(tfm__reader *reader, tfm__tokenizer_source *sou
 }
 
 static void tfm__read_byte_bpe(tfm__reader *reader, tfm__tokenizer_source *source) {
-    static const char *const patterns[] = {"gpt2", NULL};
+    static const char *const patterns[] = {"gpt2", "llama3", "qwen2", "smollm", NULL}; /* as in tfm__pattern */
     size_t n;
-    tfm__read_word(reader, "tokenizer.pattern", patterns, 1);
+    source->pattern = (tfm__pattern)tfm__read_word(reader, "tokenizer.pattern", patterns, 1);
+    source->nfc = tfm__read_flag(reader, "tokenizer.nfc", 0);
     source->merges = tfm__read_ids(reader, "tokenizer.merges", &n);
     source->n_merges = n / 3;
     if (n % 3)
@@ -8826,6 +9842,8 @@ static void tfm__read_byte_bpe(tfm__reader *reader, tfm__tokenizer_source *sourc
         tfm__reader_fail(reader, "tokenizer.byte_ids", "256 numbers");
     source->fuse_unk = tfm__read_flag(reader, "tokenizer.fuse_unk", 0);
     source->add_prefix_space = tfm__read_flag(reader, "tokenizer.add_prefix_space", 0);
+    if (source->add_prefix_space && source->pattern != TFM__GPT2_PATTERN)
+        tfm__reader_fail(reader, "tokenizer.add_prefix_space", "0 with this tokenizer.pattern");
     source->ignore_merges = tfm__read_flag(reader, "tokenizer.ignore_merges", 0);
 }
 
@@ -8906,6 +9924,8 @@ static void tfm__read_tokenizer(tfm__reader *reader, tfm_model *model) {
     case TFM__UNIGRAM:
     case TFM__SPM_BPE: tfm__read_spm(reader, &source); break;
     }
+    if (model->only_tokenizer)
+        model->description.vocab_size = source.n_tokens;
     if (reader->status == TFM_OK && source.n_tokens > model->description.vocab_size)
         tfm__reader_fail(reader, "tokenizer.token_sizes", "no more tokens than vocab_size");
     if (reader->status != TFM_OK)
@@ -8938,7 +9958,7 @@ static tfm_status tfm__load_with(tfm__loader *loader, tfm_model *model, const tf
     loader->reader.file = model->file;
     loader->reader.error = error;
     loader->threads.count = tfm__thread_count(options->threads);
-    loader->dtype = options->dtype;
+    loader->dtype = options->dtype || !tfm__has_blocks(model->file) ? options->dtype : TFM_I8;
     loader->copy = options->copy;
     if ((unsigned)options->dtype >= TFM_DTYPE_COUNT)
         return tfm__fail(error, TFM_ERROR_UNSUPPORTED, "unknown type %d", (int)options->dtype);
@@ -8947,7 +9967,7 @@ static tfm_status tfm__load_with(tfm__loader *loader, tfm_model *model, const tf
     tfm__read_description(&loader->reader, model);
     if (loader->reader.status != TFM_OK)
         return loader->reader.status;
-    if (options->dtype == TFM_I8 && tfm__fold(model->file, &loader->folding, &model->allocator, error) != TFM_OK)
+    if (loader->dtype == TFM_I8 && tfm__fold(model->file, &loader->folding, &model->allocator, error) != TFM_OK)
         return TFM_ERROR_MEMORY;
     model->encoder.blocks =
         (tfm_block *)tfm__allocate_zeroed(&model->allocator, d->encoder.n_layers * sizeof *model->encoder.blocks);
@@ -8955,7 +9975,8 @@ static tfm_status tfm__load_with(tfm__loader *loader, tfm_model *model, const tf
         (tfm_block *)tfm__allocate_zeroed(&model->allocator, d->decoder.n_layers * sizeof *model->decoder.blocks);
     if (!model->encoder.blocks || !model->decoder.blocks)
         return tfm__fail_memory(error, (d->encoder.n_layers + d->decoder.n_layers) * sizeof *model->decoder.blocks);
-    tfm__load_weights(loader, model);
+    if (!model->only_tokenizer)
+        tfm__load_weights(loader, model);
     if (loader->reader.status != TFM_OK)
         return loader->reader.status;
     if (loader->used) {
@@ -9162,9 +10183,12 @@ static size_t tfm__longest_token(const tfm_model *model) {
     return longest;
 }
 
-/* 1 if the token is not shown to people. */
-static int tfm__is_special(const tfm_model *model, int32_t id) {
+TFM_API int tfm_is_special_token(const tfm_model *model, int32_t id) {
     return model->has_tokenizer && tfm__token_is_special(&model->tokenizer, id);
+}
+
+TFM_API int32_t tfm_start_token(const tfm_model *model) {
+    return model->start_id;
 }
 
 TFM_API int tfm_is_end_token(const tfm_model *model, int32_t id) {
@@ -9176,7 +10200,7 @@ TFM_API int tfm_is_end_token(const tfm_model *model, int32_t id) {
 }
 
 /* =====================================================================================================================
- * h. SESSIONS, SAMPLING, GENERATION
+ * h. SESSIONS, SAMPLING, GENERATION, CHAT
  * ================================================================================================================== */
 
 struct tfm_session {
@@ -9209,6 +10233,8 @@ struct tfm_session {
     int32_t *work;   /* [vocab_size] */
     char *text;      /* [text_size]: text that is held back */
     size_t text_size;
+    void *search_memory; /* of tfm_beam_search and tfm_generate_batch; grows, never shrinks */
+    size_t search_size;
 };
 
 /* ---- creation */
@@ -9333,8 +10359,21 @@ static size_t tfm__stack_scratch(const tfm_model *model, const tfm__stack *stack
     return TFM__MAX(scratch, tfm__logits_scratch(model, rows));
 }
 
-/* Scratch for the largest pass that there can be, so that tfm_eval never allocates. (tfm_encode may: what it needs depends
- * on the texts.) */
+/* Scratch of the longest source: see tfm_set_source. */
+static size_t tfm__source_scratch(const tfm_session *session) {
+    const tfm_model *model = session->model;
+    size_t floats;
+    tfm_span span;
+    memset(&span, 0, sizeof span);
+    span.n_rows = session->source;
+    floats = tfm__stack_scratch(model, &model->encoder, &span, 1, session->source);
+    if (model->decoder.shape->n_layers)
+        floats = TFM__MAX(floats, tfm__memory_scratch(&model->decoder.blocks->cross, session->source));
+    return floats;
+}
+
+/* Scratch for the largest pass that there can be, so that tfm_eval and tfm_set_source never allocate. (tfm_encode may: what
+ * it needs depends on the texts.) */
 static tfm_status tfm__session_scratch(tfm_session *session, tfm_error *error) {
     const tfm_model *model = session->model;
     size_t floats = 0;
@@ -9346,6 +10385,8 @@ static tfm_status tfm__session_scratch(tfm_session *session, tfm_error *error) {
         floats = tfm__stack_scratch(model, &model->decoder, session->spans, session->n_sequences, session->context);
         session->spans[0].n_rows = 0;
     }
+    if (model->description.kind == TFM_ENCODER_DECODER)
+        floats = TFM__MAX(floats, tfm__source_scratch(session));
     if (model->has_tokenizer) {
         size_t longest = TFM__MAX(session->context, session->source);
         size_t bytes = tfm__product(longest, TFM__MIN(tfm__longest_token(model), (size_t)64));
@@ -9415,6 +10456,10 @@ TFM_API tfm_session *tfm_session_create(const tfm_model *model, const tfm_sessio
     if (!options)
         options = &usual;
     error = error ? error : &unread;
+    if (model->only_tokenizer) {
+        tfm__fail(error, TFM_ERROR_UNSUPPORTED, "%s: has a tokenizer, but no model to run", model->file->name);
+        return NULL;
+    }
     allocator = tfm__allocator(&options->engine.allocator);
     session = (tfm_session *)tfm__allocate_zeroed(&allocator, sizeof *session);
     if (!session) {
@@ -9437,6 +10482,7 @@ TFM_API void tfm_session_free(tfm_session *session) {
     tfm_engine_free(session->engine);
     tfm__release_aligned(&allocator, session->pool);
     tfm__release_aligned(&allocator, session->memory_pool);
+    tfm__release_aligned(&allocator, session->search_memory);
     tfm__release_aligned(&allocator, session->pages); /* the first of the carved pieces */
     tfm__release(&allocator, session);
 }
@@ -10134,6 +11180,19 @@ static void tfm__penalize(float penalty, float *logits, size_t vocab_size, const
     }
 }
 
+/* Forbids the tokens that would make the sequence's last tokens, `size` of them, the same as some before (Paulus et al.
+ * 2017). */
+static void tfm__forbid_repeats(size_t size, float *logits, size_t vocab_size, const int32_t *history,
+                                size_t n_history) {
+    const int32_t *last = history + n_history - (size - 1);
+    size_t i;
+    for (i = 0; i + size <= n_history; i++) {
+        int32_t token = history[i + size - 1];
+        if (!memcmp(history + i, last, (size - 1) * sizeof *last) && token >= 0 && (size_t)token < vocab_size)
+            logits[token] = -INFINITY;
+    }
+}
+
 /* The largest logit's token, the first among equals; vocab_size if every logit is NaN or -infinity. */
 static size_t tfm__likeliest(const float *logits, size_t vocab_size) {
     float lane[16], largest = -INFINITY;
@@ -10231,6 +11290,8 @@ TFM_API tfm_status tfm_sample(const tfm_sampling *sampling, float *logits, size_
         logits[sampling->logit_bias[i].token] += sampling->logit_bias[i].bias;
     if (sampling->repeat_penalty > 0 && sampling->repeat_penalty != 1 && history)
         tfm__penalize(sampling->repeat_penalty, logits, vocab_size, history, n_history, work);
+    if (sampling->no_repeat_ngram && history && sampling->no_repeat_ngram <= n_history)
+        tfm__forbid_repeats(sampling->no_repeat_ngram, logits, vocab_size, history, n_history);
     best = tfm__likeliest(logits, vocab_size);
     if (best == vocab_size)
         return tfm__fail(error, TFM_ERROR_ARGUMENT, "no token can be chosen: every logit is NaN or -infinity");
@@ -10258,6 +11319,7 @@ typedef struct tfm__stream {
     size_t n_stops;
     tfm_print print; /* NULL: only the stop strings matter */
     void *user;
+    tfm__decoder decoder; /* how far the text is, where it begins with the sequence: that of an encoder-decoder */
 } tfm__stream;
 
 /* Hands on the first n bytes, with U+FFFD for what can't be UTF-8. Returns what the caller's function returned. */
@@ -10314,6 +11376,22 @@ static tfm_stop tfm__stream_add(tfm__stream *stream, const char *text, size_t si
     return stream->size > held && tfm__stream_print(stream, stream->size - held) ? TFM_STOP_CALLBACK : TFM_STOP_NONE;
 }
 
+/* A token's text, as it goes on from the prompt; the text of an encoder-decoder has no prompt, and begins with its first
+ * token. */
+static const char *tfm__stream_text(const tfm_model *model, tfm__decoder *decoder, int32_t token, unsigned char *memory,
+                                    size_t *size) {
+    const char *text;
+    *size = 0;
+    if (tfm_is_special_token(model, token))
+        return NULL;
+    if (model->description.kind != TFM_ENCODER_DECODER || !tfm_token_text(model, token, size))
+        return tfm_token_text(model, token, size);
+    text = (const char *)tfm__kind_decode(&model->tokenizer, token, decoder, memory, size);
+    decoder->n_ids++;
+    decoder->size += *size;
+    return text;
+}
+
 /* ---- generation */
 
 static tfm_status tfm__check_generate(const tfm_session *session, const tfm_generate_options *options,
@@ -10336,6 +11414,21 @@ static int tfm__is_stop_token(const tfm_session *session, const tfm_generate_opt
         if (options->stop_tokens[i] == token)
             return 1;
     return !options->ignore_end && tfm_is_end_token(session->model, token);
+}
+
+/* An encoder-decoder's tokens, where none are given. */
+static tfm_status tfm__begin_decoder(const tfm_session *session, const tfm_generate_options *options,
+                                     const int32_t **prompt, size_t *n_prompt, tfm_error *error) {
+    const tfm_model *model = session->model;
+    if (model->description.kind != TFM_ENCODER_DECODER || *n_prompt || options->append)
+        return TFM_OK;
+    if (model->start_id < 0)
+        return tfm__fail(error, TFM_ERROR_ARGUMENT,
+                         "%s: the file has no generation.start_id, so the decoder's first tokens must be given",
+                         model->file->name);
+    *prompt = &model->start_id;
+    *n_prompt = 1;
+    return TFM_OK;
 }
 
 /* Brings the sequence to the prompt; the logits of its last token are in session->logits. */
@@ -10382,6 +11475,7 @@ static tfm_status tfm__step(tfm_session *session, int32_t token, const tfm_gener
 static tfm_status tfm__continue(tfm_session *session, const tfm_generate_options *options, tfm__stream *stream,
                                 tfm_generate_stats *stats, tfm_error *error) {
     size_t vocab_size = session->model->description.vocab_size;
+    unsigned char memory[TFM__MAX_PIECE_TEXT];
     tfm_random random;
     tfm_random_seed(&random, options->seed);
     for (;;) {
@@ -10399,7 +11493,7 @@ static tfm_status tfm__continue(tfm_session *session, const tfm_generate_options
         else if (tfm__is_stop_token(session, options, token))
             stats->stop = TFM_STOP_END_TOKEN;
         else {
-            text = tfm__is_special(session->model, token) ? NULL : tfm_token_text(session->model, token, &size);
+            text = tfm__stream_text(session->model, &stream->decoder, token, memory, &size);
             stats->stop = text ? tfm__stream_add(stream, text, size) : TFM_STOP_NONE;
             if (stats->stop == TFM_STOP_NONE && stats->n_generated == options->max_tokens)
                 stats->stop = TFM_STOP_MAX_TOKENS;
@@ -10412,6 +11506,15 @@ static tfm_status tfm__continue(tfm_session *session, const tfm_generate_options
         if (status != TFM_OK)
             return status;
     }
+}
+
+/* What the sequence's tokens so far would have shown, so that what comes goes on from there. */
+static void tfm__stream_skip(const tfm_session *session, size_t sequence, tfm__stream *stream) {
+    unsigned char memory[TFM__MAX_PIECE_TEXT];
+    size_t n_tokens, size, i;
+    const int32_t *tokens = tfm_sequence_tokens(session, sequence, &n_tokens);
+    for (i = 0; i < n_tokens; i++)
+        tfm__stream_text(session->model, &stream->decoder, tokens[i], memory, &size);
 }
 
 TFM_API tfm_status tfm_generate_ids(tfm_session *session, const int32_t *prompt, size_t n_prompt,
@@ -10434,27 +11537,1842 @@ TFM_API tfm_status tfm_generate_ids(tfm_session *session, const int32_t *prompt,
     stream.user = print_user;
     status = tfm__check_generate(session, options, error);
     if (status == TFM_OK)
+        status = tfm__begin_decoder(session, options, &prompt, &n_prompt, error);
+    if (status == TFM_OK)
         status = tfm__prefill(session, prompt, n_prompt, options, stats, error);
     if (status != TFM_OK)
         return status;
+    tfm__stream_skip(session, options->sequence, &stream);
     status = tfm__continue(session, options, &stream, stats, error);
     if (stream.size && stats->stop != TFM_STOP_CALLBACK && tfm__stream_print(&stream, stream.size))
         stats->stop = TFM_STOP_CALLBACK;
     return status;
 }
 
+/* The prompt's tokens are a sequence's source. */
+static tfm_status tfm__prompt_as_source(tfm_session *session, size_t n_prompt, size_t sequence, tfm_error *error) {
+    tfm_text text;
+    memset(&text, 0, sizeof text);
+    text.tokens = session->prompt;
+    text.n_tokens = n_prompt;
+    if (!n_prompt)
+        return tfm__fail(error, TFM_ERROR_ARGUMENT, "the prompt is empty: there is nothing to answer");
+    if (n_prompt > session->source)
+        return tfm__fail(error, TFM_ERROR_CONTEXT_FULL,
+                         "the prompt has %lu tokens, but the encoder has room for %lu: see tfm_session_options.source",
+                         (unsigned long)n_prompt, (unsigned long)session->source);
+    return tfm_set_source(session, sequence, &text, error);
+}
+
 TFM_API tfm_status tfm_generate(tfm_session *session, const char *prompt, const tfm_generate_options *options,
                                 tfm_print print, void *print_user, tfm_error *error) {
+    const int answers = session->model->description.kind == TFM_ENCODER_DECODER;
     unsigned flags = options && options->special ? TFM_TOKENIZE_SPECIAL : 0;
     tfm_engine *engine = session->engine; /* whose scratch memory is idle */
     size_t n_prompt;
-    tfm_status status =
-        tfm__tokenize(session->model, engine->scratch, engine->scratch_size * sizeof *engine->scratch, prompt,
-                      strlen(prompt), flags, session->prompt, session->context, &n_prompt, error);
+    tfm_status status = tfm__tokenize(session->model, engine->scratch, engine->scratch_size * sizeof *engine->scratch,
+                                      prompt, strlen(prompt), flags, session->prompt,
+                                      answers ? session->source : session->context, &n_prompt, error);
+    if (status == TFM_OK && answers) {
+        status = tfm__prompt_as_source(session, n_prompt, options ? options->sequence : 0, error);
+        n_prompt = 0;
+    }
     if (status != TFM_OK)
         return status;
     return tfm_generate_ids(session, session->prompt, n_prompt, options, print, print_user, error);
 }
+
+/* ---- several prompts side by side: what tfm_generate_batch and tfm_beam_search have in common */
+
+/* A continuation that may go on. */
+typedef struct tfm__beam {
+    float score;   /* the sum of the log-probabilities of its new tokens */
+    size_t parent; /* the beam of the step before whose tokens it begins with */
+    int32_t token; /* its newest, which is not in its sequence yet */
+} tfm__beam;
+
+/* One prompt and its continuations: beam b is in the sequence first + b. */
+typedef struct tfm__group {
+    size_t first, n_prompt;
+    size_t max_new, n_new; /* tokens that each beam may have, and has */
+    size_t n_beams;        /* that go on; 0: the search is over */
+    size_t row;            /* their logits, in this step: rows row, row + 1, ... */
+    size_t n_rows;         /* 1 after the prompt, which all beams share */
+    tfm__beam *beams;      /* [beams] */
+    size_t n_finished;
+    tfm_result *finished; /* [beams]: best first */
+    int32_t *tokens;      /* [beams][max_new]: what `finished` points to, in any order */
+    tfm_random random;
+} tfm__group;
+
+/* What a row of logits offers: the best tokens and their log-probabilities. */
+typedef struct tfm__offer {
+    uint32_t token;
+    float score;
+} tfm__offer;
+
+typedef struct tfm__search {
+    tfm_session *session;
+    tfm_beam_options options; /* with the usual in place of 0 */
+    size_t n_groups, max_new, keep;
+    tfm__group *groups;   /* [n_groups] */
+    tfm_chunk *chunks;    /* [n_groups beams] */
+    size_t *row_sequence; /* [n_groups beams]: whose logits a row is */
+    float *logits;        /* [n_groups beams][vocab_size] */
+    tfm__offer *offers;   /* [n_groups beams][keep], best first */
+    size_t *n_offers;     /* [n_groups beams] */
+    tfm__beam *beams;     /* [n_groups][beams] */
+    tfm_result *finished; /* [n_groups][beams] */
+    int32_t *tokens;      /* [n_groups][beams][max_new] */
+    /* of one group at a time */
+    tfm__beam *candidates; /* [beams keep] */
+    uint32_t *order;       /* [beams keep] */
+    uint32_t *page_tables; /* [beams][n_pages] */
+    uint32_t *page_uses;   /* [beams n_pages]: how many beams a page is in */
+    int32_t *old_tokens;   /* [beams][context] */
+} tfm__search;
+
+static void tfm__carve_search(tfm__search *search, tfm__carver *carver) {
+    const tfm_session *session = search->session;
+    const size_t beams = search->options.beams, rows = tfm__product(search->n_groups, beams), keep = search->keep;
+    search->groups = (tfm__group *)tfm__carve(carver, search->n_groups, sizeof *search->groups);
+    search->chunks = (tfm_chunk *)tfm__carve(carver, rows, sizeof *search->chunks);
+    search->row_sequence = (size_t *)tfm__carve(carver, rows, sizeof *search->row_sequence);
+    search->logits =
+        (float *)tfm__carve(carver, tfm__product(rows, session->model->description.vocab_size), sizeof *search->logits);
+    search->offers = (tfm__offer *)tfm__carve(carver, tfm__product(rows, keep), sizeof *search->offers);
+    search->n_offers = (size_t *)tfm__carve(carver, rows, sizeof *search->n_offers);
+    search->beams = (tfm__beam *)tfm__carve(carver, rows, sizeof *search->beams);
+    search->finished = (tfm_result *)tfm__carve(carver, rows, sizeof *search->finished);
+    search->tokens = (int32_t *)tfm__carve(carver, tfm__product(rows, search->max_new), sizeof *search->tokens);
+    search->candidates = (tfm__beam *)tfm__carve(carver, tfm__product(beams, keep), sizeof *search->candidates);
+    search->order = (uint32_t *)tfm__carve(carver, tfm__product(beams, keep), sizeof *search->order);
+    search->page_tables =
+        (uint32_t *)tfm__carve(carver, tfm__product(beams, session->n_pages), sizeof *search->page_tables);
+    search->page_uses =
+        (uint32_t *)tfm__carve(carver, tfm__product(beams, session->n_pages), sizeof *search->page_uses);
+    search->old_tokens =
+        (int32_t *)tfm__carve(carver, tfm__product(beams, session->context), sizeof *search->old_tokens);
+}
+
+static tfm_status tfm__search_memory(tfm__search *search, tfm_error *error) {
+    tfm_session *session = search->session;
+    tfm__carver carver = {NULL, 0};
+    tfm__carve_search(search, &carver);
+    if (carver.used > session->search_size) {
+        void *memory = tfm__allocate_aligned(&session->allocator, carver.used, TFM__CACHE_LINE);
+        if (!memory)
+            return tfm__fail_memory(error, carver.used);
+        tfm__release_aligned(&session->allocator, session->search_memory);
+        session->search_memory = memory;
+        session->search_size = carver.used;
+    }
+    carver.memory = (char *)session->search_memory;
+    carver.used = 0;
+    tfm__carve_search(search, &carver);
+    return TFM_OK;
+}
+
+/* The prompt of group i. */
+static tfm_status tfm__search_prompt(const tfm__search *search, const tfm_prompt *prompts, size_t i, tfm_prompt *prompt,
+                                     tfm_error *error) {
+    const tfm_model *model = search->session->model;
+    memset(prompt, 0, sizeof *prompt);
+    if (prompts)
+        *prompt = prompts[i];
+    if (prompt->n_tokens)
+        return TFM_OK;
+    if (model->description.kind != TFM_ENCODER_DECODER)
+        return tfm__fail(error, TFM_ERROR_ARGUMENT, "prompt %lu is empty: there is nothing to continue",
+                         (unsigned long)i);
+    if (model->start_id < 0)
+        return tfm__fail(error, TFM_ERROR_ARGUMENT,
+                         "%s: the file has no generation.start_id, so the decoder's first tokens must be given",
+                         model->file->name);
+    prompt->tokens = &model->start_id;
+    prompt->n_tokens = 1;
+    return TFM_OK;
+}
+
+/* How many new tokens there may be after each prompt: the longest room, or what was asked for, which must fit (`strict`)
+ * or is cut. The last token of a text is never evaluated, so it needs no room. */
+static tfm_status tfm__search_rooms(tfm__search *search, const tfm_prompt *prompts, int strict, tfm_error *error) {
+    const size_t context = search->session->context, asked = search->options.max_tokens;
+    size_t i;
+    search->max_new = 0;
+    for (i = 0; i < search->n_groups; i++) {
+        tfm_prompt prompt;
+        tfm_status status = tfm__search_prompt(search, prompts, i, &prompt, error);
+        size_t room = prompt.n_tokens > context ? 0 : context - prompt.n_tokens + 1;
+        if (status != TFM_OK)
+            return status;
+        if (!room || (strict && asked > room))
+            return tfm__fail(error, TFM_ERROR_CONTEXT_FULL,
+                             "prompt %lu has %lu tokens and %lu more are asked for, but the context has room for %lu",
+                             (unsigned long)i, (unsigned long)prompt.n_tokens, (unsigned long)asked,
+                             (unsigned long)context);
+        search->max_new = TFM__MAX(search->max_new, asked ? TFM__MIN(asked, room) : room);
+    }
+    return TFM_OK;
+}
+
+/* Sequences for all groups, and a head to search with. */
+static tfm_status tfm__check_search(const tfm__search *search, tfm_error *error) {
+    const tfm_session *session = search->session;
+    const tfm_beam_options *options = &search->options;
+    if (session->model->description.kind == TFM_ENCODER || session->model->description.head == TFM_NO_HEAD)
+        return tfm__fail(error, TFM_ERROR_UNSUPPORTED, "the model writes no text: it is an encoder, or has no head");
+    if (options->sequence > session->n_sequences ||
+        search->n_groups > (session->n_sequences - options->sequence) / options->beams)
+        return tfm__fail(error, TFM_ERROR_ARGUMENT,
+                         "%lu prompts with %lu beams from sequence %lu on, but the session has %lu sequences: see "
+                         "tfm_session_options.n_sequences",
+                         (unsigned long)search->n_groups, (unsigned long)options->beams,
+                         (unsigned long)options->sequence, (unsigned long)session->n_sequences);
+    return TFM_OK;
+}
+
+/* Empties the groups' sequences and evaluates the prompts; their logits are the first rows. */
+static tfm_status tfm__search_begin(tfm__search *search, const tfm_prompt *prompts, tfm_error *error) {
+    tfm_session *session = search->session;
+    const size_t beams = search->options.beams;
+    size_t i, b;
+    for (i = 0; i < search->n_groups; i++) {
+        tfm__group *group = search->groups + i;
+        tfm_chunk *chunk = search->chunks + i;
+        tfm_prompt prompt;
+        size_t room;
+        tfm_status status = tfm__search_prompt(search, prompts, i, &prompt, error);
+        if (status != TFM_OK)
+            return status;
+        room = session->context - prompt.n_tokens + 1;
+        memset(group, 0, sizeof *group);
+        group->first = search->options.sequence + i * beams;
+        group->n_prompt = prompt.n_tokens;
+        group->max_new = search->options.max_tokens ? TFM__MIN(search->options.max_tokens, room) : room;
+        group->row = i;
+        group->n_rows = group->n_beams = 1;
+        group->beams = search->beams + i * beams;
+        group->finished = search->finished + i * beams;
+        group->tokens = search->tokens + i * beams * search->max_new;
+        memset(group->beams, 0, beams * sizeof *group->beams);
+        memset(group->finished, 0, beams * sizeof *group->finished);
+        for (b = 0; b < beams; b++)
+            session->kv[group->first + b].n_tokens = 0;
+        search->row_sequence[i] = group->first;
+        chunk->sequence = group->first;
+        chunk->tokens = prompt.tokens;
+        chunk->n_tokens = prompt.n_tokens;
+        chunk->n_outputs = 1;
+    }
+    return tfm_eval(session, search->chunks, search->n_groups, TFM_LOGITS, search->logits, error);
+}
+
+/* Evaluates the newest tokens of all beams that go on. *n_rows: how many those are. */
+static tfm_status tfm__search_step(tfm__search *search, size_t *n_rows, tfm_error *error) {
+    size_t i, b;
+    for (i = *n_rows = 0; i < search->n_groups; i++) {
+        tfm__group *group = search->groups + i;
+        group->row = *n_rows;
+        group->n_rows = group->n_beams;
+        for (b = 0; b < group->n_beams; b++, ++*n_rows) {
+            tfm_chunk *chunk = search->chunks + *n_rows;
+            search->row_sequence[*n_rows] = chunk->sequence = group->first + b;
+            chunk->tokens = &group->beams[b].token;
+            chunk->n_tokens = chunk->n_outputs = 1;
+        }
+    }
+    return *n_rows ? tfm_eval(search->session, search->chunks, *n_rows, TFM_LOGITS, search->logits, error) : TFM_OK;
+}
+
+/* ---- several prompts: greedy, sampling */
+
+/* Chooses the group's next token. */
+static tfm_status tfm__batch_choose(tfm__search *search, tfm__group *group, const tfm_generate_options *options,
+                                    tfm_error *error) {
+    tfm_session *session = search->session;
+    const size_t vocab_size = session->model->description.vocab_size;
+    tfm_result *result = group->finished;
+    size_t n_history;
+    const int32_t *history = tfm_sequence_tokens(session, group->first, &n_history);
+    tfm_status status = tfm_sample(&options->sampling, search->logits + group->row * vocab_size, vocab_size, history,
+                                   n_history, &group->random, session->work, &group->beams->token, error);
+    if (status != TFM_OK)
+        return status;
+    group->tokens[group->n_new++] = group->beams->token;
+    if (tfm__is_stop_token(session, options, group->beams->token))
+        result->stop = TFM_STOP_END_TOKEN;
+    else if (group->n_new == group->max_new)
+        result->stop = group->n_new == options->max_tokens ? TFM_STOP_MAX_TOKENS : TFM_STOP_CONTEXT;
+    result->tokens = group->tokens;
+    result->n_tokens = group->n_new;
+    group->n_beams = result->stop == TFM_STOP_NONE;
+    return TFM_OK;
+}
+
+static tfm_status tfm__check_batch(const tfm_generate_options *options, tfm_error *error) {
+    if (!options->append && !options->shift && !options->n_stop_strings && !options->on_token && !options->stats)
+        return TFM_OK;
+    return tfm__fail(error, TFM_ERROR_ARGUMENT,
+                     "tfm_generate_batch does not know the options append, shift, stop_strings, on_token and stats");
+}
+
+TFM_API tfm_status tfm_generate_batch(tfm_session *session, const tfm_prompt *prompts, size_t n_prompts,
+                                      const tfm_generate_options *options, tfm_result *results, tfm_error *error) {
+    tfm_generate_options usual;
+    tfm__search search;
+    tfm_status status;
+    size_t n_rows = n_prompts, i;
+    memset(&usual, 0, sizeof usual);
+    memset(&search, 0, sizeof search);
+    if (!options)
+        options = &usual;
+    search.session = session;
+    search.n_groups = n_prompts;
+    search.options.beams = 1;
+    search.options.max_tokens = options->max_tokens;
+    search.options.sequence = options->sequence;
+    status = tfm__check_batch(options, error);
+    if (status == TFM_OK)
+        status = tfm__check_search(&search, error);
+    if (status == TFM_OK)
+        status = tfm__search_rooms(&search, prompts, 0, error);
+    if (status == TFM_OK)
+        status = tfm__search_memory(&search, error);
+    if (status == TFM_OK)
+        status = tfm__search_begin(&search, prompts, error);
+    for (i = 0; i < n_prompts && status == TFM_OK; i++)
+        tfm_random_seed(&search.groups[i].random, options->seed + i);
+    while (n_rows && status == TFM_OK) {
+        for (i = 0; i < n_prompts && status == TFM_OK; i++)
+            if (search.groups[i].n_beams)
+                status = tfm__batch_choose(&search, search.groups + i, options, error);
+        if (status == TFM_OK)
+            status = tfm__search_step(&search, &n_rows, error);
+    }
+    for (i = 0; i < n_prompts && status == TFM_OK; i++)
+        results[i] = *search.groups[i].finished;
+    return status;
+}
+
+/* ---- beam search: what the logits offer */
+
+#define TFM__SCORE_BLOCK ((size_t)2048)
+
+/* log(sum of exp(x)), NaN if one is. */
+static float tfm__log_sum(const tfm__kernels *kernels, const float *x, size_t n) {
+    float block[TFM__SCORE_BLOCK];
+    tfm__softmax softmax;
+    size_t i, size;
+    softmax.max = -INFINITY;
+    softmax.sum = 0;
+    for (i = 0; i < n; i += size) {
+        size = TFM__MIN(TFM__SCORE_BLOCK, n - i);
+        memcpy(block, x + i, size * sizeof *x);
+        kernels->softmax_block(&softmax, block, size, 1, NULL);
+    }
+    return softmax.max + (float)log((double)softmax.sum);
+}
+
+/* The k largest of x, best first, the first among equals; NaN and -infinity are left out. Returns how many. */
+static size_t tfm__largest(const float *x, size_t n, size_t k, tfm__offer *best) {
+    float limit = -INFINITY;
+    size_t count = 0, i, end, at;
+    for (i = 0; i < n; i = end) {
+        int any = 0;
+        end = TFM__MIN(i + 16, n);
+        for (at = i; at < end; at++) /* mostly there is nothing, and compilers make vectors of this */
+            any |= x[at] > limit;
+        for (; any && i < end; i++) {
+            if (!(x[i] > limit))
+                continue;
+            count += count < k;
+            for (at = count - 1; at > 0 && best[at - 1].score < x[i]; at--)
+                best[at] = best[at - 1];
+            best[at].score = x[i];
+            best[at].token = (uint32_t)i;
+            limit = count == k ? best[k - 1].score : limit;
+        }
+    }
+    return count;
+}
+
+/* A row's best tokens and their log-probabilities. What is forbidden is left out, and keeps its share of the
+ * probability. */
+static void tfm__offer_row(void *argument, size_t row) {
+    const tfm__search *search = (const tfm__search *)argument;
+    const tfm_session *session = search->session;
+    const tfm_model *model = session->model;
+    const size_t vocab_size = model->description.vocab_size, sequence = search->row_sequence[row];
+    const tfm__group *group = search->groups + (sequence - search->options.sequence) / search->options.beams;
+    float *logits = search->logits + row * vocab_size;
+    tfm__offer *offers = search->offers + row * search->keep;
+    float log_sum = tfm__log_sum(session->engine->kernels, logits, vocab_size);
+    size_t n_history, i, n;
+    const int32_t *history = tfm_sequence_tokens(session, sequence, &n_history);
+    if (search->options.no_repeat_ngram && search->options.no_repeat_ngram <= n_history)
+        tfm__forbid_repeats(search->options.no_repeat_ngram, logits, vocab_size, history, n_history);
+    for (i = 0; group->n_new < search->options.min_tokens && i < model->n_end_ids; i++)
+        logits[model->end_ids[i]] = -INFINITY;
+    n = log_sum == log_sum ? tfm__largest(logits, vocab_size, search->keep, offers) : 0;
+    for (i = 0; i < n; i++)
+        offers[i].score -= log_sum;
+    search->n_offers[row] = n;
+}
+
+/* ---- beam search: one step of one group */
+
+/* Better first; among equals the lower beam, then the lower token. */
+static int tfm__compare_candidates(const void *context, uint32_t a, uint32_t b) {
+    const tfm__beam *x = (const tfm__beam *)context + a, *y = (const tfm__beam *)context + b;
+    if (x->score != y->score)
+        return x->score > y->score ? -1 : 1;
+    if (x->parent != y->parent)
+        return x->parent < y->parent ? -1 : 1;
+    return (x->token > y->token) - (x->token < y->token);
+}
+
+/* All that the group's rows offer, in order. Returns how many. */
+static size_t tfm__collect(tfm__search *search, const tfm__group *group) {
+    size_t n = 0, row, i;
+    for (row = 0; row < group->n_rows; row++)
+        for (i = 0; i < search->n_offers[group->row + row]; i++, n++) {
+            const tfm__offer *offer = search->offers + (group->row + row) * search->keep + i;
+            search->candidates[n].score = group->beams[row].score + offer->score;
+            search->candidates[n].parent = row;
+            search->candidates[n].token = (int32_t)offer->token;
+            search->order[n] = (uint32_t)n;
+        }
+    tfm__sort(search->order, n, tfm__compare_candidates, search->candidates);
+    return n;
+}
+
+static float tfm__length_divisor(const tfm__search *search, size_t n_tokens) {
+    return (float)pow((double)n_tokens, (double)search->options.length_penalty);
+}
+
+/* A continuation that ended: kept if it is one of the best. The place of the worst becomes free for it. */
+static void tfm__finish_beam(tfm__search *search, tfm__group *group, const tfm__beam *beam, tfm_stop stop) {
+    const size_t beams = search->options.beams, sequence = group->first + beam->parent;
+    const int32_t *before = search->session->tokens + sequence * search->session->context + group->n_prompt;
+    int32_t *tokens = group->tokens + group->n_finished * search->max_new;
+    float score = beam->score / tfm__length_divisor(search, group->n_new + 1);
+    size_t at;
+    if (group->n_finished == beams) {
+        if (!(score > group->finished[beams - 1].score))
+            return;
+        tokens = group->tokens + (size_t)(group->finished[beams - 1].tokens - group->tokens);
+        group->n_finished--;
+    }
+    for (at = group->n_finished++; at > 0 && group->finished[at - 1].score < score; at--)
+        group->finished[at] = group->finished[at - 1];
+    memcpy(tokens, before, group->n_new * sizeof *tokens);
+    tokens[group->n_new] = beam->token;
+    group->finished[at].tokens = tokens;
+    group->finished[at].n_tokens = group->n_new + 1;
+    group->finished[at].stop = stop;
+    group->finished[at].score = score;
+}
+
+/* 1 if a beam may still become better than the worst result. (transformers' score of a result that is not there is
+ * -1e9.) */
+static int tfm__may_improve(const tfm__search *search, const tfm__group *group) {
+    const tfm_beam_options *options = &search->options;
+    const int longest = options->early_stopping == TFM_STOP_SURE && options->length_penalty > 0;
+    float worst = group->n_finished == options->beams ? group->finished[options->beams - 1].score : -1e9f;
+    return group->beams[0].score / tfm__length_divisor(search, longest ? group->max_new : group->n_new) > worst;
+}
+
+/* Of the candidates in order the first beams * (end tokens + 1) count: those that end and are among the first `beams` are
+ * results, the first `beams` others go on. */
+static void tfm__choose_beams(tfm__search *search, tfm__group *group) {
+    const tfm_beam_options *options = &search->options;
+    const size_t n = TFM__MIN(tfm__collect(search, group), search->keep);
+    const int last = group->n_new + 1 == group->max_new;
+    size_t i;
+    for (i = group->n_beams = 0; i < n; i++) {
+        const tfm__beam *candidate = search->candidates + search->order[i];
+        const int ends = tfm_is_end_token(search->session->model, candidate->token);
+        if (!ends && !last && group->n_beams < options->beams)
+            group->beams[group->n_beams++] = *candidate;
+        else if ((ends || last) && i < options->beams)
+            tfm__finish_beam(search, group, candidate, ends ? TFM_STOP_END_TOKEN : TFM_STOP_MAX_TOKENS);
+    }
+    group->n_new++;
+    if (group->n_beams && (!tfm__may_improve(search, group) ||
+                           (options->early_stopping == TFM_STOP_FULL && group->n_finished == options->beams)))
+        group->n_beams = 0;
+}
+
+/* ---- beam search: the beams' pages */
+
+typedef struct tfm__page_copy {
+    tfm_kv kv; /* without a table: pages are those of the pool */
+    size_t from, to, n_tokens;
+} tfm__page_copy;
+
+/* One layer's keys and values of a page's first tokens. */
+static void tfm__copy_page_layer(void *argument, size_t layer) {
+    const tfm__page_copy *copy = (const tfm__page_copy *)argument;
+    const tfm_kv *kv = &copy->kv;
+    const size_t size = tfm__dtype_sizes[kv->dtype] * TFM__PANEL, dim = kv->head_dim;
+    size_t head, d;
+    for (head = 0; head < kv->n_kv_heads; head++) {
+        const char *values = tfm__kv_at(kv, layer, copy->from, 1, head);
+        char *to = tfm__kv_at(kv, layer, copy->to, 1, head);
+        memcpy(tfm__kv_at(kv, layer, copy->to, 0, head), tfm__kv_at(kv, layer, copy->from, 0, head),
+               tfm__divide_up(copy->n_tokens, TFM__PANEL) * dim * size);
+        for (d = 0; d < tfm__divide_up(dim, TFM__PANEL); d++)
+            memcpy(to + d * kv->page_tokens * size, values + d * kv->page_tokens * size, copy->n_tokens * size);
+    }
+}
+
+static void tfm__copy_page(const tfm_session *session, size_t from, size_t to, size_t n_tokens) {
+    tfm__page_copy copy;
+    copy.kv = session->kv[0];
+    copy.kv.pages = NULL;
+    copy.from = from;
+    copy.to = to;
+    copy.n_tokens = n_tokens;
+    tfm__run(session->engine, copy.kv.n_layers, 2 * n_tokens * copy.kv.n_kv_heads * copy.kv.head_dim,
+             tfm__copy_page_layer, &copy);
+}
+
+/* Gives every beam of the group a last page of its own, with room for one more token. The group's sequences brought
+ * n_pages pages each, so there is always a free one. */
+static void tfm__part_pages(tfm__search *search, const tfm__group *group) {
+    const tfm_session *session = search->session;
+    const size_t n_pages = session->n_pages, n_tokens = session->kv[group->first].n_tokens;
+    const size_t last = n_tokens / TFM_KV_PAGE, filled = n_tokens % TFM_KV_PAGE;
+    const size_t base = group->first * n_pages; /* the first of the group's pages */
+    uint32_t *tables = session->pages + base, *uses = search->page_uses;
+    size_t b, i, unused = 0;
+    memset(uses, 0, search->options.beams * n_pages * sizeof *uses);
+    for (b = 0; b < group->n_beams; b++)
+        for (i = 0; i < last + (filled > 0); i++)
+            uses[tables[b * n_pages + i] - base]++;
+    for (b = 0; b < group->n_beams; b++) {
+        uint32_t *page = tables + b * n_pages + last;
+        if (filled && uses[*page - base] == 1)
+            continue;
+        while (uses[unused])
+            unused++;
+        uses[unused] = 1;
+        if (filled) {
+            uses[*page - base]--;
+            tfm__copy_page(session, *page, base + unused, filled);
+        }
+        *page = (uint32_t)(base + unused);
+    }
+}
+
+/* The sequences of the group's beams become those of their parents. */
+static void tfm__follow_parents(tfm__search *search, const tfm__group *group) {
+    tfm_session *session = search->session;
+    const size_t n_pages = session->n_pages, context = session->context, n_tokens = session->kv[group->first].n_tokens;
+    const size_t beams = search->options.beams;
+    uint32_t *tables = session->pages + group->first * n_pages;
+    int32_t *tokens = session->tokens + group->first * context;
+    size_t b;
+    memcpy(search->page_tables, tables, beams * n_pages * sizeof *tables);
+    for (b = 0; b < group->n_rows; b++)
+        memcpy(search->old_tokens + b * n_tokens, tokens + b * context, n_tokens * sizeof *tokens);
+    for (b = 0; b < group->n_beams; b++) {
+        const size_t parent = group->beams[b].parent;
+        memcpy(tables + b * n_pages, search->page_tables + parent * n_pages, n_pages * sizeof *tables);
+        memcpy(tokens + b * context, search->old_tokens + parent * n_tokens, n_tokens * sizeof *tokens);
+        session->kv[group->first + b].n_tokens = n_tokens;
+    }
+    tfm__part_pages(search, group);
+}
+
+/* All beams of a prompt answer to the source of the first. */
+static void tfm__share_sources(const tfm__search *search) {
+    tfm_session *session = search->session;
+    const size_t beams = search->options.beams;
+    size_t i;
+    if (session->model->description.kind == TFM_ENCODER_DECODER)
+        for (i = 0; i < search->n_groups * beams; i++)
+            session->memories[search->options.sequence + i] =
+                session->memories[search->options.sequence + i / beams * beams];
+}
+
+/* Every sequence has its own pages again, and is empty; the first of each prompt still has its source. */
+static void tfm__unshare(const tfm__search *search) {
+    tfm_session *session = search->session;
+    const size_t beams = search->options.beams, source_pages = tfm__kv_pages(session->source);
+    size_t i, k;
+    for (i = 0; i < search->n_groups * beams; i++) {
+        const size_t sequence = search->options.sequence + i;
+        for (k = 0; k < session->n_pages; k++)
+            session->pages[sequence * session->n_pages + k] = (uint32_t)(sequence * session->n_pages + k);
+        session->kv[sequence].n_tokens = 0;
+        if (session->model->description.kind == TFM_ENCODER_DECODER && i % beams) {
+            session->memories[sequence].pages = session->memory_pages + sequence * source_pages;
+            session->memories[sequence].n_tokens = 0;
+        }
+    }
+}
+
+/* ---- beam search */
+
+static tfm_status tfm__check_beams(const tfm__search *search, tfm_error *error) {
+    const tfm_beam_options *options = &search->options;
+    const size_t vocab_size = search->session->model->description.vocab_size;
+    if (options->n_best > options->beams)
+        return tfm__fail(error, TFM_ERROR_ARGUMENT, "%lu results are asked for, but there are %lu beams",
+                         (unsigned long)options->n_best, (unsigned long)options->beams);
+    if (!(fabsf(options->length_penalty) <= 100))
+        return tfm__fail(error, TFM_ERROR_ARGUMENT, "the length penalty is %g, expected -100 to 100",
+                         (double)options->length_penalty);
+    if ((unsigned)options->early_stopping > TFM_STOP_SURE)
+        return tfm__fail(error, TFM_ERROR_ARGUMENT, "unknown kind of early stopping %d", (int)options->early_stopping);
+    if (search->keep / options->beams > vocab_size)
+        return tfm__fail(error, TFM_ERROR_ARGUMENT, "a vocabulary of %lu tokens is too small for beam search",
+                         (unsigned long)vocab_size);
+    return TFM_OK;
+}
+
+/* Steps until all groups are done. */
+static tfm_status tfm__search_beams(tfm__search *search, tfm_error *error) {
+    const tfm_session *session = search->session;
+    size_t n_rows = search->n_groups, i;
+    tfm_status status = TFM_OK;
+    while (n_rows && status == TFM_OK) {
+        tfm__run(session->engine, n_rows, 8 * session->model->description.vocab_size, tfm__offer_row, search);
+        for (i = 0; i < search->n_groups; i++) {
+            tfm__group *group = search->groups + i;
+            if (!group->n_beams)
+                continue;
+            tfm__choose_beams(search, group);
+            if (group->n_beams)
+                tfm__follow_parents(search, group);
+            else if (!group->n_finished)
+                return tfm__fail(error, TFM_ERROR_ARGUMENT,
+                                 "prompt %lu: no token can be chosen: every logit is NaN, -infinity or forbidden",
+                                 (unsigned long)i);
+        }
+        status = tfm__search_step(search, &n_rows, error);
+    }
+    return status;
+}
+
+static void tfm__search_results(const tfm__search *search, tfm_result *results) {
+    size_t i, k;
+    for (i = 0; i < search->n_groups; i++)
+        for (k = 0; k < search->options.n_best; k++, results++) {
+            memset(results, 0, sizeof *results);
+            results->score = -INFINITY;
+            if (k < search->groups[i].n_finished)
+                *results = search->groups[i].finished[k];
+        }
+}
+
+TFM_API tfm_status tfm_beam_search(tfm_session *session, const tfm_prompt *prompts, size_t n_prompts,
+                                   const tfm_beam_options *options, tfm_result *results, tfm_error *error) {
+    tfm__search search;
+    tfm_status status;
+    memset(&search, 0, sizeof search);
+    search.session = session;
+    search.n_groups = n_prompts;
+    if (options)
+        search.options = *options;
+    if (!search.options.beams)
+        search.options.beams = 4;
+    if (!search.options.n_best)
+        search.options.n_best = 1;
+    if (!search.options.length_penalty)
+        search.options.length_penalty = search.options.no_length_penalty ? 0.0f : 1.0f;
+    if (search.options.beams == 1)
+        search.options.early_stopping = TFM_STOP_FULL;
+    search.keep = tfm__product(search.options.beams, TFM__MAX(2, session->model->n_end_ids + 1));
+    status = tfm__check_search(&search, error);
+    if (status == TFM_OK)
+        status = tfm__check_beams(&search, error);
+    if (status == TFM_OK)
+        status = tfm__search_rooms(&search, prompts, 1, error);
+    if (status == TFM_OK && n_prompts)
+        status = tfm__search_memory(&search, error);
+    if (status != TFM_OK || !n_prompts)
+        return status;
+    tfm__share_sources(&search);
+    status = tfm__search_begin(&search, prompts, error);
+    if (status == TFM_OK)
+        status = tfm__search_beams(&search, error);
+    if (status == TFM_OK)
+        tfm__search_results(&search, results);
+    tfm__unshare(&search);
+    return status;
+}
+
+/* ---- chat: templates
+ * A family's way of writing a conversation is a row of a table: texts around a turn of each role. Special tokens that stand
+ * in them are listed, and become their ids; the same words in a turn's text stay words. */
+
+#define TFM__FORM_TOKENS 4
+
+typedef struct tfm__form {
+    const char *name;
+    const char *tokens[TFM__FORM_TOKENS]; /* the special tokens in the texts below, as far as there are any */
+    const char *begin;
+    const char *before[TFM_ROLE_COUNT], *after[TFM_ROLE_COUNT]; /* what stands around a turn */
+    const char *lead;     /* between before[TFM_ASSISTANT] and the text; a model writes it itself */
+    const char *end;      /* the token that ends an answer, or NULL */
+    const char *stops[2]; /* texts that end an answer, as far as there are any */
+    unsigned flags;
+} tfm__form;
+
+enum {
+    TFM__FORM_TRIM = 1,          /* turns lose the white space around them */
+    TFM__FORM_SYSTEM_INSIDE = 2, /* the system prompt stands in the first user's turn, after before[TFM_USER] */
+    TFM__FORM_TEXT = 4           /* begins as any text for the tokenizer does */
+};
+
+/* Of several rows with a name the first whose tokens the tokenizer has is taken. */
+static const tfm__form tfm__forms[] = {
+    {"chatml", /* OpenAI's, of Qwen, SmolLM2, Yi, ... */
+     {"<|im_start|>", "<|im_end|>", NULL, NULL},
+     "",
+     {"<|im_start|>system\n", "<|im_start|>user\n", "<|im_start|>assistant\n"},
+     {"<|im_end|>\n", "<|im_end|>\n", "<|im_end|>\n"},
+     "",
+     "<|im_end|>",
+     {NULL, NULL},
+     0},
+    {"llama2",
+     {"<s>", "</s>", NULL, NULL},
+     "",
+     {"<<SYS>>\n", "<s>[INST] ", ""},
+     {"\n<</SYS>>\n\n", " [/INST]", " </s>"},
+     " ",
+     "</s>",
+     {NULL, NULL},
+     TFM__FORM_TRIM | TFM__FORM_SYSTEM_INSIDE},
+    {"llama3",
+     {"<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"},
+     "<|begin_of_text|>",
+     {"<|start_header_id|>system<|end_header_id|>\n\n", "<|start_header_id|>user<|end_header_id|>\n\n",
+      "<|start_header_id|>assistant<|end_header_id|>\n\n"},
+     {"<|eot_id|>", "<|eot_id|>", "<|eot_id|>"},
+     "",
+     "<|eot_id|>",
+     {NULL, NULL},
+     TFM__FORM_TRIM},
+    {"mistral", /* tokenizer v3: 7B v0.3, Mixtral 8x22B, ... */
+     {"<s>", "</s>", "[INST]", "[/INST]"},
+     "<s>",
+     {"", "[INST] ", ""},
+     {"\n\n", "[/INST]", "</s>"},
+     " ",
+     "</s>",
+     {NULL, NULL},
+     TFM__FORM_SYSTEM_INSIDE},
+    {"mistral", /* tokenizer v1: 7B v0.1 and v0.2, Mixtral 8x7B */
+     {"<s>", "</s>", NULL, NULL},
+     "<s>",
+     {"", " [INST] ", ""},
+     {"\n\n", " [/INST]", "</s>"},
+     " ",
+     "</s>",
+     {NULL, NULL},
+     TFM__FORM_SYSTEM_INSIDE},
+    {"gemma", /* knows no system prompt */
+     {"<bos>", "<start_of_turn>", "<end_of_turn>", NULL},
+     "<bos>",
+     {"", "<start_of_turn>user\n", "<start_of_turn>model\n"},
+     {"\n\n", "<end_of_turn>\n", "<end_of_turn>\n"},
+     "",
+     "<end_of_turn>",
+     {NULL, NULL},
+     TFM__FORM_TRIM | TFM__FORM_SYSTEM_INSIDE},
+    {"plain",
+     {NULL, NULL, NULL, NULL},
+     "",
+     {"", "User: ", "Assistant:"},
+     {"\n", "\n", "\n"},
+     " ",
+     NULL,
+     {"\nUser:", "\nAssistant:"},
+     TFM__FORM_TRIM | TFM__FORM_TEXT},
+};
+
+#define TFM__FORMS (sizeof tfm__forms / sizeof *tfm__forms)
+
+/* ---- chat: turns */
+
+typedef struct tfm__turn {
+    tfm_role role;
+    int generated; /* 1: an answer of the model: */
+    char *text;    /* [size]; an answer has what the model wrote before it, too */
+    size_t size;
+    int32_t *ids; /* [n_ids]: the tokens that the model chose for the first id_bytes of it */
+    size_t n_ids, id_bytes;
+    void *memory; /* of both */
+} tfm__turn;
+
+/* Part of the rendered text that is not tokenized, as it has ids already. Size 0 and no ids: tokens don't cross it. */
+typedef struct tfm__mark {
+    size_t at, size;
+    const int32_t *ids;
+    size_t n_ids;
+} tfm__mark;
+
+struct tfm_chat {
+    tfm_allocator allocator;
+    tfm_session *session;
+    const tfm__form *form;
+    int32_t token_ids[TFM__FORM_TOKENS]; /* of the form's tokens */
+    size_t budget, sequence;
+    tfm_summarise summarise;
+    void *summarise_user;
+    tfm__turn system, summary; /* without memory: there is none */
+    tfm__turn *turns;          /* [n_turns] */
+    size_t n_turns, turn_capacity, n_dropped;
+    /* the context, rendered */
+    char *text; /* [text_size] */
+    size_t text_size, text_capacity;
+    tfm__mark *marks; /* [n_marks], in the order of their places */
+    size_t n_marks, mark_capacity;
+};
+
+/* Room for `wanted` elements in memory that grows. */
+static tfm_status tfm__grow(const tfm_allocator *allocator, void **memory, size_t *capacity, size_t wanted, size_t size,
+                            tfm_error *error) {
+    size_t larger = TFM__MAX(wanted, TFM__MIN(*capacity, SIZE_MAX / 4) * 2);
+    void *grown;
+    if (wanted <= *capacity)
+        return TFM_OK;
+    grown = tfm__allocate(allocator, tfm__product(larger, size));
+    if (!grown)
+        return tfm__fail_memory(error, tfm__product(larger, size));
+    if (*capacity)
+        memcpy(grown, *memory, *capacity * size);
+    tfm__release(allocator, *memory);
+    *memory = grown;
+    *capacity = larger;
+    return TFM_OK;
+}
+
+/* Copies a text, and the ids (int32_t, aligned or not) that some of it has, into a new turn. */
+static tfm_status tfm__turn_make(const tfm_chat *chat, tfm_role role, const char *text, size_t size, const void *ids,
+                                 size_t n_ids, tfm__turn *turn, tfm_error *error) {
+    size_t id_bytes = n_ids * sizeof *turn->ids;
+    memset(turn, 0, sizeof *turn);
+    turn->memory = tfm__allocate(&chat->allocator, size > SIZE_MAX / 2 ? SIZE_MAX : id_bytes + size);
+    if (!turn->memory)
+        return tfm__fail_memory(error, id_bytes + size);
+    turn->role = role;
+    turn->ids = (int32_t *)turn->memory;
+    turn->n_ids = n_ids;
+    turn->text = (char *)turn->memory + id_bytes;
+    turn->size = size;
+    if (n_ids)
+        memcpy(turn->ids, ids, id_bytes);
+    if (size)
+        memcpy(turn->text, text, size);
+    return TFM_OK;
+}
+
+static void tfm__turn_free(const tfm_chat *chat, tfm__turn *turn) {
+    tfm__release(&chat->allocator, turn->memory);
+    memset(turn, 0, sizeof *turn);
+}
+
+/* Appends a turn, which is the chat's from then on. */
+static tfm_status tfm__turn_append(tfm_chat *chat, const tfm__turn *turn, tfm_error *error) {
+    void *turns = chat->turns;
+    tfm_status status =
+        tfm__grow(&chat->allocator, &turns, &chat->turn_capacity, chat->n_turns + 1, sizeof *chat->turns, error);
+    chat->turns = (tfm__turn *)turns;
+    if (status == TFM_OK)
+        chat->turns[chat->n_turns++] = *turn;
+    return status;
+}
+
+static void tfm__forget_turns(tfm_chat *chat, size_t n) {
+    size_t i;
+    for (i = 0; i < n; i++)
+        tfm__turn_free(chat, chat->turns + i);
+    chat->n_turns -= n;
+    if (n)
+        memmove(chat->turns, chat->turns + n, chat->n_turns * sizeof *chat->turns);
+}
+
+static int tfm__is_blank(char c) {
+    return c == ' ' || (c >= '\t' && c <= '\r');
+}
+
+/* Takes away the white space around a text. */
+static void tfm__trim(const char **text, size_t *size) {
+    while (*size && tfm__is_blank(**text))
+        ++*text, --*size;
+    while (*size && tfm__is_blank((*text)[*size - 1]))
+        --*size;
+}
+
+static tfm_turn tfm__turn_view(const tfm__turn *turn, tfm_role role) {
+    tfm_turn view;
+    view.role = role;
+    view.text = turn->text ? turn->text : "";
+    view.size = turn->size;
+    tfm__trim(&view.text, &view.size);
+    return view;
+}
+
+/* ---- chat: the context */
+
+static tfm_status tfm__put_text(tfm_chat *chat, const char *text, size_t size, tfm_error *error) {
+    void *memory = chat->text;
+    tfm_status status = tfm__grow(&chat->allocator, &memory, &chat->text_capacity, chat->text_size + size, 1, error);
+    chat->text = (char *)memory;
+    if (status == TFM_OK && size) {
+        memcpy(chat->text + chat->text_size, text, size);
+        chat->text_size += size;
+    }
+    return status;
+}
+
+/* Text that has these ids. */
+static tfm_status tfm__put_mark(tfm_chat *chat, const char *text, size_t size, const int32_t *ids, size_t n_ids,
+                                tfm_error *error) {
+    tfm__mark *mark;
+    void *memory = chat->marks;
+    tfm_status status =
+        tfm__grow(&chat->allocator, &memory, &chat->mark_capacity, chat->n_marks + 1, sizeof *mark, error);
+    chat->marks = (tfm__mark *)memory;
+    if (status != TFM_OK)
+        return status;
+    mark = chat->marks + chat->n_marks++;
+    mark->at = chat->text_size;
+    mark->size = size;
+    mark->ids = ids;
+    mark->n_ids = n_ids;
+    return tfm__put_text(chat, text, size, error);
+}
+
+/* Which of the form's tokens a text begins with, or TFM__FORM_TOKENS. */
+static size_t tfm__form_token(const tfm__form *form, const char *text, size_t size) {
+    size_t i;
+    for (i = 0; i < TFM__FORM_TOKENS; i++) {
+        size_t n = form->tokens[i] ? strlen(form->tokens[i]) : 0;
+        if (n && n <= size && !memcmp(text, form->tokens[i], n))
+            return i;
+    }
+    return TFM__FORM_TOKENS;
+}
+
+/* A text of the template. */
+static tfm_status tfm__put_form(tfm_chat *chat, const char *text, tfm_error *error) {
+    const tfm__form *form = chat->form;
+    tfm_status status = TFM_OK;
+    while (*text && status == TFM_OK) {
+        size_t token = tfm__form_token(form, text, strlen(text)), size = 0;
+        if (token < TFM__FORM_TOKENS) {
+            size = strlen(form->tokens[token]);
+            status = tfm__put_mark(chat, text, size, chat->token_ids + token, 1, error);
+        } else {
+            while (text[size] && tfm__form_token(form, text + size, strlen(text + size)) == TFM__FORM_TOKENS)
+                size++;
+            status = tfm__put_text(chat, text, size, error);
+        }
+        text += size;
+    }
+    return status;
+}
+
+/* A text that somebody wrote. Special tokens in it are plain text to the tokenizer anyway; but some files have a template's
+ * tokens among those that are found in any text (SentencePiece's user-defined pieces): those are cut after their first
+ * byte. */
+static tfm_status tfm__put_written(tfm_chat *chat, const char *text, size_t size, tfm_error *error) {
+    tfm_status status;
+    size_t done = 0, i;
+    if (chat->form->flags & TFM__FORM_TRIM)
+        tfm__trim(&text, &size);
+    for (i = 0; i < size; i++) {
+        size_t token = tfm__form_token(chat->form, text + i, size - i);
+        if (token == TFM__FORM_TOKENS || tfm_is_special_token(chat->session->model, chat->token_ids[token]))
+            continue;
+        status = tfm__put_text(chat, text + done, i + 1 - done, error);
+        done = i + 1;
+        if (status == TFM_OK)
+            status = tfm__put_mark(chat, NULL, 0, NULL, 0, error);
+        if (status != TFM_OK)
+            return status;
+    }
+    return tfm__put_text(chat, text + done, size - done, error);
+}
+
+static int tfm__has_system(const tfm_chat *chat) {
+    return chat->system.size || chat->summary.size;
+}
+
+static tfm_status tfm__put_system(tfm_chat *chat, tfm_error *error) {
+    tfm_status status = tfm__put_form(chat, chat->form->before[TFM_SYSTEM], error);
+    if (status == TFM_OK)
+        status = tfm__put_written(chat, chat->system.text, chat->system.size, error);
+    if (status == TFM_OK && chat->system.size && chat->summary.size)
+        status = tfm__put_text(chat, "\n\n", 2, error);
+    if (status == TFM_OK)
+        status = tfm__put_written(chat, chat->summary.text, chat->summary.size, error);
+    return status == TFM_OK ? tfm__put_form(chat, chat->form->after[TFM_SYSTEM], error) : status;
+}
+
+/* What a turn says. An answer stands as the model gave it. */
+static tfm_status tfm__put_content(tfm_chat *chat, const tfm__turn *turn, tfm_error *error) {
+    tfm_status status = TFM_OK;
+    if (turn->generated) {
+        status = tfm__put_mark(chat, turn->text, turn->id_bytes, turn->ids, turn->n_ids, error);
+        return status == TFM_OK ? tfm__put_text(chat, turn->text + turn->id_bytes, turn->size - turn->id_bytes, error)
+                                : status;
+    }
+    if (turn->role == TFM_ASSISTANT)
+        status = tfm__put_form(chat, chat->form->lead, error);
+    return status == TFM_OK ? tfm__put_written(chat, turn->text, turn->size, error) : status;
+}
+
+/* Renders the conversation from a turn on. */
+static tfm_status tfm__chat_render(tfm_chat *chat, size_t first, int answer, tfm_error *error) {
+    const tfm__form *form = chat->form;
+    int system = tfm__has_system(chat); /* is still to come */
+    tfm_status status;
+    size_t i;
+    chat->text_size = chat->n_marks = 0;
+    status = tfm__put_form(chat, form->begin, error);
+    if (status == TFM_OK && system && !(form->flags & TFM__FORM_SYSTEM_INSIDE)) {
+        status = tfm__put_system(chat, error);
+        system = 0;
+    }
+    for (i = first; i < chat->n_turns && status == TFM_OK; i++) {
+        const tfm__turn *turn = chat->turns + i;
+        status = tfm__put_form(chat, form->before[turn->role], error);
+        if (status == TFM_OK && system && turn->role == TFM_USER) {
+            status = tfm__put_system(chat, error);
+            system = 0;
+        }
+        if (status == TFM_OK)
+            status = tfm__put_content(chat, turn, error);
+        if (status == TFM_OK)
+            status = tfm__put_form(chat, form->after[turn->role], error);
+    }
+    return status == TFM_OK && answer ? tfm__put_form(chat, form->before[TFM_ASSISTANT], error) : status;
+}
+
+/* The ids of the rendered context. To the tokenizer each stretch between marks is a part of one text, as when special
+ * tokens are found in it. */
+static tfm_status tfm__chat_encode(const tfm_chat *chat, int32_t *ids, size_t capacity, size_t *n_ids,
+                                   tfm_error *error) {
+    const tfm__tokenizer *tokenizer = &chat->session->model->tokenizer;
+    const tfm_engine *engine = chat->session->engine; /* whose scratch memory is idle */
+    const unsigned char *text = (const unsigned char *)chat->text;
+    uint32_t stack[TFM__MERGE_STACK];
+    tfm__encoder encoder;
+    tfm_status status = TFM_OK;
+    size_t done = 0, i;
+    memset(&encoder, 0, sizeof encoder);
+    encoder.tokenizer = tokenizer;
+    encoder.ids = ids;
+    encoder.capacity = capacity;
+    encoder.error = error;
+    encoder.text = text;
+    tfm__encode_begin(&encoder, stack, engine->scratch, engine->scratch_size * sizeof *engine->scratch);
+    if (chat->form->flags & TFM__FORM_TEXT)
+        tfm__encode_ids(&encoder, tokenizer->source.prefix_ids, tokenizer->source.n_prefix);
+    for (i = 0; i <= chat->n_marks && status == TFM_OK; i++) {
+        const tfm__mark *mark = i < chat->n_marks ? chat->marks + i : NULL;
+        size_t end = mark ? mark->at : chat->text_size;
+        if (end > done)
+            status = tfm__encode_text(&encoder, 0, text + done, end - done);
+        if (mark) {
+            tfm__encode_ids(&encoder, mark->ids, mark->n_ids);
+            done = mark->at + mark->size;
+        }
+    }
+    if (encoder.own)
+        tokenizer->allocator.release(tokenizer->allocator.user, encoder.own);
+    *n_ids = encoder.n_ids;
+    return status;
+}
+
+/* The context from a turn on, ready to be answered, into session->prompt. */
+static tfm_status tfm__chat_context(tfm_chat *chat, size_t first, size_t *n_ids, tfm_error *error) {
+    tfm_status status = tfm__chat_render(chat, first, 1, error);
+    return status == TFM_OK ? tfm__chat_encode(chat, chat->session->prompt, chat->session->context, n_ids, error)
+                            : status;
+}
+
+/* ---- chat: dropping turns */
+
+/* Asks the caller for a summary of the first n turns, and the summary before them. */
+static tfm_status tfm__ask_summary(const tfm_chat *chat, size_t n, tfm__turn *summary, tfm_error *error) {
+    tfm_turn *turns = (tfm_turn *)tfm__allocate(&chat->allocator, n * sizeof *turns);
+    char *before = (char *)tfm__allocate_zeroed(&chat->allocator, chat->summary.size + 1);
+    tfm_status status = TFM_OK;
+    const char *text;
+    size_t i;
+    memset(summary, 0, sizeof *summary);
+    if (turns && before) {
+        for (i = 0; i < n; i++)
+            turns[i] = tfm__turn_view(chat->turns + i, chat->turns[i].role);
+        if (chat->summary.size)
+            memcpy(before, chat->summary.text, chat->summary.size);
+        text = chat->summarise(chat->summarise_user, chat->summary.size ? before : NULL, turns, n);
+        if (text && *text)
+            status = tfm__turn_make(chat, TFM_SYSTEM, text, strlen(text), NULL, 0, summary, error);
+    } else
+        status = tfm__fail_memory(error, n * sizeof *turns + chat->summary.size + 1);
+    tfm__release(&chat->allocator, before);
+    tfm__release(&chat->allocator, turns);
+    return status;
+}
+
+/* Drops the first turns, of which the caller may make a summary; the context that is left has n_ids tokens. */
+static tfm_status tfm__chat_drop(tfm_chat *chat, size_t first, size_t limit, size_t *n_ids, tfm_error *error) {
+    tfm__turn before = chat->summary, summary;
+    tfm_status status = TFM_OK;
+    memset(&summary, 0, sizeof summary);
+    if (chat->summarise && first)
+        status = tfm__ask_summary(chat, first, &summary, error);
+    chat->summary = summary;
+    if (status == TFM_OK)
+        status = tfm__chat_context(chat, first, n_ids, error);
+    if (status == TFM_OK && *n_ids > limit && chat->summary.size) { /* no room for the summary */
+        tfm__turn_free(chat, &chat->summary);
+        status = tfm__chat_context(chat, first, n_ids, error);
+    }
+    if (status == TFM_OK && *n_ids > limit)
+        status = tfm__fail(error, TFM_ERROR_CONTEXT_FULL,
+                           "the system prompt and the message take %lu tokens, but there is room for %lu",
+                           (unsigned long)*n_ids, (unsigned long)limit);
+    if (status != TFM_OK) {
+        tfm__turn_free(chat, &chat->summary);
+        chat->summary = before;
+        return status;
+    }
+    tfm__turn_free(chat, &before);
+    tfm__forget_turns(chat, first);
+    chat->n_dropped += first;
+    return TFM_OK;
+}
+
+/* The context for an answer, into session->prompt, with at least `reserve` tokens left for it; if it has to, it drops turns
+ * until half of the budget is free, or all but the last message. What is tried has no summary in it: the turns that stay
+ * have room without one. */
+static tfm_status tfm__chat_fit(tfm_chat *chat, size_t reserve, size_t *n_ids, tfm_error *error) {
+    const size_t limit = chat->budget - reserve, half = TFM__MIN(chat->budget / 2, limit);
+    const tfm__turn summary = chat->summary;
+    size_t first, keep = 0, n;
+    tfm_status status = tfm__chat_context(chat, 0, n_ids, error);
+    if (status != TFM_OK || *n_ids <= limit)
+        return status;
+    memset(&chat->summary, 0, sizeof chat->summary);
+    for (first = 1, n = *n_ids; first < chat->n_turns && status == TFM_OK && n > half; first++)
+        if (chat->turns[first].role == TFM_USER) {
+            status = tfm__chat_context(chat, first, &n, error);
+            keep = first;
+        }
+    chat->summary = summary;
+    return status == TFM_OK ? tfm__chat_drop(chat, keep, limit, n_ids, error) : status;
+}
+
+/* ---- chat: answers */
+
+/* An answer that is being given. */
+typedef struct tfm__answer {
+    tfm_chat *chat;
+    const tfm_generate_options *options; /* the caller's */
+    tfm_print print;
+    void *user;
+    int begun;  /* something other than white space came */
+    char *text; /* [size] */
+    size_t size, capacity;
+    int32_t *ids; /* [n_ids] */
+    size_t n_ids, id_capacity;
+    tfm_status status;
+    tfm_error *error;
+} tfm__answer;
+
+static int tfm__answer_token(void *user, int32_t token) {
+    tfm__answer *answer = (tfm__answer *)user;
+    void *memory = answer->ids;
+    answer->status = tfm__grow(&answer->chat->allocator, &memory, &answer->id_capacity, answer->n_ids + 1,
+                               sizeof *answer->ids, answer->error);
+    answer->ids = (int32_t *)memory;
+    if (answer->status != TFM_OK)
+        return 1;
+    answer->ids[answer->n_ids++] = token;
+    return answer->options->on_token && answer->options->on_token(answer->options->on_token_user, token);
+}
+
+static int tfm__answer_print(void *user, const char *text, size_t size) {
+    tfm__answer *answer = (tfm__answer *)user;
+    void *memory = answer->text;
+    answer->status =
+        tfm__grow(&answer->chat->allocator, &memory, &answer->capacity, answer->size + size, 1, answer->error);
+    answer->text = (char *)memory;
+    if (answer->status != TFM_OK)
+        return 1;
+    memcpy(answer->text + answer->size, text, size);
+    answer->size += size;
+    for (; size && !answer->begun && tfm__is_blank(*text); size--)
+        text++;
+    answer->begun |= size > 0;
+    return size && answer->print && answer->print(answer->user, text, size);
+}
+
+/* How many of the ids, from the first on, are what stands in the text, and how many bytes of it that is: not those of a
+ * stop string, or of a character that never became whole. */
+static size_t tfm__answer_ids(const tfm__answer *answer, size_t n_ids, size_t *bytes) {
+    const tfm_model *model = answer->chat->session->model;
+    size_t i, size;
+    *bytes = 0;
+    for (i = 0; i < n_ids; i++) {
+        const char *text = tfm_token_text(model, answer->ids[i], &size);
+        if (!text || tfm_is_special_token(model, answer->ids[i]))
+            continue;
+        if (size > answer->size - *bytes || (size && memcmp(text, answer->text + *bytes, size)))
+            break;
+        *bytes += size;
+    }
+    return i;
+}
+
+static tfm_status tfm__answer_keep(const tfm__answer *answer, const tfm_generate_stats *stats, tfm_error *error) {
+    tfm_chat *chat = answer->chat;
+    tfm__turn turn;
+    size_t bytes, n_ids = answer->n_ids - (stats->stop == TFM_STOP_END_TOKEN);
+    tfm_status status;
+    n_ids = tfm__answer_ids(answer, n_ids, &bytes);
+    status = tfm__turn_make(chat, TFM_ASSISTANT, answer->text, answer->size, answer->ids, n_ids, &turn, error);
+    if (status != TFM_OK)
+        return status;
+    turn.generated = 1;
+    turn.id_bytes = bytes;
+    status = tfm__turn_append(chat, &turn, error);
+    if (status != TFM_OK)
+        tfm__turn_free(chat, &turn);
+    return status;
+}
+
+/* Adds the template's ways to end an answer to the caller's. The pointers are in `memory`, for the caller to release. */
+static tfm_status tfm__answer_stops(const tfm_chat *chat, tfm_generate_options *options, void **memory,
+                                    tfm_error *error) {
+    const tfm__form *form = chat->form;
+    size_t strings = options->n_stop_strings, tokens = options->n_stop_tokens, i;
+    size_t size = (strings + 2) * sizeof(char *) + (tokens + TFM__FORM_TOKENS) * sizeof(int32_t);
+    const char **stop_strings = (const char **)(*memory = tfm__allocate(&chat->allocator, size));
+    int32_t *stop_tokens = (int32_t *)(void *)(stop_strings + strings + 2);
+    if (!stop_strings)
+        return tfm__fail_memory(error, size);
+    for (i = 0; i < strings; i++)
+        stop_strings[i] = options->stop_strings[i];
+    for (i = 0; i < tokens; i++)
+        stop_tokens[i] = options->stop_tokens[i];
+    for (i = 0; i < 2 && form->stops[i]; i++)
+        stop_strings[strings++] = form->stops[i];
+    for (i = 0; i < TFM__FORM_TOKENS; i++)
+        if (form->end && form->tokens[i] && !strcmp(form->end, form->tokens[i]))
+            stop_tokens[tokens++] = chat->token_ids[i];
+    options->stop_strings = stop_strings;
+    options->n_stop_strings = strings;
+    options->stop_tokens = stop_tokens;
+    options->n_stop_tokens = tokens;
+    return TFM_OK;
+}
+
+/* The model's answer to the context of n_ids tokens in session->prompt. */
+static tfm_status tfm__chat_answer(tfm__answer *answer, size_t n_ids, tfm_error *error) {
+    tfm_chat *chat = answer->chat;
+    tfm_generate_options options = *answer->options;
+    const size_t room = chat->budget - n_ids;
+    tfm_generate_stats unread;
+    void *stops = NULL;
+    tfm_status status = tfm__answer_stops(chat, &options, &stops, error);
+    options.max_tokens = options.max_tokens ? TFM__MIN(options.max_tokens, room) : room;
+    options.append = options.shift = 0;
+    options.sequence = chat->sequence;
+    options.on_token = tfm__answer_token;
+    options.on_token_user = answer;
+    options.stats = options.stats ? options.stats : &unread;
+    if (status == TFM_OK)
+        status =
+            tfm_generate_ids(chat->session, chat->session->prompt, n_ids, &options, tfm__answer_print, answer, error);
+    tfm__release(&chat->allocator, stops);
+    if (status == TFM_OK)
+        status = answer->status;
+    if (status == TFM_OK && options.stats->stop == TFM_STOP_MAX_TOKENS &&
+        options.max_tokens != answer->options->max_tokens)
+        options.stats->stop = TFM_STOP_CONTEXT;
+    return status == TFM_OK ? tfm__answer_keep(answer, options.stats, error) : status;
+}
+
+TFM_API tfm_status tfm_chat_say(tfm_chat *chat, const char *message, const tfm_generate_options *options,
+                                tfm_print print, void *print_user, tfm_error *error) {
+    tfm_generate_options usual;
+    tfm__answer answer;
+    size_t reserve, n_ids;
+    tfm_status status = tfm_chat_add(chat, TFM_USER, message, error);
+    if (status != TFM_OK)
+        return status;
+    memset(&usual, 0, sizeof usual);
+    memset(&answer, 0, sizeof answer);
+    answer.chat = chat;
+    answer.options = options ? options : &usual;
+    answer.print = print;
+    answer.user = print_user;
+    answer.error = error;
+    if (answer.options->stats)
+        memset(answer.options->stats, 0, sizeof *answer.options->stats);
+    reserve = TFM__MAX(chat->budget / 4, 1);
+    if (answer.options->max_tokens)
+        reserve = TFM__MIN(reserve, answer.options->max_tokens);
+    status = tfm__chat_fit(chat, reserve, &n_ids, error);
+    if (status == TFM_OK)
+        status = tfm__chat_answer(&answer, n_ids, error);
+    tfm__release(&chat->allocator, answer.text);
+    tfm__release(&chat->allocator, answer.ids);
+    if (status != TFM_OK)
+        tfm__turn_free(chat, chat->turns + --chat->n_turns);
+    return status;
+}
+
+/* ---- chat: the conversation */
+
+static tfm_status tfm__chat_form(tfm_chat *chat, const tfm__form *form, tfm_error *error) {
+    const tfm_model *model = chat->session->model;
+    size_t i;
+    for (i = 0; i < TFM__FORM_TOKENS && form->tokens[i]; i++) {
+        chat->token_ids[i] = tfm_token_id(model, form->tokens[i], strlen(form->tokens[i]));
+        if (chat->token_ids[i] < 0)
+            return tfm__fail(error, TFM_ERROR_UNSUPPORTED,
+                             "%s: the tokenizer has no token '%s', which the chat template '%s' needs",
+                             model->file->name, form->tokens[i], form->name);
+    }
+    chat->form = form;
+    return TFM_OK;
+}
+
+/* The first of the forms with that name whose tokens are there. */
+static tfm_status tfm__chat_find_form(tfm_chat *chat, const char *name, size_t size, tfm_error *error) {
+    tfm_status status =
+        tfm__fail(error, TFM_ERROR_UNSUPPORTED,
+                  "unknown chat template '%.*s': expected chatml, llama2, llama3, mistral, gemma or plain",
+                  (int)TFM__MIN(size, 40), name);
+    size_t i;
+    for (i = 0; i < TFM__FORMS && !chat->form; i++)
+        if (!tfm__compare_text(name, size, tfm__forms[i].name, strlen(tfm__forms[i].name)))
+            status = tfm__chat_form(chat, tfm__forms + i, error);
+    return status;
+}
+
+static tfm_status tfm__chat_setup(tfm_chat *chat, const tfm_chat_options *options, tfm_error *error) {
+    const tfm_model *model = chat->session->model;
+    const tfm_meta *meta = tfm_file_find_meta(model->file, "chat.template");
+    const char *name = options->chat_template ? options->chat_template : "plain";
+    size_t size = strlen(name);
+    tfm_status status = tfm__check_sequence(chat->session, options->sequence, error);
+    if (status != TFM_OK)
+        return status;
+    if (!model->has_tokenizer)
+        return tfm__fail_no_tokenizer(model, error);
+    if (model->description.kind != TFM_DECODER || model->description.head == TFM_NO_HEAD)
+        return tfm__fail(error, TFM_ERROR_UNSUPPORTED, "%s: the model is no decoder that writes text",
+                         model->file->name);
+    if (!options->chat_template && meta) {
+        if (meta->type != TFM_META_TEXT)
+            return tfm__fail(error, TFM_ERROR_FORMAT, "%s: metadata 'chat.template': expected a word",
+                             model->file->name);
+        name = (const char *)meta->values;
+        size = meta->count;
+    }
+    status = tfm__chat_find_form(chat, name, size, error);
+    return status == TFM_OK && options->system ? tfm_chat_add(chat, TFM_SYSTEM, options->system, error) : status;
+}
+
+TFM_API tfm_chat *tfm_chat_create(tfm_session *session, const tfm_chat_options *options, tfm_error *error) {
+    tfm_chat_options usual;
+    tfm_chat *chat = (tfm_chat *)tfm__allocate_zeroed(&session->allocator, sizeof *chat);
+    tfm_error unread;
+    memset(&usual, 0, sizeof usual);
+    options = options ? options : &usual;
+    if (!chat) {
+        tfm__fail_memory(error, sizeof *chat);
+        return NULL;
+    }
+    chat->allocator = session->allocator;
+    chat->session = session;
+    chat->sequence = options->sequence;
+    chat->budget = options->budget ? TFM__MIN(options->budget, session->context) : session->context;
+    chat->summarise = options->summarise;
+    chat->summarise_user = options->summarise_user;
+    unread.status = TFM_OK;
+    if (tfm__chat_setup(chat, options, &unread) == TFM_OK)
+        return chat;
+    tfm__fail(error, unread.status, "%s", unread.message);
+    tfm_chat_free(chat);
+    return NULL;
+}
+
+TFM_API void tfm_chat_free(tfm_chat *chat) {
+    tfm_allocator allocator;
+    if (!chat)
+        return;
+    allocator = chat->allocator;
+    tfm_chat_reset(chat);
+    tfm__turn_free(chat, &chat->system);
+    tfm__release(&allocator, chat->turns);
+    tfm__release(&allocator, chat->text);
+    tfm__release(&allocator, chat->marks);
+    tfm__release(&allocator, chat);
+}
+
+TFM_API tfm_status tfm_chat_add(tfm_chat *chat, tfm_role role, const char *text, tfm_error *error) {
+    tfm__turn turn;
+    tfm_status status;
+    if ((unsigned)role >= TFM_ROLE_COUNT)
+        return tfm__fail(error, TFM_ERROR_ARGUMENT, "unknown role %d", (int)role);
+    status = tfm__turn_make(chat, role, text, strlen(text), NULL, 0, &turn, error);
+    if (status == TFM_OK && role == TFM_SYSTEM) {
+        tfm__turn_free(chat, &chat->system);
+        chat->system = turn;
+    } else if (status == TFM_OK) {
+        status = tfm__turn_append(chat, &turn, error);
+        if (status != TFM_OK)
+            tfm__turn_free(chat, &turn);
+    }
+    return status;
+}
+
+TFM_API void tfm_chat_reset(tfm_chat *chat) {
+    tfm__forget_turns(chat, chat->n_turns);
+    tfm__turn_free(chat, &chat->summary);
+    chat->n_dropped = 0;
+}
+
+TFM_API size_t tfm_chat_n_turns(const tfm_chat *chat) {
+    return chat->n_turns;
+}
+
+TFM_API tfm_turn tfm_chat_turn(const tfm_chat *chat, size_t index) {
+    const tfm__turn none = {TFM_SYSTEM, 0, NULL, 0, NULL, 0, 0, NULL};
+    return index < chat->n_turns ? tfm__turn_view(chat->turns + index, chat->turns[index].role)
+                                 : tfm__turn_view(&none, TFM_SYSTEM);
+}
+
+TFM_API tfm_turn tfm_chat_system(const tfm_chat *chat) {
+    return tfm__turn_view(&chat->system, TFM_SYSTEM);
+}
+
+TFM_API tfm_turn tfm_chat_summary(const tfm_chat *chat) {
+    return tfm__turn_view(&chat->summary, TFM_SYSTEM);
+}
+
+TFM_API size_t tfm_chat_n_dropped(const tfm_chat *chat) {
+    return chat->n_dropped;
+}
+
+TFM_API const char *tfm_chat_template(const tfm_chat *chat) {
+    return chat->form->name;
+}
+
+TFM_API tfm_status tfm_chat_render(tfm_chat *chat, int answer, char *text, size_t capacity, size_t *size,
+                                   tfm_error *error) {
+    tfm_status status = tfm__chat_render(chat, 0, answer, error);
+    *size = status == TFM_OK ? chat->text_size : 0;
+    if (text && TFM__MIN(*size, capacity))
+        memcpy(text, chat->text, TFM__MIN(*size, capacity));
+    return status;
+}
+
+TFM_API tfm_status tfm_chat_ids(tfm_chat *chat, int answer, int32_t *ids, size_t capacity, size_t *n_ids,
+                                tfm_error *error) {
+    tfm_status status = tfm__chat_render(chat, 0, answer, error);
+    *n_ids = 0;
+    return status == TFM_OK ? tfm__chat_encode(chat, ids, capacity, n_ids, error) : status;
+}
+
+/* ---- chat: files
+ * header, 64 bytes:  u8[8] magic "TFMC\r\n\x1a\n" | u32 version | u32 type of the keys and values | u64 file size | u32
+ *                    the model's fingerprint | u32 0 | u64 number of turns (the system prompt and the summary are the first
+ *                    two) | u64 number of tokens in the cache | u64 turns dropped | u64 0
+ * turns:             u32 role | u32 1 for an answer of the model | u64 bytes of text | u64 number of ids | u64 bytes of
+ *                    text that the ids stand for | i32[] ids | text
+ * cache:             i32[] tokens | for each layer the keys, then the values: [n_kv_heads][tokens][head_dim]
+ * end:               u32 CRC-32 of all before it */
+
+#define TFM__CHAT_HEADER ((size_t)64)
+#define TFM__CHAT_TURN ((size_t)32)
+
+static const unsigned char tfm__chat_magic[8] = {'T', 'F', 'M', 'C', '\r', '\n', 0x1A, '\n'};
+
+/* What results depend on: the file's header has a checksum over the description and the tensors' checksums. The types are
+ * those of the weights in memory. */
+static uint32_t tfm__fingerprint(const tfm_model *model) {
+    unsigned char bytes[24];
+    tfm__crc_tables crc;
+    const tfm_stack *stack = model->decoder.shape;
+    tfm__crc_prepare(&crc);
+    memcpy(bytes, model->file->bytes.data + 60, 4);
+    memcpy(bytes + 4, model->file->bytes.data + 16, 8);
+    tfm__put_u32(bytes + 12, stack->n_layers ? (uint32_t)model->decoder.blocks->attention.qkv.weight.dtype : 0);
+    tfm__put_u32(bytes + 16, (uint32_t)model->head.weight.dtype);
+    tfm__put_u32(bytes + 20, (uint32_t)model->token_embedding.dtype);
+    return tfm__crc(&crc, 0, bytes, sizeof bytes);
+}
+
+/* Where a chat is written: memory, if that is enough, or a file. The first failure stays. */
+typedef struct tfm__chat_writer {
+    unsigned char *data;
+    size_t capacity, size;
+#ifndef TFM_NO_STDIO
+    FILE *file;
+    int failed;
+#endif
+    tfm__crc_tables crc;
+    uint32_t checksum;
+} tfm__chat_writer;
+
+static void tfm__chat_put(tfm__chat_writer *writer, const void *data, size_t size) {
+    if (!size)
+        return;
+    if (writer->data && writer->capacity - writer->size >= size)
+        memcpy(writer->data + writer->size, data, size);
+#ifndef TFM_NO_STDIO
+    if (writer->file && fwrite(data, 1, size, writer->file) != size)
+        writer->failed = 1;
+#endif
+    writer->checksum = tfm__crc(&writer->crc, writer->checksum, data, size);
+    writer->size += size;
+}
+
+static void tfm__chat_put_turn(tfm__chat_writer *writer, const tfm__turn *turn) {
+    unsigned char head[TFM__CHAT_TURN];
+    tfm__put_u32(head, (uint32_t)turn->role);
+    tfm__put_u32(head + 4, (uint32_t)turn->generated);
+    tfm__put_u64(head + 8, turn->size);
+    tfm__put_u64(head + 16, turn->n_ids);
+    tfm__put_u64(head + 24, turn->id_bytes);
+    tfm__chat_put(writer, head, sizeof head);
+    tfm__chat_put(writer, turn->ids, turn->n_ids * sizeof *turn->ids);
+    tfm__chat_put(writer, turn->text, turn->size);
+}
+
+/* Bytes of a token's keys, or values, of one head. */
+static size_t tfm__kv_row_bytes(const tfm_kv *kv) {
+    return kv->head_dim * tfm__dtype_sizes[kv->dtype];
+}
+
+/* One token's keys or values of a head, between their panels and a row [head_dim]: `to_row`, or back. Rows are cut into
+ * pieces of 16: [first, first + n). */
+static void tfm__kv_piece(const tfm_kv *kv, size_t layer, size_t what, size_t head, size_t token, size_t first,
+                          size_t n, unsigned char *row, int to_row) {
+    const size_t size = tfm__dtype_sizes[kv->dtype], at = token % TFM_KV_PAGE;
+    const size_t step = what ? size : TFM__PANEL * size; /* from one number of the row to the next */
+    char *from = tfm__kv_at(kv, layer, token / TFM_KV_PAGE, what, head);
+    size_t i;
+    if (what)
+        from += (first * kv->page_tokens + at * TFM__PANEL) * size;
+    else
+        from += (at / TFM__PANEL * kv->head_dim * TFM__PANEL + first * TFM__PANEL + at % TFM__PANEL) * size;
+    for (i = 0; i < n; i++)
+        memcpy(to_row ? (char *)row + i * size : from + i * step, to_row ? from + i * step : (char *)row + i * size,
+               size);
+}
+
+typedef struct tfm__kv_copy {
+    tfm__chat_writer *writer;  /* either the caches go there, */
+    const unsigned char *from; /* or they come from here */
+} tfm__kv_copy;
+
+/* The first n tokens of all layers and heads. */
+static void tfm__kv_transfer(const tfm_kv *kv, size_t n, tfm__kv_copy copy) {
+    const size_t size = tfm__dtype_sizes[kv->dtype];
+    unsigned char row[TFM__PANEL * sizeof(float)];
+    size_t series, token, first;
+    for (series = 0; series < kv->n_layers * 2 * kv->n_kv_heads; series++) {
+        size_t head = series % kv->n_kv_heads, what = series / kv->n_kv_heads % 2, layer = series / kv->n_kv_heads / 2;
+        for (token = 0; token < n; token++)
+            for (first = 0; first < kv->head_dim; first += TFM__PANEL) {
+                size_t part = TFM__MIN(TFM__PANEL, kv->head_dim - first);
+                if (!copy.writer)
+                    memcpy(row, copy.from, part * size);
+                tfm__kv_piece(kv, layer, what, head, token, first, part, row, copy.writer != NULL);
+                if (copy.writer)
+                    tfm__chat_put(copy.writer, row, part * size);
+                else
+                    copy.from += part * size;
+            }
+    }
+}
+
+static size_t tfm__kv_token_bytes(const tfm_kv *kv) {
+    return kv->n_layers * 2 * kv->n_kv_heads * tfm__kv_row_bytes(kv);
+}
+
+static uint64_t tfm__chat_bytes(const tfm_chat *chat) {
+    const tfm_kv *kv = chat->session->kv + chat->sequence;
+    uint64_t bytes =
+        TFM__CHAT_HEADER + 4 + (chat->n_turns + 2) * TFM__CHAT_TURN + chat->system.size + chat->summary.size;
+    size_t i;
+    for (i = 0; i < chat->n_turns; i++)
+        bytes += chat->turns[i].size + chat->turns[i].n_ids * sizeof(int32_t);
+    return bytes + kv->n_tokens * (sizeof(int32_t) + (uint64_t)tfm__kv_token_bytes(kv));
+}
+
+static void tfm__chat_write(const tfm_chat *chat, tfm__chat_writer *writer) {
+    const tfm_kv *kv = chat->session->kv + chat->sequence;
+    unsigned char head[TFM__CHAT_HEADER], end[4];
+    tfm__kv_copy copy;
+    size_t i;
+    tfm__crc_prepare(&writer->crc);
+    memset(head, 0, sizeof head);
+    memcpy(head, tfm__chat_magic, sizeof tfm__chat_magic);
+    tfm__put_u32(head + 8, 1);
+    tfm__put_u32(head + 12, (uint32_t)kv->dtype);
+    tfm__put_u64(head + 16, tfm__chat_bytes(chat));
+    tfm__put_u32(head + 24, tfm__fingerprint(chat->session->model));
+    tfm__put_u64(head + 32, chat->n_turns + 2);
+    tfm__put_u64(head + 40, kv->n_tokens);
+    tfm__put_u64(head + 48, chat->n_dropped);
+    tfm__chat_put(writer, head, sizeof head);
+    tfm__chat_put_turn(writer, &chat->system);
+    tfm__chat_put_turn(writer, &chat->summary);
+    for (i = 0; i < chat->n_turns; i++)
+        tfm__chat_put_turn(writer, chat->turns + i);
+    tfm__chat_put(writer, chat->session->tokens + chat->sequence * chat->session->context,
+                  kv->n_tokens * sizeof(int32_t));
+    copy.writer = writer;
+    copy.from = NULL;
+    tfm__kv_transfer(kv, kv->n_tokens, copy);
+    tfm__put_u32(end, writer->checksum);
+    tfm__chat_put(writer, end, sizeof end);
+}
+
+TFM_API tfm_status tfm_chat_save_memory(const tfm_chat *chat, void *data, size_t capacity, size_t *size,
+                                        tfm_error *error) {
+    uint64_t bytes = tfm__chat_bytes(chat);
+    tfm__chat_writer writer;
+    *size = (size_t)bytes;
+    if (bytes > SIZE_MAX / 2)
+        return tfm__fail(error, TFM_ERROR_UNSUPPORTED, "the conversation is too large for memory");
+    if (!data || capacity < bytes)
+        return TFM_OK;
+    memset(&writer, 0, sizeof writer);
+    writer.data = (unsigned char *)data;
+    writer.capacity = capacity;
+    tfm__chat_write(chat, &writer);
+    return TFM_OK;
+}
+
+/* A saved chat that is being read. */
+typedef struct tfm__chat_reader {
+    const char *name; /* for messages */
+    const unsigned char *data, *end;
+    tfm_chat *into; /* the turns, before they take the place of the chat's own */
+    size_t n_turns, n_tokens;
+    tfm_error *error;
+} tfm__chat_reader;
+
+static tfm_status tfm__chat_damaged(const tfm__chat_reader *reader, const char *what) {
+    return tfm__fail(reader->error, TFM_ERROR_FORMAT, "%.300s: the saved conversation is damaged: %s", reader->name,
+                     what);
+}
+
+static tfm_status tfm__chat_read_header(tfm__chat_reader *reader, const tfm_chat *chat, size_t size) {
+    const tfm_kv *kv = chat->session->kv + chat->sequence;
+    const unsigned char *p = reader->data;
+    tfm__crc_tables crc;
+    if (size < 8 || memcmp(p, tfm__chat_magic, 8))
+        return tfm__fail(reader->error, TFM_ERROR_FORMAT, "%.300s: not a saved conversation", reader->name);
+    if (size < TFM__CHAT_HEADER + 4 || tfm__u64(p + 16) > size)
+        return tfm__chat_damaged(reader, "it is truncated");
+    if (tfm__u32(p + 8) != 1)
+        return tfm__fail(reader->error, TFM_ERROR_UNSUPPORTED,
+                         "%.300s: a saved conversation of version %lu, expected 1", reader->name,
+                         (unsigned long)tfm__u32(p + 8));
+    tfm__crc_prepare(&crc);
+    if (tfm__u64(p + 16) != size || tfm__crc(&crc, 0, p, size - 4) != tfm__u32(p + size - 4))
+        return tfm__chat_damaged(reader, "its checksum is wrong");
+    if (tfm__u32(p + 24) != tfm__fingerprint(chat->session->model))
+        return tfm__fail(reader->error, TFM_ERROR_ARGUMENT,
+                         "%.300s: the conversation was saved with another model, or with weights of another type",
+                         reader->name);
+    if (tfm__u32(p + 12) != (uint32_t)kv->dtype)
+        return tfm__fail(reader->error, TFM_ERROR_ARGUMENT,
+                         "%.300s: the conversation's keys and values are %s, the session's %s", reader->name,
+                         tfm__u32(p + 12) == TFM_F32   ? "f32"
+                         : tfm__u32(p + 12) == TFM_F16 ? "f16"
+                                                       : "of another type",
+                         tfm_dtype_name(kv->dtype));
+    if (tfm__u64(p + 40) > chat->session->context)
+        return tfm__fail(reader->error, TFM_ERROR_CONTEXT_FULL,
+                         "%.300s: the conversation has %llu tokens in its cache, but the context has room for %lu",
+                         reader->name, (unsigned long long)tfm__u64(p + 40), (unsigned long)chat->session->context);
+    if (tfm__u64(p + 32) < 2 || tfm__u64(p + 32) > size / TFM__CHAT_TURN || tfm__u64(p + 48) > SIZE_MAX / 2)
+        return tfm__chat_damaged(reader, "the number of turns is impossible");
+    reader->n_turns = (size_t)tfm__u64(p + 32) - 2;
+    reader->n_tokens = (size_t)tfm__u64(p + 40);
+    reader->into->n_dropped = (size_t)tfm__u64(p + 48);
+    reader->data += TFM__CHAT_HEADER;
+    reader->end = p + size - 4;
+    return TFM_OK;
+}
+
+static int tfm__are_ids(const tfm_model *model, const unsigned char *ids, size_t n) {
+    size_t i;
+    for (i = 0; i < n; i++)
+        if (tfm__u32(ids + 4 * i) >= model->description.vocab_size)
+            return 0;
+    return 1;
+}
+
+static tfm_status tfm__chat_read_turn(tfm__chat_reader *reader, int is_system, tfm__turn *turn) {
+    const unsigned char *p = reader->data, *ids = p + TFM__CHAT_TURN;
+    const size_t all = (size_t)(reader->end - p), rest = all < TFM__CHAT_TURN ? 0 : all - TFM__CHAT_TURN;
+    size_t size, n_ids;
+    uint32_t role, generated;
+    tfm_status status;
+    if (all < TFM__CHAT_TURN || tfm__u64(p + 8) > rest || tfm__u64(p + 16) > (rest - tfm__u64(p + 8)) / 4)
+        return tfm__chat_damaged(reader, "a turn is larger than the file");
+    role = tfm__u32(p);
+    generated = tfm__u32(p + 4);
+    size = (size_t)tfm__u64(p + 8);
+    n_ids = (size_t)tfm__u64(p + 16);
+    if (role >= TFM_ROLE_COUNT || (role == TFM_SYSTEM) != is_system || generated > (role == TFM_ASSISTANT) ||
+        (n_ids && !generated) || tfm__u64(p + 24) > (generated ? size : 0))
+        return tfm__chat_damaged(reader, "a turn is impossible");
+    if (!tfm__are_ids(reader->into->session->model, ids, n_ids))
+        return tfm__chat_damaged(reader, "a token of a turn is not in the vocabulary");
+    status = tfm__turn_make(reader->into, (tfm_role)role, (const char *)ids + 4 * n_ids, size, ids, n_ids, turn,
+                            reader->error);
+    turn->generated = (int)generated;
+    turn->id_bytes = (size_t)tfm__u64(p + 24);
+    reader->data = ids + 4 * n_ids + size;
+    return status;
+}
+
+static tfm_status tfm__chat_read_turns(tfm__chat_reader *reader) {
+    tfm_status status = tfm__chat_read_turn(reader, 1, &reader->into->system);
+    size_t i;
+    if (status == TFM_OK)
+        status = tfm__chat_read_turn(reader, 1, &reader->into->summary);
+    for (i = 0; i < reader->n_turns && status == TFM_OK; i++) {
+        tfm__turn turn;
+        memset(&turn, 0, sizeof turn);
+        status = tfm__chat_read_turn(reader, 0, &turn);
+        if (status == TFM_OK)
+            status = tfm__turn_append(reader->into, &turn, reader->error);
+        if (status != TFM_OK)
+            tfm__turn_free(reader->into, &turn);
+    }
+    return status;
+}
+
+/* Reads all of it but the caches, which are only looked at. */
+static tfm_status tfm__chat_read(tfm__chat_reader *reader, const tfm_chat *chat, size_t size) {
+    const tfm_kv *kv = chat->session->kv + chat->sequence;
+    tfm_status status = tfm__chat_read_header(reader, chat, size);
+    if (status == TFM_OK)
+        status = tfm__chat_read_turns(reader);
+    if (status != TFM_OK)
+        return status;
+    if ((size_t)(reader->end - reader->data) != reader->n_tokens * (4 + tfm__kv_token_bytes(kv)))
+        return tfm__chat_damaged(reader, "the size of its caches is wrong");
+    if (!tfm__are_ids(chat->session->model, reader->data, reader->n_tokens))
+        return tfm__chat_damaged(reader, "a token of its cache is not in the vocabulary");
+    return TFM_OK;
+}
+
+/* The chat becomes what was read. */
+static void tfm__chat_replace(tfm_chat *chat, const tfm__chat_reader *reader) {
+    tfm_session *session = chat->session;
+    tfm_kv *kv = session->kv + chat->sequence;
+    tfm_chat *from = reader->into, old = *chat;
+    tfm__kv_copy copy;
+    chat->system = from->system;
+    chat->summary = from->summary;
+    chat->turns = from->turns;
+    chat->n_turns = from->n_turns;
+    chat->turn_capacity = from->turn_capacity;
+    chat->n_dropped = from->n_dropped;
+    from->system = old.system; /* for the caller to free */
+    from->summary = old.summary;
+    from->turns = old.turns;
+    from->n_turns = old.n_turns;
+    memcpy(session->tokens + chat->sequence * session->context, reader->data, reader->n_tokens * sizeof(int32_t));
+    copy.writer = NULL;
+    copy.from = reader->data + reader->n_tokens * sizeof(int32_t);
+    tfm__kv_transfer(kv, reader->n_tokens, copy);
+    kv->n_tokens = reader->n_tokens;
+}
+
+static tfm_status tfm__chat_load(tfm_chat *chat, const void *data, size_t size, const char *name, tfm_error *error) {
+    tfm__chat_reader reader;
+    tfm_chat into;
+    tfm_status status;
+    memset(&reader, 0, sizeof reader);
+    memset(&into, 0, sizeof into);
+    into.allocator = chat->allocator;
+    into.session = chat->session;
+    reader.name = name;
+    reader.data = (const unsigned char *)data;
+    reader.into = &into;
+    reader.error = error;
+    status = tfm__chat_read(&reader, chat, size);
+    if (status == TFM_OK)
+        tfm__chat_replace(chat, &reader);
+    tfm_chat_reset(&into);
+    tfm__turn_free(&into, &into.system);
+    tfm__release(&into.allocator, into.turns);
+    return status;
+}
+
+TFM_API tfm_status tfm_chat_load_memory(tfm_chat *chat, const void *data, size_t size, tfm_error *error) {
+    return tfm__chat_load(chat, data, size, "chat", error);
+}
+
+#ifndef TFM_NO_STDIO
+
+static tfm_status tfm__chat_write_file(const tfm_chat *chat, const char *part, const char *path, tfm_error *error) {
+    tfm__chat_writer writer;
+    tfm_status status = TFM_OK;
+    memset(&writer, 0, sizeof writer);
+    writer.file = fopen(part, "wb");
+    if (!writer.file)
+        return tfm__fail(error, TFM_ERROR_FILE, "%.300s: can't be created: %s", part, strerror(errno));
+    tfm__chat_write(chat, &writer);
+    if (fclose(writer.file) || writer.failed)
+        status = tfm__fail(error, TFM_ERROR_FILE, "%.300s: can't be written: %s", part, strerror(errno));
+    if (status == TFM_OK && rename(part, path))
+        status = tfm__fail(error, TFM_ERROR_FILE, "%.300s: can't be renamed: %s", part, strerror(errno));
+    if (status != TFM_OK)
+        remove(part);
+    return status;
+}
+
+TFM_API tfm_status tfm_chat_save(const tfm_chat *chat, const char *path, tfm_error *error) {
+    size_t size = strlen(path) + sizeof ".part";
+    char *part = (char *)tfm__allocate(&chat->allocator, size);
+    tfm_status status;
+    if (!part)
+        return tfm__fail_memory(error, size);
+    strcpy(part, path);
+    strcat(part, ".part");
+    status = tfm__chat_write_file(chat, part, path, error);
+    tfm__release(&chat->allocator, part);
+    return status;
+}
+
+TFM_API tfm_status tfm_chat_load(tfm_chat *chat, const char *path, tfm_error *error) {
+    tfm__bytes bytes;
+    tfm_status status = tfm__map_file(path, &chat->allocator, &bytes, error);
+    if (status != TFM_OK)
+        return status;
+    status = tfm__chat_load(chat, bytes.data, bytes.size, path, error);
+    tfm__unmap_file(&chat->allocator, &bytes);
+    return status;
+}
+
+#endif /* !TFM_NO_STDIO */
 
 #endif /* TFM_IMPLEMENTATION */
 #endif /* !TFM__TIER */

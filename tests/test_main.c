@@ -215,24 +215,20 @@ void test_encoders(void);
 void test_tokenizer(void);
 void test_sentencepiece(void);
 void test_sampling(void);
+void test_blocks(void);
 void test_file(void);
 void test_generate(void);
 void test_memory(void);
+void test_chat(void);
 
 static const struct {
     const char *name;
     void (*run)(void);
 } groups[] = {
-    {"kernels", test_kernels},
-    {"layers", test_layers},
-    {"models", test_models},
-    {"encoders", test_encoders},
-    {"tokenizer", test_tokenizer},
-    {"sentencepiece", test_sentencepiece},
-    {"sampling", test_sampling},
-    {"file", test_file},
-    {"generate", test_generate},
-    {"memory", test_memory},
+    {"kernels", test_kernels},   {"layers", test_layers},       {"models", test_models},
+    {"encoders", test_encoders}, {"tokenizer", test_tokenizer}, {"sentencepiece", test_sentencepiece},
+    {"sampling", test_sampling}, {"file", test_file},           {"blocks", test_blocks},
+    {"generate", test_generate}, {"memory", test_memory},       {"chat", test_chat},
 };
 
 #define N_GROUPS (sizeof groups / sizeof *groups)
