@@ -12,7 +12,8 @@ THREADS := $(shell echo 'int main(void) { return omp_get_max_threads() < 1; }' |
 endif
 BUILD_C = $(CC) -std=c99 $(CFLAGS) $(WARNINGS) $(THREADS)
 
-PROGRAMS = build/tfm build/gpt2 build/minimal build/embed build/fill-mask build/classify build/chat build/translate
+PROGRAMS = build/tfm build/gpt2 build/minimal build/embed build/fill-mask build/classify build/block build/translate \
+	build/chat
 TESTS = $(sort $(wildcard tests/test_*.c))
 MODEL = examples/models/stories.tfm
 
@@ -30,6 +31,11 @@ build/fill-mask: examples/fill_mask.c tfm.h
 build/%: examples/%.c tfm.h
 	@mkdir -p build
 	$(BUILD_C) $< -o $@ -lm
+
+# A loadable extension for SQLite; needs its header (Debian: libsqlite3-dev), and so it is no part of `all`.
+build/tfm_sqlite.so: examples/sqlite/tfm_sqlite.c tfm.h
+	@mkdir -p build
+	$(BUILD_C) -fPIC -shared $< -o $@ -lm
 
 # A story, written as you watch.
 PROMPT = Once upon a time, there was a little bear who

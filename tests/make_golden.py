@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Writes tests/golden/: inputs, weights and expected outputs from PyTorch and transformers, for the C tests.
 
-usage: tests/make_golden.py [--check] [--demo CHECKPOINT] [layers] [models] [encoders] [tokenizer] [wordpiece]
+usage: tests/make_golden.py [--check] [--demo CHECKPOINT] [layers] [options] [models] [encoders] [tokenizer] [wordpiece]
                             [sentencepiece] [sampling] [beams]
 
 Needs torch, transformers, sentencepiece and protobuf. Everything is seeded: the same versions write the same files. --check writes nothing: it
@@ -106,9 +106,11 @@ class Arrays:
 
 
 def read_arrays(path):
-    """All arrays of a .tfm file by name: metadata as bytes, tensors flat."""
+    """All arrays of a .tfm file by name: metadata as bytes, tensors flat. Of another file its bytes."""
     with open(path, "rb") as file:
         data = file.read()
+    if not path.endswith(".tfm"):
+        return {"text": data}
     meta_at, meta_size, directory_at, _, n_tensors = struct.unpack_from("<QQQQI", data, 24)
     arrays, at = {}, meta_at
     while at < meta_at + meta_size:
@@ -437,6 +439,171 @@ def write_layers(directory):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# What attention and blocks can have besides: positions, windows, caps, norms in other places, cross-attention
+# ---------------------------------------------------------------------------------------------------------------------
+
+def rotate(q, k, frequencies, scale, interleaved):
+    """Queries and keys [heads, tokens, head_dim], turned by transformers' own functions: LLaMA's or GPT-J's."""
+    angles = torch.arange(q.shape[1])[:, None] * frequencies[None]
+    n = 2 * len(frequencies)
+    if interleaved:
+        turn = transformers.models.gptj.modeling_gptj.apply_rotary_pos_emb
+        parts = [turn(part[None, ..., :n].transpose(1, 2), angles.sin()[None] * scale, angles.cos()[None] * scale)
+                 .transpose(1, 2)[0] for part in (q, k)]
+    else:
+        angles = torch.cat([angles, angles], -1)
+        parts = transformers.models.llama.modeling_llama.apply_rotary_pos_emb(
+            q[..., :n], k[..., :n], angles.cos() * scale, angles.sin() * scale, unsqueeze_dim=0)
+    return [torch.cat([part, whole[..., n:]], -1) for part, whole in zip(parts, (q, k))]
+
+
+class OptionAttention(nn.Module):
+    """Attention with all options, as tfm_attention describes it."""
+
+    def __init__(self, width, heads, kv_heads, head_dim, causal=True, window=0, softcap=0.0, pairs=0, interleaved=False,
+                 rotary_scale=1.0, buckets=0, max_distance=0, head_norms=False, scale=None):
+        super().__init__()
+        self.heads, self.kv_heads, self.head_dim, self.causal, self.window = heads, kv_heads, head_dim, causal, window
+        self.softcap, self.interleaved, self.rotary_scale, self.max_distance = softcap, interleaved, rotary_scale, max_distance
+        self.scale = scale or head_dim ** -0.5
+        self.qkv = shaken(nn.Linear(width, (heads + 2 * kv_heads) * head_dim), 2.5)
+        self.out = shaken(nn.Linear(heads * head_dim, width))
+        self.frequencies = (100.0 ** -(torch.arange(pairs) / max(pairs, 1))).float().double()
+        self.table = randn(buckets, heads) if buckets else None
+        self.q_norm = shaken(nn.RMSNorm(head_dim, eps=1e-5)) if head_norms else None
+        self.k_norm = shaken(nn.RMSNorm(head_dim, eps=1e-5)) if head_norms else None
+
+    def relative(self, n):
+        distance = torch.arange(n)[None] - torch.arange(n)[:, None]  # key - query
+        bucket = transformers.models.t5.modeling_t5.T5Attention._relative_position_bucket(
+            distance, bidirectional=not self.causal, num_buckets=len(self.table), max_distance=self.max_distance)
+        return self.table[bucket].permute(2, 0, 1)
+
+    def forward(self, x):
+        heads, kv_heads, n = self.heads, self.kv_heads, len(x)
+        q, k, v = self.qkv(x).unflatten(-1, (-1, self.head_dim)).transpose(0, 1).split([heads, kv_heads, kv_heads])
+        if self.q_norm:
+            q, k = self.q_norm(q), self.k_norm(k)
+        if len(self.frequencies):
+            q, k = rotate(q, k, self.frequencies, self.rotary_scale, self.interleaved)
+        k, v = (part.repeat_interleave(heads // kv_heads, 0) for part in (k, v))
+        scores = q @ k.transpose(1, 2) * self.scale
+        if self.softcap:
+            scores = self.softcap * torch.tanh(scores / self.softcap)
+        if self.table is not None:
+            scores = scores + self.relative(n)
+        distance = torch.arange(n)[:, None] - torch.arange(n)[None]  # query - key
+        if self.causal:
+            scores = scores.masked_fill(distance < 0, -math.inf)
+        if self.window:
+            scores = scores.masked_fill(distance >= self.window, -math.inf)
+        return self.out((scores.softmax(-1) @ v).transpose(0, 1).flatten(1))
+
+    def put(self, out, name):
+        put_linear(out, name + ".qkv", self.qkv.weight, self.qkv.bias)
+        put_linear(out, name + ".out", self.out.weight, self.out.bias)
+        buckets = 0 if self.table is None else len(self.table)
+        out.ints(name + ".attention", [len(self.frequencies), self.interleaved, buckets, self.max_distance, self.window])
+        out.floats(name + ".numbers", torch.tensor([self.scale, self.softcap, self.rotary_scale]))
+        if len(self.frequencies):
+            out.floats(name + ".frequencies", self.frequencies)
+        if buckets:
+            out.floats(name + ".table", self.table)
+        if self.q_norm:
+            put_linear(out, name + ".q_norm", self.q_norm.weight, None)
+            put_linear(out, name + ".k_norm", self.k_norm.weight, None)
+
+
+def put_option(out, names, attention, lengths, xs, ys):
+    name = "option.%d" % len(names)
+    names.append(name)
+    put_attention(out, name, attention.heads, attention.kv_heads, attention.head_dim, attention.causal, lengths,
+                  torch.cat(xs), torch.cat(ys))
+    out.floats(name + ".eps", torch.tensor([1e-5]))
+    attention.put(out, name)
+    return name
+
+
+OPTION_ATTENTIONS = [  # (lengths, what OptionAttention takes)
+    ([9, 140], dict(width=12, heads=2, kv_heads=2, head_dim=10, pairs=5)),
+    ([21], dict(width=11, heads=4, kv_heads=2, head_dim=10, pairs=3, rotary_scale=1.25)),  # partial, grouped
+    ([135, 2], dict(width=12, heads=3, kv_heads=3, head_dim=8, pairs=4, interleaved=True)),
+    ([17], dict(width=9, heads=2, kv_heads=1, head_dim=9, pairs=2, interleaved=True, rotary_scale=0.75, causal=False)),
+    ([150, 1], dict(width=12, heads=3, kv_heads=3, head_dim=5, buckets=8, max_distance=20, scale=1.0)),
+    ([33, 70], dict(width=8, heads=2, kv_heads=2, head_dim=5, buckets=12, max_distance=30, causal=False)),
+    ([5, 200], dict(width=10, heads=2, kv_heads=1, head_dim=7, window=6)),
+    ([260], dict(width=6, heads=1, kv_heads=1, head_dim=6, window=130)),
+    ([40], dict(width=12, heads=3, kv_heads=3, head_dim=6, softcap=1.5)),
+    ([12, 30], dict(width=12, heads=4, kv_heads=2, head_dim=7, head_norms=True)),
+    ([150], dict(width=12, heads=4, kv_heads=2, head_dim=8, head_norms=True, pairs=4, window=50, softcap=2.0)),
+]
+
+
+def option_blocks(out, names):
+    """Pre-norm with all of it for the attention, the norms of Gemma 2, and the parallel forms of GPT-NeoX and Phi-2."""
+    for place, parallel, n_norms in ((0, 0, 2), (2, 0, 4), (0, 1, 2), (0, 1, 1)):
+        width, hidden, lengths = 14, 31, [11, 40]
+        attention = OptionAttention(width, 4, 2, 6, pairs=3, window=9, softcap=3.0)
+        norms = [shaken(nn.RMSNorm(width, eps=1e-5)) for _ in range(n_norms)]
+        mlp = llama_mlp(width, hidden, "gelu_pytorch_tanh", False)
+        xs, ys = [randn(length, width) for length in lengths], []
+        for x in xs:
+            if place == 2:
+                x = x + norms[2](attention(norms[0](x)))
+                ys.append(x + norms[3](mlp(norms[1](x))))
+            elif parallel:
+                ys.append(x + attention(norms[0](x)) + mlp(norms[-1](x)))
+            else:
+                x = x + attention(norms[0](x))
+                ys.append(x + mlp(norms[1](x)))
+        name = put_option(out, names, attention, lengths, xs, ys)
+        out.ints(name + ".block", [place, 1, 1, hidden, ACTIVATION_CODES["gelu_tanh"], parallel])
+        for norm, part in zip(norms, ("attention_norm", "ffn_norm", "attention_post_norm", "ffn_post_norm")):
+            put_linear(out, "%s.%s" % (name, part), norm.weight, None)
+        put_gated(out, name, mlp)
+
+
+def cross_cases(out):
+    """nn.TransformerDecoderLayer, pre- and post-norm: one text after another, each with its encoder's results."""
+    for i, (norm_first, lengths, sources) in enumerate(((True, [5, 140], [150, 3]), (False, [9, 1, 20], [1, 30, 12]))):
+        width, heads, hidden = 12, 3, 21
+        layer = shaken(nn.TransformerDecoderLayer(width, heads, hidden, batch_first=True, norm_first=norm_first), 1.7)
+        xs, memories = ([randn(n, width) for n in sizes] for sizes in (lengths, sources))
+        ys = [layer(x[None], memory[None], tgt_mask=causal_mask(len(x)))[0] for x, memory in zip(xs, memories)]
+        name = "cross.%d" % i
+        put_attention(out, name, heads, heads, width // heads, True, lengths, torch.cat(xs), torch.cat(ys))
+        out.ints(name + ".sources", sources)
+        out.floats(name + ".memory", torch.cat(memories))
+        out.ints(name + ".block", [not norm_first, 0, 0, hidden, ACTIVATION_CODES["relu"], 0])
+        out.floats(name + ".eps", torch.tensor([layer.norm1.eps]))
+        put_linear(out, name + ".qkv", layer.self_attn.in_proj_weight, layer.self_attn.in_proj_bias)
+        put_linear(out, name + ".out", layer.self_attn.out_proj.weight, layer.self_attn.out_proj.bias)
+        cross = layer.multihead_attn
+        put_linear(out, name + ".cross_q", cross.in_proj_weight[:width], cross.in_proj_bias[:width])
+        put_linear(out, name + ".cross_kv", cross.in_proj_weight[width:], cross.in_proj_bias[width:])
+        put_linear(out, name + ".cross_out", cross.out_proj.weight, cross.out_proj.bias)
+        for norm, part in ((layer.norm1, "attention_norm"), (layer.norm2, "cross_norm"), (layer.norm3, "ffn_norm")):
+            put_linear(out, "%s.%s" % (name, part), norm.weight, norm.bias)
+        put_linear(out, name + ".up", layer.linear1.weight, layer.linear1.bias)
+        put_linear(out, name + ".down", layer.linear2.weight, layer.linear2.bias)
+    out.ints("cross", [2])
+
+
+def write_options(directory):
+    out, names = Arrays(), []
+    torch.manual_seed(6)
+    with torch.inference_mode():
+        for lengths, options in OPTION_ATTENTIONS:
+            attention = OptionAttention(**options)
+            xs = [randn(length, options["width"]) for length in lengths]
+            put_option(out, names, attention, lengths, xs, [attention(x) for x in xs])
+        option_blocks(out, names)
+        cross_cases(out)
+    out.ints("option", [len(names)])
+    out.write(os.path.join(directory, "options.tfm"))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Models. live.py makes its own with the same functions.
 # ---------------------------------------------------------------------------------------------------------------------
 
@@ -707,8 +874,9 @@ def write_encoders(directory):
             put_encoder(out, name, model, list(encoder_texts(len(vocabulary), 31)))
             getattr(outputs, name)(model)
             lines += outputs.lines
-    out.bytes("programs", "".join(line + "\n" for line in lines).encode())
     out.write(os.path.join(directory, "encoders.tfm"))
+    with open(os.path.join(directory, "encoder_programs.txt"), "w", encoding="utf-8") as file:
+        file.write("".join(line + "\n" for line in lines))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1280,13 +1448,14 @@ def check(writers, groups):
 
 def main():
     parser = argparse.ArgumentParser(description="Writes the golden files of the C tests.")
-    parser.add_argument("groups", nargs="*", help="layers, models, encoders, tokenizer, wordpiece, sentencepiece, sampling, beams; all of them "
+    parser.add_argument("groups", nargs="*", help="layers, options, models, encoders, tokenizer, wordpiece, "
+                        "sentencepiece, sampling, beams; all of them "
                                                     "by default")
     parser.add_argument("--check", action="store_true", help="compare with the files that are there; write nothing")
     parser.add_argument("--demo", default=os.path.join(ROOT, "..", "shared", "demo-gpt2"),
                         help="the demo model's checkpoint (default: %(default)s)")
     arguments = parser.parse_args()
-    writers = {"layers": write_layers, "models": write_models, "encoders": write_encoders,
+    writers = {"layers": write_layers, "options": write_options, "models": write_models, "encoders": write_encoders,
                "tokenizer": lambda directory: write_tokenizer(directory, arguments.demo), "sampling": write_sampling,
                "wordpiece": write_wordpiece, "sentencepiece": write_sentencepiece, "beams": write_beams}
     groups = arguments.groups or list(writers)

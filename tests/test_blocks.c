@@ -278,7 +278,8 @@ static void test_quantize(void) {
     size_t size, i;
     int dtype;
     make_models(&tfm, &floats, &types[5], 1);
-    test_put_text(&tfm, "decoder.positions", "none"); /* whose table is only looked up, and so stays as it is when loaded */
+    test_put_text(&tfm, "decoder.positions",
+                  "none"); /* whose table is only looked up, and so stays as it is when loaded */
     test_drop(&tfm, "decoder.position_embedding.weight");
     bytes = test_write_tfm(&tfm, &size);
     test_save(FROM, bytes, size);

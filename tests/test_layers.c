@@ -5,7 +5,8 @@
 #include <math.h>
 
 /* What the tests below run on. */
-static tfm_file *golden;
+static tfm_file *golden; /* the file of the test that runs: one of these */
+static tfm_file *golden_layers, *golden_options;
 static tfm_engine *engine;
 static const char *engine_name;
 
@@ -91,6 +92,50 @@ static tfm_block load_block(const char *name) {
     block.ffn_norm = load_norm(name, ".ffn_norm", info[1]);
     block.attention = load_attention(name);
     block.ffn = load_ffn(name, info[2], info[4]);
+    return block;
+}
+
+/* What attention has besides: see OptionAttention in make_golden.py. */
+static tfm_attention load_option_attention(const char *name) {
+    tfm_attention attention = load_attention(name);
+    const int32_t *info = golden_ints(golden, NULL, "%s.attention", name);
+    const float *numbers = golden_floats(golden, 3, "%s.numbers", name);
+    attention.scale = numbers[0];
+    attention.softcap = numbers[1];
+    attention.window = (size_t)info[4];
+    attention.rotary.n_pairs = (size_t)info[0];
+    attention.rotary.interleaved = info[1];
+    attention.rotary.scale = numbers[2];
+    if (info[0])
+        attention.rotary.frequencies = golden_floats(golden, (size_t)info[0], "%s.frequencies", name);
+    attention.relative.n_buckets = (size_t)info[2];
+    attention.relative.max_distance = (size_t)info[3];
+    if (info[2])
+        attention.relative.table = golden_floats(golden, (size_t)info[2] * attention.n_heads, "%s.table", name);
+    attention.q_norm = load_norm(name, ".q_norm", 1);
+    attention.k_norm = load_norm(name, ".k_norm", 1);
+    return attention;
+}
+
+/* A block with options or with cross-attention; norms that it does not have have no weight. */
+static tfm_block load_option_block(const char *name, int cross) {
+    const int32_t *info = golden_ints(golden, NULL, "%s.block", name);
+    tfm_block block;
+    memset(&block, 0, sizeof block);
+    block.norm_place = (tfm_norm_place)info[0];
+    block.parallel = info[5];
+    block.attention_norm = load_norm(name, ".attention_norm", info[1]);
+    block.ffn_norm = load_norm(name, ".ffn_norm", info[1]);
+    block.attention_post_norm = load_norm(name, ".attention_post_norm", info[1]);
+    block.ffn_post_norm = load_norm(name, ".ffn_post_norm", info[1]);
+    block.attention = cross ? load_attention(name) : load_option_attention(name);
+    block.ffn = load_ffn(name, info[2], info[4]);
+    if (cross) {
+        block.cross.norm = load_norm(name, ".cross_norm", info[1]);
+        block.cross.q = load_linear(name, ".cross_q", TFM_F32);
+        block.cross.kv = load_linear(name, ".cross_kv", TFM_F32);
+        block.cross.out = load_linear(name, ".cross_out", TFM_F32);
+    }
     return block;
 }
 
@@ -237,7 +282,8 @@ typedef struct layer {
     size_t n_rows; /* of all sequences */
     const int32_t *lengths;
     size_t n_sequences;
-    const float *x, *mask; /* [n_rows][width]; [n_rows][n_rows] or NULL */
+    const float *x, *mask;  /* [n_rows][width]; [n_rows][n_rows] or NULL */
+    const tfm_kv *memories; /* [n_sequences]: what cross-attention looks at, or NULL */
 } layer;
 
 #define MAX_SEQUENCES 8
@@ -273,7 +319,7 @@ static void run_spans(const layer *l, int cached, float *y) {
         memset(spans + i, 0, sizeof *spans);
         spans[i].n_rows = (size_t)l->lengths[i];
         spans[i].mask = l->mask;
-        spans[i].kv = NULL;
+        spans[i].memory = l->memories ? l->memories + i : NULL;
         if (cached) {
             kvs[i] = new_cache(l, spans[i].n_rows);
             spans[i].kv = kvs + i;
@@ -294,7 +340,8 @@ static float *cut_mask(const float *mask, size_t size, size_t first, size_t n, s
 }
 
 /* One sequence, `step` tokens at a time through a cache with pages in an order of their own. */
-static void run_steps(const layer *l, size_t first, size_t length, size_t step, float *y) {
+static void run_steps(const layer *l, size_t sequence, size_t first, size_t step, float *y) {
+    const size_t length = (size_t)l->lengths[sequence];
     static const uint32_t pages[] = {2, 0, 1};
     tfm_kv kv = new_cache(l, 3 * TFM_KV_PAGE);
     size_t n;
@@ -309,6 +356,7 @@ static void run_steps(const layer *l, size_t first, size_t length, size_t step, 
         span.n_rows = n;
         span.kv = &kv;
         span.mask = mask;
+        span.memory = l->memories ? l->memories + sequence : NULL;
         run_layer(l, l->x + row * l->width, &span, 1, y + row * l->width);
         free(mask);
     }
@@ -323,7 +371,7 @@ static void check_steps(const layer *l, const float *expected) {
     size_t i, s, row;
     for (s = 0; s < sizeof steps / sizeof *steps; s++) {
         for (i = 0, row = 0; i < l->n_sequences; row += (size_t)l->lengths[i++])
-            run_steps(l, row, (size_t)l->lengths[i], steps[s], y);
+            run_steps(l, i, row, steps[s], y);
         CHECK_SAME(y, expected, l->n_rows * l->width,
                    where(l->name, test_text("%lu at a time", (unsigned long)steps[s])));
     }
@@ -350,7 +398,8 @@ static void check_masked_apart(const layer *l, const float *expected) {
     free(y);
 }
 
-static void test_layer(const char *name, const tfm_attention *attention, const tfm_block *block) {
+static void test_layer(const char *name, const tfm_attention *attention, const tfm_block *block,
+                       const tfm_kv *memories) {
     const int32_t *info = golden_ints(golden, NULL, "%s", name);
     layer l;
     size_t n = 0, i;
@@ -359,6 +408,7 @@ static void test_layer(const char *name, const tfm_attention *attention, const t
     l.name = name;
     l.attention = attention;
     l.block = block;
+    l.memories = memories;
     l.width = (size_t)info[3];
     l.lengths = golden_ints(golden, &l.n_sequences, "%s.lengths", name);
     l.n_rows = 0;
@@ -378,7 +428,7 @@ static void test_layer(const char *name, const tfm_attention *attention, const t
     CHECK_SAME(cached, y, n, where(name, "with a cache"));
     if (attention->causal)
         check_steps(&l, y);
-    if (l.n_sequences > 1)
+    if (l.n_sequences > 1 && !memories)
         check_masked_apart(&l, expected);
     free(y);
     free(cached);
@@ -386,15 +436,89 @@ static void test_layer(const char *name, const tfm_attention *attention, const t
 
 static void test_attention(const char *name) {
     tfm_attention attention = load_attention(name);
-    test_layer(name, &attention, NULL);
+    test_layer(name, &attention, NULL, NULL);
     free_attention(&attention);
 }
 
 static void test_block(const char *name) {
     tfm_block block = load_block(name);
-    test_layer(name, &block.attention, &block);
+    test_layer(name, &block.attention, &block, NULL);
     free_attention(&block.attention);
     free_ffn(&block.ffn);
+}
+
+/* An attention with options, or a block around one. */
+static void test_option(const char *name) {
+    tfm_block block;
+    if (!tfm_file_find_meta(golden, test_text("%s.block", name))) {
+        tfm_attention attention = load_option_attention(name);
+        test_layer(name, &attention, NULL, NULL);
+        free_attention(&attention);
+        return;
+    }
+    block = load_option_block(name, 0);
+    test_layer(name, &block.attention, &block, NULL);
+    free_attention(&block.attention);
+    free_ffn(&block.ffn);
+}
+
+/* What a block's cross-attention makes of an encoder's results, in the second of three layers. */
+static tfm_kv new_memory(const tfm_block *block, const float *results, size_t n_rows) {
+    tfm_error error;
+    tfm_kv memory;
+    CHECK_OK(tfm_kv_create(&memory, TFM_F32, CACHE_LAYERS, block->attention.n_kv_heads, block->attention.head_dim,
+                           n_rows, NULL, &error),
+             error);
+    CHECK_OK(tfm_memory_forward(engine, block, 1, results, n_rows, &memory, &error), error);
+    memory.n_tokens = n_rows;
+    return memory;
+}
+
+static void test_cross(const char *name) {
+    tfm_block block = load_option_block(name, 1);
+    const size_t width = block.cross.q.weight.shape[1];
+    size_t n, i, row = 0, n_rows = 0;
+    const int32_t *sources = golden_ints(golden, &n, "%s.sources", name);
+    tfm_kv memories[MAX_SEQUENCES];
+    const float *results;
+    for (i = 0; i < n; i++)
+        n_rows += (size_t)sources[i];
+    results = golden_floats(golden, n_rows * width, "%s.memory", name);
+    for (i = 0; i < n; row += (size_t)sources[i++])
+        memories[i] = new_memory(&block, results + row * width, (size_t)sources[i]);
+    test_layer(name, &block.attention, &block, memories);
+    for (i = 0; i < n; i++)
+        tfm_kv_free(memories + i, NULL);
+    free_attention(&block.attention);
+    free_ffn(&block.ffn);
+    free_linear(&block.cross.q);
+    free_linear(&block.cross.kv);
+    free_linear(&block.cross.out);
+}
+
+/* Cross-attention without a memory, or with one of another shape. */
+static void test_cross_refused(void) {
+    tfm_block block = load_option_block("cross.0", 1);
+    float x[12] = {0}, results[24] = {0};
+    tfm_kv memory = new_memory(&block, results, 2);
+    tfm_span span = {1, NULL, NULL, 0, NULL};
+    tfm_error error;
+    CHECK(tfm_block_forward(engine, &block, 0, x, &span, 1, &error) == TFM_ERROR_ARGUMENT);
+    CHECK_MSG(strstr(error.message, "no memory") != NULL, "%s", error.message);
+    span.memory = &memory;
+    CHECK_OK(tfm_block_forward(engine, &block, 1, x, &span, 1, &error), error);
+    memory.n_kv_heads++;
+    CHECK(tfm_block_forward(engine, &block, 1, x, &span, 1, &error) == TFM_ERROR_ARGUMENT);
+    memory.n_kv_heads--;
+    CHECK(tfm_block_forward(engine, &block, CACHE_LAYERS, x, &span, 1, &error) == TFM_ERROR_ARGUMENT);
+    block.parallel = 1;
+    CHECK(tfm_block_forward(engine, &block, 1, x, &span, 1, &error) == TFM_ERROR_ARGUMENT);
+    tfm_kv_free(&memory, NULL);
+    free_attention(&block.attention);
+    free_ffn(&block.ffn);
+    free_linear(&block.cross.q);
+    free_linear(&block.cross.kv);
+    free_linear(&block.cross.out);
 }
 
 /* A token that sees nothing gets zeros, which the output layer turns into its bias; the others don't notice. */
@@ -495,7 +619,7 @@ static void check_threads(tfm_isa isa, const big_block *big, const tfm_span *spa
 
 static void test_threads(tfm_isa isa) {
     big_block big = new_big_block();
-    tfm_span spans[3] = {{BIG_ROWS, NULL, NULL}, {0, NULL, NULL}, {0, NULL, NULL}};
+    tfm_span spans[3] = {{BIG_ROWS, NULL, NULL, 0, NULL}, {0, NULL, NULL, 0, NULL}, {0, NULL, NULL, 0, NULL}};
     check_threads(isa, &big, spans, 1);
     spans[0].n_rows = 1;
     spans[1].n_rows = 200;
@@ -580,6 +704,11 @@ static void test_on(tfm_isa isa, int threads) {
     each_case("block", test_block);
     test_blind_token();
     test_refused();
+    golden = golden_options;
+    each_case("option", test_option);
+    each_case("cross", test_cross);
+    test_cross_refused();
+    golden = golden_layers;
     if (threads == 1)
         test_threads(isa);
     tfm_engine_free(engine);
@@ -588,10 +717,12 @@ static void test_on(tfm_isa isa, int threads) {
 void test_layers(void) {
     tfm_isa isas[TFM_ISA_COUNT];
     size_t n = test_isas(isas), i;
-    golden = golden_open("layers");
+    golden = golden_layers = golden_open("layers");
+    golden_options = golden_open("options");
     for (i = 0; i < n; i++) {
         test_on(isas[i], 1);
         test_on(isas[i], 3);
     }
-    tfm_file_close(golden);
+    tfm_file_close(golden_layers);
+    tfm_file_close(golden_options);
 }

@@ -211,6 +211,7 @@ const unsigned char *golden_bytes(const tfm_file *file, size_t *n, const char *f
 void test_kernels(void);
 void test_layers(void);
 void test_models(void);
+void test_encoders(void);
 void test_tokenizer(void);
 void test_sentencepiece(void);
 void test_sampling(void);
@@ -225,17 +226,10 @@ static const struct {
     const char *name;
     void (*run)(void);
 } groups[] = {
-    {"kernels", test_kernels},
-    {"layers", test_layers},
-    {"models", test_models},
-    {"tokenizer", test_tokenizer},
-    {"sentencepiece", test_sentencepiece},
-    {"sampling", test_sampling},
-    {"file", test_file},
-    {"blocks", test_blocks},
-    {"generate", test_generate},
-    {"beams", test_beams},
-    {"memory", test_memory},
+    {"kernels", test_kernels},   {"layers", test_layers},       {"models", test_models},
+    {"encoders", test_encoders}, {"tokenizer", test_tokenizer}, {"sentencepiece", test_sentencepiece},
+    {"sampling", test_sampling}, {"file", test_file},           {"blocks", test_blocks},
+    {"generate", test_generate}, {"beams", test_beams},         {"memory", test_memory},
     {"chat", test_chat},
 };
 

@@ -64,7 +64,7 @@ fails 2 "expected a number" build/gpt2 --temp -1
 fails 2 "unknown type" build/gpt2 --type f13
 run build/minimal
 check "minimal without arguments" [ "$status" -eq 2 ]
-for program in build/tfm build/gpt2; do
+for program in build/tfm build/gpt2 build/embed build/fill-mask build/classify; do
     run $program --help
     check "$program --help" [ "$status" -eq 0 ]
     check "$program --help says something" [ -s "$dir/out" ]
@@ -312,6 +312,129 @@ fails 1 "missing.tfm" build/translate $dir/missing.tfm
 fails 1 "unknown instruction set" build/translate $t5 --isa 8086
 run build/translate --help
 check "translate --help" [ "$status" -eq 0 ]
+
+# ---- encoders: what the programs print beside what transformers gives (encoder_programs.txt is make_golden.py's)
+golden=tests/golden/encoder
+
+expected() { # expected NAME: the lines of that name, without it
+    sed -n "s/^$1 //p" ${golden}_programs.txt
+}
+
+# The same words, and numbers that differ by less than 1e-4, as many as there are.
+same_numbers() { # same_numbers FILE FILE
+    awk '
+        function is_number(text) { return text ~ /^-?[0-9.]+(e-?[0-9]+)?$/ }
+        function differ(a, b) {
+            if (!is_number(a) || !is_number(b))
+                return a != b
+            return a - b > 1e-4 || b - a > 1e-4
+        }
+        NR == FNR { line[NR] = $0; n++; next }
+        {
+            m++
+            if (split(line[FNR], word) != NF)
+                wrong++
+            for (i = 1; i <= NF; i++)
+                wrong += differ(word[i], $i)
+        }
+        END { exit wrong > 0 || n != m || !n }' "$1" "$2"
+}
+
+cat >"$dir/lines.txt" <<'END'
+The cat sleeps.
+a big red house under the tree, a big red house under the tree, a big red house
+
+She runs over the river
+END
+expected embed >"$dir/expected.txt"
+build/embed ${golden}_sentence.tfm <"$dir/lines.txt" >"$dir/vectors.txt"
+check "embed: transformers' vectors" same_numbers "$dir/vectors.txt" "$dir/expected.txt"
+check "embed: a line for each, 33 numbers" [ "$(awk '{ print NF }' "$dir/vectors.txt" | tr '\n' ' ')" = "33 33 33 33 " ]
+sed -n 4p "$dir/lines.txt" | build/embed ${golden}_sentence.tfm --threads 1 >"$dir/out"
+check "embed: a line alone has the same numbers" [ "$(cat "$dir/out")" = "$(sed -n 4p "$dir/vectors.txt")" ]
+seq 150 | build/embed ${golden}_sentence.tfm >"$dir/many.txt"
+check "embed: more than a batch" [ "$(wc -l <"$dir/many.txt")" -eq 150 ]
+check "embed: the last of them is what it is alone" \
+    [ "$(echo 150 | build/embed ${golden}_sentence.tfm)" = "$(tail -n 1 "$dir/many.txt")" ]
+build/embed ${golden}_sentence.tfm --isa scalar --pool mean --normalize <"$dir/lines.txt" >"$dir/out"
+check "embed: --pool and --normalize" same_numbers "$dir/out" "$dir/expected.txt"
+build/embed ${golden}_sentence.tfm --pool mean <"$dir/lines.txt" >"$dir/out"
+check "embed: --pool alone does not normalize" [ "$(cut -c 1-60 "$dir/out")" != "$(cut -c 1-60 "$dir/vectors.txt")" ]
+build/embed ${golden}_sentence.tfm --pool max <"$dir/lines.txt" >"$dir/out2"
+check "embed: --pool max is something else" [ "$(cat "$dir/out2")" != "$(cat "$dir/out")" ]
+build/embed ${golden}_sentence.tfm --similarity "The cat sleeps." <"$dir/lines.txt" >"$dir/out"
+expected similar >"$dir/expected.txt"
+check "embed --similarity: the order and cosines of transformers" same_numbers "$dir/out" "$dir/expected.txt"
+printf 'one\r\ntwo' | build/embed ${golden}_sentence.tfm >"$dir/out"
+check "embed: CR LF, and a last line without an end" [ "$(cat "$dir/out")" = "$(printf 'one\ntwo\n' | build/embed ${golden}_sentence.tfm)" ]
+run build/embed ${golden}_sentence.tfm
+check "embed: no lines, no vectors" [ "$status" -eq 0 ] && check "embed: no lines: stdout" [ ! -s "$dir/out" ]
+many=$(printf 'word %.0s' $(seq 60))
+printf 'short\n%s\n' "$many" | build/embed ${golden}_mlm.tfm >"$dir/out" 2>"$dir/err"
+check "embed: too long a line: status" [ $? -eq 1 ]
+check "embed: too long a line: message" says "^embed: line 2: the text has .* tokens, and the model takes 40 at most"
+check "embed: too long a line: stdout" [ ! -s "$dir/out" ]
+printf '%s\n' "$many" | build/embed ${golden}_sentence.tfm >"$dir/out"
+check "embed: a model that says where to cut" [ "$(wc -w <"$dir/out")" -eq 33 ]
+
+build/fill-mask ${golden}_mlm.tfm "The capital of [MASK] is Paris." --top 3 >"$dir/out"
+head -n 3 "$dir/out" | cut -f 2- >"$dir/found.txt"
+expected fill-mask >"$dir/expected.txt"
+check "fill-mask: transformers' tokens and probabilities" same_numbers "$dir/found.txt" "$dir/expected.txt"
+check "fill-mask: the text" [ "$(sed -n 4p "$dir/out")" = "The capital of $(sed -n '1s/.* //p' "$dir/expected.txt") is Paris." ]
+run build/fill-mask ${golden}_mlm.tfm "[MASK][MASK], [MASK]"
+check "fill-mask: five for each, and the text" [ "$(cut -f 1 "$dir/out" | tr -d '\n' | cut -c 1-15)" = 111112222233333 ]
+check "fill-mask: no mask is left" [ "$(tail -n 1 "$dir/out" | grep -c MASK)" -eq 0 ]
+
+build/classify ${golden}_sequence.tfm "The cat sleeps." --top 3 | tr '\t' '\n' | sed 's/\(.*\) \(.*\)/\2 \1/' >"$dir/out"
+expected classify-one >"$dir/expected.txt"
+check "classify: transformers' labels" same_numbers "$dir/out" "$dir/expected.txt"
+build/classify ${golden}_sequence.tfm "the film was good" "they love it!" --top 3 | tr '\t' '\n' |
+    sed 's/\(.*\) \(.*\)/\2 \1/' >"$dir/out"
+expected classify-pair >"$dir/expected.txt"
+check "classify: a pair" same_numbers "$dir/out" "$dir/expected.txt"
+printf 'The cat sleeps.\nthe film was good\tthey love it!\n' | build/classify ${golden}_sequence.tfm >"$dir/out"
+check "classify: lines, the likeliest of each" \
+    [ "$(cat "$dir/out")" = "$(build/classify ${golden}_sequence.tfm "The cat sleeps.";
+        build/classify ${golden}_sequence.tfm "the film was good" "they love it!")" ]
+build/classify ${golden}_token.tfm "She runs over the river" | sed 's/\(.*\)\t\(.*\) \(.*\)/\3 \2 \1/' >"$dir/out"
+expected tokens >"$dir/expected.txt"
+check "classify: tokens" same_numbers "$dir/out" "$dir/expected.txt"
+printf 'a cat\n\na dog\n' | build/classify ${golden}_token.tfm >"$dir/out"
+check "classify: tokens of lines" [ "$(cut -f 1 "$dir/out" | tr '\n' ' ')" = "a cat   a dog " ]
+run build/block
+check "block" [ "$status" -eq 0 ]
+check "block prints all numbers" [ "$(wc -l <"$dir/out")" -eq 33 ]
+
+fails 2 "MODEL is missing" build/embed
+fails 2 "MODEL is missing" build/classify
+fails 2 "an argument is missing" build/fill-mask
+fails 2 "an argument is missing" build/fill-mask ${golden}_mlm.tfm
+for program in build/embed build/fill-mask build/classify; do
+    fails 2 "unknown option --frobnicate" $program ${golden}_mlm.tfm --frobnicate
+    fails 2 "value is missing after --threads" $program ${golden}_mlm.tfm --threads
+    fails 2 "expected a number" $program ${golden}_mlm.tfm --threads 0
+    text=x
+    [ $program = build/embed ] && text=
+    fails 1 "unknown instruction set" $program ${golden}_mlm.tfm $text --isa 8086
+    for file in missing short empty text header; do
+        fails 1 "$dir/$file.tfm" $program "$dir/$file.tfm" $text
+    done
+done
+fails 2 "one argument too many" build/embed ${golden}_mlm.tfm x
+fails 2 "expected mean, cls or max" build/embed ${golden}_mlm.tfm --pool everything
+fails 2 "expected a number greater than 0" build/fill-mask ${golden}_mlm.tfm x --top none
+fails 2 "one argument too many" build/fill-mask ${golden}_mlm.tfm a b
+fails 2 "one argument too many" build/classify ${golden}_sequence.tfm a b c
+fails 1 "no encoder" build/embed $model
+fails 1 "no masked-LM head" build/fill-mask $model "a [MASK]"
+fails 1 "no masked-LM head" build/fill-mask ${golden}_sentence.tfm "a [MASK]"
+fails 1 "there is no \[MASK\] in the text" build/fill-mask ${golden}_mlm.tfm "a text"
+fails 1 "no classifier" build/classify ${golden}_mlm.tfm "a text"
+fails 1 "takes 40 at most" build/classify ${golden}_sequence.tfm "$many"
+fails 1 "can have 1 to 40\|takes 40 at most" build/fill-mask ${golden}_mlm.tfm "$many [MASK]"
+printf 'a\n%s\n' "$many" | build/classify ${golden}_sequence.tfm >"$dir/out" 2>"$dir/err"
+check "classify: the line that is too long" says "^classify: line 2: the text has"
 
 rm -rf "$dir"
 echo "$passed passed, $failed failed"
