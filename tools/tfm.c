@@ -24,8 +24,17 @@
 #include <stdlib.h>
 #include <string.h>
 #include <time.h>
+#ifdef _WIN32
+#include <fcntl.h>
+#include <io.h>
+#define isatty _isatty
+#define posix_memalign(memory, alignment, size) !(*(memory) = _aligned_malloc(size, alignment))
+#define free_aligned _aligned_free
+#else
 #include <sys/mman.h>
 #include <unistd.h>
+#define free_aligned free
+#endif
 #ifdef _OPENMP
 #include <omp.h>
 #endif
@@ -206,7 +215,12 @@ static int output_open(output *out, const char *path) {
 /* Failures of the writes before are found here too. */
 static int output_close(output *out) {
     int bad = fflush(out->file) || ferror(out->file);
-    bad = fclose(out->file) || bad || rename(out->temporary, out->path);
+    bad = fclose(out->file) || bad;
+#ifdef _WIN32 /* whose rename replaces nothing */
+    if (!bad)
+        remove(out->path);
+#endif
+    bad = bad || rename(out->temporary, out->path);
     if (bad) {
         bad = fail_system(out->path);
         remove(out->temporary);
@@ -1735,7 +1749,7 @@ static int bench(int argc, char **argv) {
         status = configure(&b, &args);
     if (!status)
         status = run_benchmark(&b);
-    free(b.limits.buffer);
+    free_aligned(b.limits.buffer);
     free(b.limits.ends);
     free(b.outputs);
     free(b.chunks);
@@ -1754,6 +1768,10 @@ int main(int argc, char **argv) {
         {"tokenize", tokenize}, {"perplexity", perplexity}, {"bench", bench},
     };
     size_t i;
+#ifdef _WIN32 /* text is bytes */
+    _setmode(0, _O_BINARY);
+    _setmode(1, _O_BINARY);
+#endif
     if (argc < 2)
         return usage("a command is missing", "");
     if (!strcmp(argv[1], "--help") || !strcmp(argv[1], "-h"))
