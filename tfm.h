@@ -844,7 +844,8 @@ TFM_API tfm_status tfm_generate_ids(tfm_session *session, const int32_t *prompt,
 #endif
 
 #if defined(__BYTE_ORDER__) && __BYTE_ORDER__ == __ORDER_BIG_ENDIAN__
-#error "tfm.h needs a little-endian CPU"
+#define TFM__BIG_ENDIAN /* files are copied when they are opened, to turn their numbers around; kernels are plain C */
+#undef TFM__NEON
 #endif
 
 /* Hint: this cache line will be written soon. */
@@ -1405,6 +1406,15 @@ static void tfm__unmap_file(const tfm_allocator *allocator, tfm__bytes *bytes) {
 }
 #endif
 
+/* Numbers as files have them, little-endian. */
+static uint32_t tfm__u32(const unsigned char *p) {
+    return (uint32_t)p[0] | (uint32_t)p[1] << 8 | (uint32_t)p[2] << 16 | (uint32_t)p[3] << 24;
+}
+
+static uint64_t tfm__u64(const unsigned char *p) {
+    return (uint64_t)tfm__u32(p) | (uint64_t)tfm__u32(p + 4) << 32;
+}
+
 /* CRC-32 as in zlib (reflected polynomial 0xEDB88320), sliced by 8: eight tables take eight bytes in one step. The
  * tables are made by the caller, on the stack, so that the library keeps no state. */
 typedef struct tfm__crc_tables {
@@ -1428,10 +1438,7 @@ static uint32_t tfm__crc(const tfm__crc_tables *crc, uint32_t value, const void 
     const unsigned char *p = (const unsigned char *)data;
     value = ~value;
     for (; size >= 8; size -= 8, p += 8) {
-        uint32_t low, high;
-        memcpy(&low, p, 4);
-        memcpy(&high, p + 4, 4);
-        low ^= value;
+        const uint32_t low = tfm__u32(p) ^ value, high = tfm__u32(p + 4);
         value = crc->table[7][low & 255] ^ crc->table[6][low >> 8 & 255] ^ crc->table[5][low >> 16 & 255] ^
                 crc->table[4][low >> 24] ^ crc->table[3][high & 255] ^ crc->table[2][high >> 8 & 255] ^
                 crc->table[1][high >> 16 & 255] ^ crc->table[0][high >> 24];
@@ -4419,22 +4426,15 @@ static const unsigned char tfm__magic[8] = {'T', 'F', 'M', 'H', 0x0D, 0x0A, 0x1A
 struct tfm_file {
     tfm_allocator allocator;
     tfm__bytes bytes;
-    int owned;      /* 1: bytes are unmapped on closing */
-    char name[256]; /* for error messages */
+    unsigned char *turned; /* big-endian CPUs: a copy of `bytes` with its numbers turned around; otherwise NULL */
+    int owned;             /* 1: bytes are unmapped on closing */
+    char name[256];        /* for error messages */
     size_t n_meta, n_entries;
     tfm_meta *meta;          /* [n_meta], in the file's order */
     tfm_entry *entries;      /* [n_entries], in the file's order */
     uint32_t *meta_by_key;   /* [n_meta]: sorted by key */
     uint32_t *entry_by_name; /* [n_entries]: sorted by name */
 };
-
-static uint32_t tfm__u32(const unsigned char *p) {
-    return (uint32_t)p[0] | (uint32_t)p[1] << 8 | (uint32_t)p[2] << 16 | (uint32_t)p[3] << 24;
-}
-
-static uint64_t tfm__u64(const unsigned char *p) {
-    return (uint64_t)tfm__u32(p) | (uint64_t)tfm__u32(p + 4) << 32;
-}
 
 /* ---- sorted indexes. Heapsort: n log n on hostile input too, in place. */
 
@@ -4615,6 +4615,71 @@ static tfm_status tfm__parse_directory(tfm_file *file, size_t at, size_t end, si
     return TFM_OK;
 }
 
+/* ---- byte order */
+
+#ifdef TFM__BIG_ENDIAN
+/* n numbers of `size` bytes. */
+static void tfm__turn(unsigned char *data, size_t n, size_t size) {
+    size_t i, k;
+    for (i = 0; i < n; i++, data += size)
+        for (k = 0; k < size / 2; k++) {
+            unsigned char swap = data[k];
+            data[k] = data[size - 1 - k];
+            data[size - 1 - k] = swap;
+        }
+}
+
+/* A tensor's data. In a panel of i8, all but the bases at its start are bytes. */
+static void tfm__turn_tensor(const tfm_tensor *tensor, unsigned char *data) {
+    const size_t element = tfm__dtype_sizes[tensor->dtype], size = tfm_tensor_bytes(tensor);
+    size_t at;
+    if (tensor->dtype != TFM_I8)
+        tfm__turn(data, size / element, element);
+    else
+        for (at = 0; at < size; at += tfm__panel_bytes(TFM_I8, tensor->shape[1]))
+            tfm__turn(data + at, TFM__PANEL, sizeof(int32_t));
+}
+
+static tfm_status tfm__turn_file(tfm_file *file, tfm_error *error) {
+    size_t i;
+    file->turned = (unsigned char *)tfm__allocate_aligned(&file->allocator, file->bytes.size, TFM__CACHE_LINE);
+    if (!file->turned)
+        return tfm__fail_memory(error, file->bytes.size);
+    memcpy(file->turned, file->bytes.data, file->bytes.size);
+    for (i = 0; i < file->n_meta; i++) {
+        tfm_meta *meta = file->meta + i;
+        unsigned char *values = file->turned + ((const unsigned char *)meta->values - file->bytes.data);
+        if ((size_t)meta->type < 7)
+            tfm__turn(values, meta->count, tfm__meta_sizes[meta->type]);
+        meta->values = values;
+    }
+    for (i = 0; i < file->n_entries; i++) {
+        tfm_tensor *tensor = &file->entries[i].tensor;
+        unsigned char *data = file->turned + ((const unsigned char *)tensor->data - file->bytes.data);
+        tfm__turn_tensor(tensor, data);
+        tensor->data = data;
+    }
+    return TFM_OK;
+}
+#else
+static void tfm__turn_tensor(const tfm_tensor *tensor, unsigned char *data) {
+    (void)tensor;
+    (void)data;
+}
+
+static tfm_status tfm__turn_file(tfm_file *file, tfm_error *error) {
+    (void)file;
+    (void)error;
+    return TFM_OK;
+}
+#endif
+
+/* The tensor's data as it is in the file. */
+static const unsigned char *tfm__file_data(const tfm_file *file, const tfm_tensor *tensor) {
+    const unsigned char *data = (const unsigned char *)tensor->data;
+    return file->turned ? file->bytes.data + (data - file->turned) : data;
+}
+
 static tfm_status tfm__parse_file(tfm_file *file, tfm_error *error) {
     const unsigned char *p = file->bytes.data;
     uint64_t size = file->bytes.size, meta_size, directory_size;
@@ -4648,7 +4713,9 @@ static tfm_status tfm__parse_file(tfm_file *file, tfm_error *error) {
         return tfm__fail(error, TFM_ERROR_FORMAT, "%s: the header's checksum is wrong: the file is damaged",
                          file->name);
     status = tfm__parse_meta(file, TFM__HEADER_SIZE, directory, error);
-    return status == TFM_OK ? tfm__parse_directory(file, directory, end, tfm__u32(p + 56), error) : status;
+    if (status == TFM_OK)
+        status = tfm__parse_directory(file, directory, end, tfm__u32(p + 56), error);
+    return status == TFM_OK ? tfm__turn_file(file, error) : status;
 }
 
 TFM_API void tfm_file_close(tfm_file *file) {
@@ -4660,6 +4727,7 @@ TFM_API void tfm_file_close(tfm_file *file) {
     tfm__release(&allocator, file->meta_by_key);
     tfm__release(&allocator, file->entries);
     tfm__release(&allocator, file->entry_by_name);
+    tfm__release_aligned(&allocator, file->turned);
 #ifndef TFM_NO_STDIO
     if (file->owned)
         tfm__unmap_file(&allocator, &file->bytes);
@@ -4764,7 +4832,7 @@ TFM_API const tfm_meta *tfm_file_find_meta(const tfm_file *file, const char *key
  * that is read through once need not fit in memory. */
 static void tfm__file_forget(const tfm_file *file, const tfm_tensor *tensor) {
     if (file->bytes.mapped)
-        tfm__advise_unneeded(tensor->data, tfm_tensor_bytes(tensor));
+        tfm__advise_unneeded(tfm__file_data(file, tensor), tfm_tensor_bytes(tensor));
 }
 
 TFM_API tfm_status tfm_file_verify(const tfm_file *file, tfm_error *error) {
@@ -4773,7 +4841,7 @@ TFM_API tfm_status tfm_file_verify(const tfm_file *file, tfm_error *error) {
     tfm__crc_prepare(&crc);
     for (i = 0; i < file->n_entries; i++) {
         const tfm_entry *entry = file->entries + i;
-        if (tfm__crc(&crc, 0, entry->tensor.data, tfm_tensor_bytes(&entry->tensor)) != entry->crc)
+        if (tfm__crc(&crc, 0, tfm__file_data(file, &entry->tensor), tfm_tensor_bytes(&entry->tensor)) != entry->crc)
             return tfm__fail(error, TFM_ERROR_FORMAT, "%s: the checksum of tensor '%.*s' is wrong: the file is damaged",
                              file->name, (int)TFM__MIN(entry->name_size, 100), entry->name);
     }
@@ -5145,7 +5213,9 @@ static tfm_status tfm__rewrite_tensor(tfm__rewrite *rewrite, const tfm__crc_tabl
                              "%s: a weight of tensor '%.*s' is not finite, and can't be quantized", rewrite->from->name,
                              (int)TFM__MIN(entry->name_size, 100), entry->name);
         }
-    }
+        tfm__turn_tensor(&target, (unsigned char *)memory);
+    } else
+        target.data = tfm__file_data(rewrite->from, tensor);
     tfm__put_u32(directory + 64, tfm__crc(crc, 0, target.data, size));
     status = tfm__write_padding(rewrite, offset, error);
     if (status == TFM_OK)

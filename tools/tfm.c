@@ -363,6 +363,9 @@ static int32_t *parse_ids(const char *option_name, const char *text, size_t *n) 
 
 /* A float32 array [rows][columns], or, if rows is 0, [columns], in NumPy's format, version 1.0. */
 static int write_npy(const char *path, const float *data, size_t rows, size_t columns) {
+    const uint16_t one = 1;
+    const char order =
+        *(const unsigned char *)&one ? '<' : '>'; /* this machine's: the numbers are written as they are */
     char header[128];
     output out;
     int size;
@@ -370,12 +373,12 @@ static int write_npy(const char *path, const float *data, size_t rows, size_t co
         return 1;
     memcpy(header, "\x93NUMPY\x01\x00\x76\x00", 10); /* 0x76 = 118 bytes follow */
     if (rows)
-        size =
-            snprintf(header + 10, sizeof header - 10, "{'descr': '<f4', 'fortran_order': False, 'shape': (%lu, %lu), }",
-                     (unsigned long)rows, (unsigned long)columns);
-    else
-        size = snprintf(header + 10, sizeof header - 10, "{'descr': '<f4', 'fortran_order': False, 'shape': (%lu,), }",
+        size = snprintf(header + 10, sizeof header - 10,
+                        "{'descr': '%cf4', 'fortran_order': False, 'shape': (%lu, %lu), }", order, (unsigned long)rows,
                         (unsigned long)columns);
+    else
+        size = snprintf(header + 10, sizeof header - 10, "{'descr': '%cf4', 'fortran_order': False, 'shape': (%lu,), }",
+                        order, (unsigned long)columns);
     memset(header + 10 + size, ' ', sizeof header - 10 - (size_t)size);
     header[sizeof header - 1] = '\n';
     fwrite(header, 1, sizeof header, out.file);
