@@ -16,7 +16,7 @@ PROGRAMS = build/tfm build/gpt2 build/minimal
 TESTS = $(sort $(wildcard tests/test_*.c))
 MODEL = examples/models/stories.tfm
 
-.PHONY: all demo test clean
+.PHONY: all demo test fuzz clean
 all: $(PROGRAMS)
 
 build/tfm: tools/tfm.c tfm.h
@@ -42,6 +42,11 @@ build/tests: $(TESTS:tests/%.c=build/test_objects/%.o)
 
 test: all build/tests
 	@sh tests/run.sh
+
+# make fuzz SECONDS=60: each of five jobs for so long, two at a time. Needs clang.
+SECONDS ?= 60
+fuzz:
+	@sh tests/fuzz/run.sh $(SECONDS)
 
 clean:
 	rm -rf build
