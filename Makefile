@@ -17,7 +17,7 @@ PROGRAMS = build/tfm build/gpt2 build/minimal build/embed build/fill-mask build/
 TESTS = $(sort $(wildcard tests/test_*.c))
 MODEL = examples/models/stories.tfm
 
-.PHONY: all demo test clean
+.PHONY: all demo test fuzz clean
 all: $(PROGRAMS)
 
 build/tfm: tools/tfm.c tfm.h
@@ -52,6 +52,11 @@ build/tests: $(TESTS:tests/%.c=build/test_objects/%.o)
 
 test: all build/tests
 	@sh tests/run.sh
+
+# make fuzz SECONDS=60: each of five jobs for so long, two at a time. Needs clang.
+SECONDS ?= 60
+fuzz:
+	@sh tests/fuzz/run.sh $(SECONDS)
 
 clean:
 	rm -rf build

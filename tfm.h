@@ -973,6 +973,22 @@ TFM_API tfm_status tfm_chat_load(tfm_chat *chat, const char *path, tfm_error *er
 #include <stdio.h> /* vsnprintf, for error messages; no files */
 #endif
 
+/* -ffast-math lets the compiler reorder sums, assume that nothing is infinite or NaN, and remove roundings: here, where
+ * masks are -INFINITY, what is in a file may be anything, and results are the same bits for any number of threads, it
+ * must not. (What it does to the whole program remains: subnormal numbers become 0.) */
+#if defined(__FAST_MATH__) || (defined(__FINITE_MATH_ONLY__) && __FINITE_MATH_ONLY__)
+#define TFM__FAST_MATH
+#if defined(__clang__)
+#pragma float_control(push)
+#pragma float_control(precise, on)
+#elif defined(__GNUC__)
+#pragma GCC push_options
+#pragma GCC optimize("no-fast-math")
+#else
+#error "tfm.h: this compiler can't turn -ffast-math off for a part of a file; compile the implementation without it"
+#endif
+#endif
+
 /* =====================================================================================================================
  * a. PLATFORM: compiler, memory, errors, CPU features, threads, files
  *    All that depends on the compiler or the operating system is here and in the target lines of floor c.
@@ -987,7 +1003,10 @@ TFM_API tfm_status tfm_chat_load(tfm_chat *chat, const char *path, tfm_error *er
 #define TFM_HEADER "tfm.h"
 #endif
 
-#if defined(__GNUC__) || defined(__clang__)
+#if defined(__MINGW_PRINTF_FORMAT) /* what its vsnprintf understands, which is not what `printf` means there */
+#define TFM__PRINTF(format_index) __attribute__((format(__MINGW_PRINTF_FORMAT, format_index, format_index + 1)))
+#define TFM__INLINE inline __attribute__((always_inline))
+#elif defined(__GNUC__) || defined(__clang__)
 #define TFM__PRINTF(format_index) __attribute__((format(printf, format_index, format_index + 1)))
 #define TFM__INLINE inline __attribute__((always_inline))
 #else
@@ -1019,7 +1038,8 @@ TFM_API tfm_status tfm_chat_load(tfm_chat *chat, const char *path, tfm_error *er
 #endif
 
 #if defined(__BYTE_ORDER__) && __BYTE_ORDER__ == __ORDER_BIG_ENDIAN__
-#error "tfm.h needs a little-endian CPU"
+#define TFM__BIG_ENDIAN /* files are copied when they are opened, to turn their numbers around; kernels are plain C */
+#undef TFM__NEON
 #endif
 
 /* Hint: this cache line will be written soon. */
@@ -1207,7 +1227,6 @@ static tfm_isa tfm__best_isa(void) {
 #if defined(_OPENMP) && (defined(__GNUC__) || defined(__clang__))
 #define TFM__TEAM
 #include <omp.h>
-#include <sched.h>
 #if defined(__unix__) || defined(__APPLE__)
 #include <sys/select.h>
 #endif
@@ -1419,13 +1438,100 @@ static void tfm__parallel(tfm__threads *threads, size_t n, tfm_task task, void *
 #include <unistd.h>
 #endif
 
+#if !defined(TFM_NO_STDIO) && defined(_WIN32)
+#ifndef TFM_NO_MMAP
+#define TFM__MAP_VIEW
+#endif
+#ifndef NOMINMAX
+#define NOMINMAX
+#endif
+#ifndef WIN32_LEAN_AND_MEAN
+#define WIN32_LEAN_AND_MEAN
+#endif
+#include <windows.h>
+#endif
+
+/* The few calls in which systems differ. Paths are UTF-8. */
+#if !defined(TFM_NO_STDIO) && defined(_WIN32)
+#define TFM__MAX_PATH 1024
+#define tfm__seek _fseeki64
+#define tfm__tell _ftelli64
+
+/* A path that is not UTF-8 is in the system's code page, which is what `main` gets there. */
+static int tfm__wide_path(const char *path, wchar_t wide[TFM__MAX_PATH]) {
+    if (MultiByteToWideChar(CP_UTF8, MB_ERR_INVALID_CHARS, path, -1, wide, TFM__MAX_PATH) > 0 ||
+        MultiByteToWideChar(CP_ACP, 0, path, -1, wide, TFM__MAX_PATH) > 0)
+        return 1;
+    errno = EINVAL;
+    return 0;
+}
+
+static FILE *tfm__open_file(const char *path, const char *mode) {
+    wchar_t wide[TFM__MAX_PATH];
+    return tfm__wide_path(path, wide) ? _wfopen(wide, *mode == 'w' ? L"wb" : L"rb") : NULL;
+}
+
+/* Replaces what has the new name, as everywhere else. */
+static int tfm__rename_file(const char *from, const char *to) {
+    wchar_t wide_from[TFM__MAX_PATH], wide_to[TFM__MAX_PATH];
+    if (tfm__wide_path(from, wide_from) && tfm__wide_path(to, wide_to) &&
+        MoveFileExW(wide_from, wide_to, MOVEFILE_REPLACE_EXISTING))
+        return 0;
+    errno = EACCES;
+    return -1;
+}
+
+static void tfm__remove_file(const char *path) {
+    wchar_t wide[TFM__MAX_PATH];
+    if (tfm__wide_path(path, wide))
+        (void)_wremove(wide);
+}
+#elif !defined(TFM_NO_STDIO)
+#define tfm__seek fseek
+#define tfm__tell ftell
+#define tfm__open_file fopen
+#define tfm__rename_file rename
+#define tfm__remove_file (void)remove
+#endif
+
 typedef struct tfm__bytes {
     const unsigned char *data;
     size_t size;
-    int mapped; /* 1: give back with munmap; 0: with the allocator */
+    int mapped; /* 1: give back to the system; 0: to the allocator */
 } tfm__bytes;
 
-#ifdef TFM__MMAP
+#if defined(TFM__MAP_VIEW)
+static tfm_status tfm__map_file(const char *path, const tfm_allocator *allocator, tfm__bytes *bytes, tfm_error *error) {
+    wchar_t wide[TFM__MAX_PATH];
+    LARGE_INTEGER size;
+    HANDLE file, mapping;
+    void *memory = NULL;
+    (void)allocator;
+    size.QuadPart = 0;
+    file = tfm__wide_path(path, wide) ? CreateFileW(wide, GENERIC_READ, FILE_SHARE_READ | FILE_SHARE_DELETE, NULL,
+                                                    OPEN_EXISTING, FILE_ATTRIBUTE_NORMAL, NULL)
+                                      : INVALID_HANDLE_VALUE;
+    if (file == INVALID_HANDLE_VALUE)
+        return tfm__fail(error, TFM_ERROR_FILE, "%.300s: %s", path,
+                         GetLastError() == ERROR_ACCESS_DENIED ? strerror(EACCES) : strerror(ENOENT));
+    if (!GetFileSizeEx(file, &size) || !size.QuadPart) {
+        CloseHandle(file);
+        return tfm__fail(error, TFM_ERROR_FORMAT, "%.300s: the file is empty", path);
+    }
+    mapping = (uint64_t)size.QuadPart > SIZE_MAX / 2 ? NULL : CreateFileMappingW(file, NULL, PAGE_READONLY, 0, 0, NULL);
+    if (mapping) {
+        memory = MapViewOfFile(mapping, FILE_MAP_READ, 0, 0, 0);
+        CloseHandle(mapping); /* the view keeps the mapping, and that the file */
+    }
+    CloseHandle(file);
+    if (!memory)
+        return tfm__fail(error, TFM_ERROR_FILE, "%.300s: can't be mapped into memory", path);
+    bytes->data = (const unsigned char *)memory;
+    bytes->size = (size_t)size.QuadPart;
+    bytes->mapped = 1;
+    return TFM_OK;
+}
+#elif defined(TFM__MMAP)
 static tfm_status tfm__map_file(const char *path, const tfm_allocator *allocator, tfm__bytes *bytes, tfm_error *error) {
     struct stat status;
     void *memory;
@@ -1453,15 +1559,8 @@ static tfm_status tfm__map_file(const char *path, const tfm_allocator *allocator
     return TFM_OK;
 }
 #elif !defined(TFM_NO_STDIO)
-#ifdef _WIN32
-#define tfm__seek _fseeki64
-#define tfm__tell _ftelli64
-#else
-#define tfm__seek fseek
-#define tfm__tell ftell
-#endif
 static tfm_status tfm__map_file(const char *path, const tfm_allocator *allocator, tfm__bytes *bytes, tfm_error *error) {
-    FILE *file = fopen(path, "rb");
+    FILE *file = tfm__open_file(path, "rb");
     tfm_status status = TFM_OK;
     long long size;
     void *memory;
@@ -1521,7 +1620,10 @@ static void tfm__advise_unneeded(const void *memory, size_t size) {
 
 #ifndef TFM_NO_STDIO
 static void tfm__unmap_file(const tfm_allocator *allocator, tfm__bytes *bytes) {
-#ifdef TFM__MMAP
+#if defined(TFM__MAP_VIEW)
+    if (bytes->mapped && bytes->data)
+        UnmapViewOfFile(bytes->data);
+#elif defined(TFM__MMAP)
     if (bytes->mapped && bytes->data)
         munmap((void *)(uintptr_t)bytes->data, bytes->size);
 #endif
@@ -1530,6 +1632,15 @@ static void tfm__unmap_file(const tfm_allocator *allocator, tfm__bytes *bytes) {
     bytes->data = NULL;
 }
 #endif
+
+/* Numbers as files have them, little-endian. */
+static uint32_t tfm__u32(const unsigned char *p) {
+    return (uint32_t)p[0] | (uint32_t)p[1] << 8 | (uint32_t)p[2] << 16 | (uint32_t)p[3] << 24;
+}
+
+static uint64_t tfm__u64(const unsigned char *p) {
+    return (uint64_t)tfm__u32(p) | (uint64_t)tfm__u32(p + 4) << 32;
+}
 
 /* CRC-32 as in zlib (reflected polynomial 0xEDB88320), sliced by 8: eight tables take eight bytes in one step. The
  * tables are made by the caller, on the stack, so that the library keeps no state. */
@@ -1554,10 +1665,7 @@ static uint32_t tfm__crc(const tfm__crc_tables *crc, uint32_t value, const void 
     const unsigned char *p = (const unsigned char *)data;
     value = ~value;
     for (; size >= 8; size -= 8, p += 8) {
-        uint32_t low, high;
-        memcpy(&low, p, 4);
-        memcpy(&high, p + 4, 4);
-        low ^= value;
+        const uint32_t low = tfm__u32(p) ^ value, high = tfm__u32(p + 4);
         value = crc->table[7][low & 255] ^ crc->table[6][low >> 8 & 255] ^ crc->table[5][low >> 16 & 255] ^
                 crc->table[4][low >> 24] ^ crc->table[3][high & 255] ^ crc->table[2][high >> 8 & 255] ^
                 crc->table[1][high >> 16 & 255] ^ crc->table[0][high >> 24];
@@ -1710,14 +1818,14 @@ static uint32_t tfm__float_bits(float value) {
     return bits;
 }
 
-/* Shifting the half's exponent and mantissa into a float's place makes a value that is 2^-112 too small, subnormals
- * included; multiplying by 2^112 is exact. */
+/* A subnormal half counts steps of 2^-24. (As a float it is not subnormal: it survives where those become 0.) */
 static float tfm__from_f16(uint16_t half) {
     uint32_t sign = (uint32_t)(half & 0x8000) << 16, magnitude = half & 0x7FFFu;
     if (magnitude >= 0x7C00) /* infinity, NaN */
         return tfm__float_from_bits(sign | 0x7F800000u | (magnitude & 0x3FF) << 13);
-    return tfm__float_from_bits(
-        sign | tfm__float_bits(tfm__float_from_bits(magnitude << 13) * 5192296858534827628530496329220096.0f));
+    if (magnitude < 0x400)
+        return tfm__float_from_bits(sign | tfm__float_bits((float)magnitude * (1.0f / 16777216)));
+    return tfm__float_from_bits(sign | ((magnitude << 13) + (112u << 23)));
 }
 
 /* Rounds to nearest, ties to even: adding a power of two that makes the wanted last bit the float's last lets the
@@ -3133,7 +3241,8 @@ static TFM__TARGET void TFM__FN(quantize)(const float *x, size_t n, const tfm__q
  * begin at -128 * (sum of the activations) instead of 0 (TFM__BIASED). The others flip the top bit, which makes w itself.
  *   AVX2 and AVX-512 without VNNI: maddubs adds two products in 16 bits and saturates at 32767, so it gets |a| and
  *   w sign(a), both at most 127: 2 * 127 * 127 = 32258 fits.
- *   VNNI as inline assembly: from the intrinsic GCC 12 makes code that spills the accumulators, at half the speed. */
+ *   VNNI as inline assembly: from the intrinsic GCC 12 makes code that spills the accumulators, at half the speed.
+ *   NEON's dot product as inline assembly: clang has the intrinsic only if the command line asks for that extension. */
 #if TFM__TIER == 51
 #define TFM__BIASED 1
 static TFM__TARGET TFM__INLINE vi TFM__FN(dot)(vi sum, vi w, vi a) {
@@ -3172,7 +3281,8 @@ static TFM__TARGET TFM__INLINE vi TFM__FN(dot)(vi sum, vi w, vi a) {
 #define TFM__BIASED 0
 static TFM__TARGET TFM__INLINE vi TFM__FN(dot)(vi sum, vi w, vi a) {
     int8x16_t plain = vreinterpretq_s8_u8(veorq_u8(vreinterpretq_u8_s32(w), vdupq_n_u8(128)));
-    return vdotq_s32(sum, plain, vreinterpretq_s8_s32(a));
+    __asm__("sdot %0.4s, %1.16b, %2.16b" : "+w"(sum) : "w"(plain), "w"(a));
+    return sum;
 }
 #endif
 
@@ -4141,7 +4251,8 @@ static void tfm__angles_piece(void *argument, size_t row) {
 
 /* The bucket of a distance key - query. In fp32 throughout, as PyTorch has it. */
 static size_t tfm__relative_bucket(const tfm_relative *relative, int causal, long distance) {
-    size_t buckets = relative->n_buckets, base = 0, exact, apart = (size_t)(distance < 0 ? -distance : distance), far;
+    size_t buckets = relative->n_buckets, base = 0, exact, apart = (size_t)(distance < 0 ? -distance : distance),
+           bucket;
     if (!causal) {
         buckets /= 2;
         base = distance > 0 ? buckets : 0;
@@ -4150,9 +4261,9 @@ static size_t tfm__relative_bucket(const tfm_relative *relative, int causal, lon
     exact = buckets / 2;
     if (apart < exact)
         return base + apart;
-    far = exact + (size_t)(logf((float)apart / (float)exact) /
-                           (float)log((double)relative->max_distance / (double)exact) * (float)(buckets - exact));
-    return base + TFM__MIN(far, buckets - 1);
+    bucket = exact + (size_t)(logf((float)apart / (float)exact) /
+                              (float)log((double)relative->max_distance / (double)exact) * (float)(buckets - exact));
+    return base + TFM__MIN(bucket, buckets - 1);
 }
 
 /* bias[head][distance + reach - 1] */
@@ -4736,8 +4847,9 @@ static const unsigned char tfm__magic[8] = {'T', 'F', 'M', 'H', 0x0D, 0x0A, 0x1A
 struct tfm_file {
     tfm_allocator allocator;
     tfm__bytes bytes;
-    int owned;      /* 1: bytes are unmapped on closing */
-    char name[256]; /* for error messages */
+    unsigned char *turned; /* big-endian CPUs: a copy of `bytes` with its numbers turned around; otherwise NULL */
+    int owned;             /* 1: bytes are unmapped on closing */
+    char name[256];        /* for error messages */
     size_t n_meta, n_entries, n_whole;
     tfm_meta *meta;          /* [n_meta], in the file's order */
     tfm_entry *entries;      /* [n_entries], in the file's order; [n_whole] matrices whose parts are among those */
@@ -4746,14 +4858,6 @@ struct tfm_file {
     uint32_t *meta_by_key;   /* [n_meta]: sorted by key */
     uint32_t *entry_by_name; /* [n_entries + n_whole]: sorted by name */
 };
-
-static uint32_t tfm__u32(const unsigned char *p) {
-    return (uint32_t)p[0] | (uint32_t)p[1] << 8 | (uint32_t)p[2] << 16 | (uint32_t)p[3] << 24;
-}
-
-static uint64_t tfm__u64(const unsigned char *p) {
-    return (uint64_t)tfm__u32(p) | (uint64_t)tfm__u32(p + 4) << 32;
-}
 
 /* ---- sorted indexes. Heapsort: n log n on hostile input too, in place. */
 
@@ -4989,6 +5093,72 @@ static tfm_status tfm__join_parts(tfm_file *file, tfm_error *error) {
     return TFM_OK;
 }
 
+/* ---- byte order */
+
+#ifdef TFM__BIG_ENDIAN
+/* n numbers of `size` bytes. */
+static void tfm__turn(unsigned char *data, size_t n, size_t size) {
+    size_t i, k;
+    for (i = 0; i < n; i++, data += size)
+        for (k = 0; k < size / 2; k++) {
+            unsigned char swap = data[k];
+            data[k] = data[size - 1 - k];
+            data[size - 1 - k] = swap;
+        }
+}
+
+/* A tensor's data. In a panel of i8, all but the bases at its start are bytes. */
+static void tfm__turn_tensor(const tfm_tensor *tensor, unsigned char *data) {
+    const int is_plain = (size_t)tensor->dtype < TFM_DTYPE_COUNT; /* GGUF's blocks are read byte by byte */
+    const size_t element = is_plain ? tfm__dtype_sizes[tensor->dtype] : 1, size = tfm_tensor_bytes(tensor);
+    size_t at;
+    if (tensor->dtype != TFM_I8)
+        tfm__turn(data, size / element, element);
+    else
+        for (at = 0; at < size; at += tfm__panel_bytes(TFM_I8, tensor->shape[1]))
+            tfm__turn(data + at, TFM__PANEL, sizeof(int32_t));
+}
+
+static tfm_status tfm__turn_file(tfm_file *file, tfm_error *error) {
+    size_t i;
+    file->turned = (unsigned char *)tfm__allocate_aligned(&file->allocator, file->bytes.size, TFM__CACHE_LINE);
+    if (!file->turned)
+        return tfm__fail_memory(error, file->bytes.size);
+    memcpy(file->turned, file->bytes.data, file->bytes.size);
+    for (i = 0; i < file->n_meta; i++) {
+        tfm_meta *meta = file->meta + i;
+        unsigned char *values = file->turned + ((const unsigned char *)meta->values - file->bytes.data);
+        if ((size_t)meta->type < 7)
+            tfm__turn(values, meta->count, tfm__meta_sizes[meta->type]);
+        meta->values = values;
+    }
+    for (i = 0; i < file->n_entries; i++) {
+        tfm_tensor *tensor = &file->entries[i].tensor;
+        unsigned char *data = file->turned + ((const unsigned char *)tensor->data - file->bytes.data);
+        tfm__turn_tensor(tensor, data);
+        tensor->data = data;
+    }
+    return TFM_OK;
+}
+#else
+static void tfm__turn_tensor(const tfm_tensor *tensor, unsigned char *data) {
+    (void)tensor;
+    (void)data;
+}
+
+static tfm_status tfm__turn_file(tfm_file *file, tfm_error *error) {
+    (void)file;
+    (void)error;
+    return TFM_OK;
+}
+#endif
+
+/* The tensor's data as it is in the file. */
+static const unsigned char *tfm__file_data(const tfm_file *file, const tfm_tensor *tensor) {
+    const unsigned char *data = (const unsigned char *)tensor->data;
+    return file->turned ? file->bytes.data + (data - file->turned) : data;
+}
+
 static tfm_status tfm__parse_file(tfm_file *file, tfm_error *error) {
     const unsigned char *p = file->bytes.data;
     uint64_t size = file->bytes.size, meta_size, directory_size;
@@ -5024,6 +5194,8 @@ static tfm_status tfm__parse_file(tfm_file *file, tfm_error *error) {
     status = tfm__parse_meta(file, TFM__HEADER_SIZE, directory, error);
     if (status == TFM_OK)
         status = tfm__parse_directory(file, directory, end, tfm__u32(p + 56), error);
+    if (status == TFM_OK)
+        status = tfm__turn_file(file, error);
     return status == TFM_OK ? tfm__join_parts(file, error) : status;
 }
 
@@ -5038,6 +5210,7 @@ TFM_API void tfm_file_close(tfm_file *file) {
     tfm__release(&allocator, file->parts);
     tfm__release(&allocator, file->whole);
     tfm__release(&allocator, file->entry_by_name);
+    tfm__release_aligned(&allocator, file->turned);
 #ifndef TFM_NO_STDIO
     if (file->owned)
         tfm__unmap_file(&allocator, &file->bytes);
@@ -5147,7 +5320,7 @@ static void tfm__file_forget(const tfm_file *file, const tfm_tensor *tensor) {
         for (rows = 0; rows < tensor->shape[0]; rows += (part++)->shape[0])
             tfm__file_forget(file, part);
     else if (file->bytes.mapped)
-        tfm__advise_unneeded(tensor->data, tfm_tensor_bytes(tensor));
+        tfm__advise_unneeded(tfm__file_data(file, tensor), tfm_tensor_bytes(tensor));
 }
 
 TFM_API tfm_status tfm_file_verify(const tfm_file *file, tfm_error *error) {
@@ -5156,7 +5329,7 @@ TFM_API tfm_status tfm_file_verify(const tfm_file *file, tfm_error *error) {
     tfm__crc_prepare(&crc);
     for (i = 0; i < file->n_entries; i++) {
         const tfm_entry *entry = file->entries + i;
-        if (tfm__crc(&crc, 0, entry->tensor.data, tfm_tensor_bytes(&entry->tensor)) != entry->crc)
+        if (tfm__crc(&crc, 0, tfm__file_data(file, &entry->tensor), tfm_tensor_bytes(&entry->tensor)) != entry->crc)
             return tfm__fail(error, TFM_ERROR_FORMAT, "%s: the checksum of tensor '%.*s' is wrong: the file is damaged",
                              file->name, (int)TFM__MIN(entry->name_size, 100), entry->name);
     }
@@ -5534,7 +5707,9 @@ static tfm_status tfm__rewrite_tensor(tfm__rewrite *rewrite, const tfm__crc_tabl
                              "%s: a weight of tensor '%.*s' is not finite, and can't be quantized", rewrite->from->name,
                              (int)TFM__MIN(entry->name_size, 100), entry->name);
         }
-    }
+        tfm__turn_tensor(&target, (unsigned char *)memory);
+    } else
+        target.data = tfm__file_data(rewrite->from, tensor);
     tfm__put_u32(directory + 64, tfm__crc(crc, 0, target.data, size));
     status = tfm__write_padding(rewrite, offset, error);
     if (status == TFM_OK)
@@ -5605,24 +5780,32 @@ static tfm_status tfm__rewrite_file(tfm__rewrite *rewrite, tfm_error *error) {
         return status;
     tfm__put_u32(rewrite->head + 60, tfm__crc(&crc, tfm__crc(&crc, 0, rewrite->head, 60),
                                               rewrite->head + TFM__HEADER_SIZE, rewrite->head_size - TFM__HEADER_SIZE));
-    if (fseek(rewrite->to, 0, SEEK_SET))
+    if (tfm__seek(rewrite->to, 0, SEEK_SET))
         return tfm__fail(error, TFM_ERROR_FILE, "%.300s: can't be written: %s", rewrite->path, strerror(errno));
     return tfm__write(rewrite, rewrite->head, rewrite->head_size, error);
 }
 
-/* Writes to the temporary name beside the output, and renames it when all of it is there. */
-static tfm_status tfm__rewrite_to(tfm__rewrite *rewrite, const char *out_path, tfm_error *error) {
+/* Writes the temporary file beside the output. */
+static tfm_status tfm__write_temporary(tfm__rewrite *rewrite, tfm_error *error) {
     tfm_status status;
-    rewrite->to = fopen(rewrite->path, "wb");
+    rewrite->to = tfm__open_file(rewrite->path, "wb");
     if (!rewrite->to)
         return tfm__fail(error, TFM_ERROR_FILE, "%.300s: can't be created: %s", rewrite->path, strerror(errno));
     status = tfm__rewrite_file(rewrite, error);
     if (fclose(rewrite->to) && status == TFM_OK)
         status = tfm__fail(error, TFM_ERROR_FILE, "%.300s: can't be written: %s", rewrite->path, strerror(errno));
-    if (status == TFM_OK && rename(rewrite->path, out_path))
-        status = tfm__fail(error, TFM_ERROR_FILE, "%.300s: can't be renamed: %s", rewrite->path, strerror(errno));
     if (status != TFM_OK)
-        remove(rewrite->path);
+        tfm__remove_file(rewrite->path);
+    return status;
+}
+
+/* The temporary file gets its name when all of it is there. */
+static tfm_status tfm__rename_temporary(const char *temporary, const char *out_path, tfm_error *error) {
+    tfm_status status;
+    if (!tfm__rename_file(temporary, out_path))
+        return TFM_OK;
+    status = tfm__fail(error, TFM_ERROR_FILE, "%.300s: can't be renamed: %s", temporary, strerror(errno));
+    tfm__remove_file(temporary);
     return status;
 }
 
@@ -5658,13 +5841,15 @@ TFM_API tfm_status tfm_quantize(const char *in_path, const char *out_path, const
         if (!rewrite.options->dtype || rewrite.options->dtype == TFM_I8)
             status = tfm__fold(from, &rewrite.folding, &rewrite.allocator, error);
         if (status == TFM_OK)
-            status = tfm__rewrite_to(&rewrite, out_path, error);
+            status = tfm__write_temporary(&rewrite, error);
         tfm__fold_free(&rewrite.folding, &rewrite.allocator);
     } else
         status = tfm__fail_memory(error, rewrite.head_size);
+    tfm_file_close(from); /* before it may be replaced: not every system replaces a file that is in use */
+    if (status == TFM_OK)
+        status = tfm__rename_temporary(path, out_path, error);
     tfm__release(&rewrite.allocator, path);
     tfm__release(&rewrite.allocator, rewrite.head);
-    tfm_file_close(from);
     return status;
 }
 
@@ -13373,6 +13558,14 @@ TFM_API tfm_status tfm_chat_load(tfm_chat *chat, const char *path, tfm_error *er
 }
 
 #endif /* !TFM_NO_STDIO */
+
+#ifdef TFM__FAST_MATH
+#if defined(__clang__)
+#pragma float_control(pop)
+#else
+#pragma GCC pop_options
+#endif
+#endif
 
 #endif /* TFM_IMPLEMENTATION */
 #endif /* !TFM__TIER */

@@ -15,7 +15,12 @@
 #include <errno.h>
 #include <stdlib.h>
 #include <string.h>
+#ifdef _WIN32
+#include <fcntl.h>
+#include <io.h>
+#else
 #include <sys/resource.h>
+#endif
 #include <time.h>
 
 #define MAX_STOPS 16
@@ -139,17 +144,24 @@ static int print(void *user, const char *text, size_t size) {
     return fwrite(text, 1, size, (FILE *)user) != size || fflush((FILE *)user);
 }
 
+/* In bytes; 0 where there is no getrusage. */
+static double peak_memory(void) {
+#ifdef _WIN32
+    return 0;
+#else
+    struct rusage usage_now;
+    return getrusage(RUSAGE_SELF, &usage_now) ? 0 : 1024 * (double)usage_now.ru_maxrss;
+#endif
+}
+
 static void print_statistics(const watch *w, const tfm_generate_stats *stats) {
     double end = now(), prefill = w->first - w->start;
-    struct rusage usage_now;
-    getrusage(RUSAGE_SELF, &usage_now);
     fprintf(stderr, "prompt: %lu tokens, %.1f tokens/s; ", (unsigned long)stats->n_prompt,
             (double)stats->n_prompt / prefill);
     if (w->n_tokens > 1)
         fprintf(stderr, "generated: %lu tokens, %.1f tokens/s; ", (unsigned long)w->n_tokens,
                 (double)(w->n_tokens - 1) / (end - w->first));
-    fprintf(stderr, "first token after %.1f ms; peak memory %.1f MB\n", 1000 * prefill,
-            (double)usage_now.ru_maxrss / 1024);
+    fprintf(stderr, "first token after %.1f ms; peak memory %.1f MB\n", 1000 * prefill, peak_memory() / 1e6);
 }
 
 /* ---- the program */
@@ -227,6 +239,9 @@ int main(int argc, char **argv) {
     args.prompt = "Once upon a time";
     args.tokens = 100;
     args.isa = getenv("TFM_ISA");
+#ifdef _WIN32 /* text is bytes */
+    _setmode(1, _O_BINARY);
+#endif
     if (argc == 2 && (!strcmp(argv[1], "--help") || !strcmp(argv[1], "-h")))
         return fputs(usage_text, stdout) < 0;
     status = parse(argc, argv, &args);

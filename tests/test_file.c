@@ -271,16 +271,35 @@ static size_t directory_bytes(const test_tensor *tensor) {
     return 72 + round_up(strlen(tensor->name), 8);
 }
 
+/* n numbers of `size` bytes: from this machine's byte order to little-endian, or back. */
+static void turn(unsigned char *data, size_t n, size_t size) {
+    const uint16_t one = 1;
+    size_t i, k;
+    for (i = 0; i < n && !*(const unsigned char *)&one; i++)
+        for (k = 0; k < size / 2; k++) {
+            unsigned char swap = data[i * size + k];
+            data[i * size + k] = data[i * size + size - 1 - k];
+            data[i * size + size - 1 - k] = swap;
+        }
+}
+
 static void write_meta(const test_meta *meta, unsigned char *at) {
+    static const size_t sizes[7] = {1, 8, 8, 1, 1, 4, 4};
     put_u32(at, (uint32_t)strlen(meta->key));
     put_u32(at + 4, meta->type);
     put_u64(at + 8, meta->size);
     memcpy(at + 16, meta->key, strlen(meta->key));
-    memcpy(at + 16 + round_up(strlen(meta->key), 8), meta->value, meta->size);
+    at += 16 + round_up(strlen(meta->key), 8);
+    memcpy(at, meta->value, meta->size);
+    if (meta->type < 7)
+        turn(at, meta->size / sizes[meta->type], sizes[meta->type]);
 }
 
-static void write_tensor(const test_tensor *tensor, unsigned char *at, size_t offset) {
+static void write_tensor(const test_tensor *tensor, unsigned char *at, unsigned char *file, size_t offset) {
+    const size_t element = tensor->dtype == TFM_F32 ? 4 : tensor->dtype == TFM_I8 ? 1 : 2;
     int i;
+    memcpy(file + offset, tensor->data, tensor->size);
+    turn(file + offset, tensor->size / element, element);
     put_u32(at, (uint32_t)strlen(tensor->name));
     put_u32(at + 4, tensor->dtype);
     put_u32(at + 8, tensor->layout);
@@ -289,7 +308,7 @@ static void write_tensor(const test_tensor *tensor, unsigned char *at, size_t of
         put_u64(at + 16 + 8 * i, tensor->shape[i]);
     put_u64(at + 48, offset);
     put_u64(at + 56, tensor->size);
-    put_u32(at + 64, crc32(0, (const unsigned char *)tensor->data, tensor->size));
+    put_u32(at + 64, crc32(0, file + offset, tensor->size));
     memcpy(at + 72, tensor->name, strlen(tensor->name));
 }
 
@@ -317,8 +336,7 @@ unsigned char *test_write_tfm(const test_tfm *tfm, size_t *size) {
         write_meta(tfm->meta + i, entry);
     for (entry = file + directory, i = 0; i < tfm->n_tensors; entry += directory_bytes(tfm->tensors + i++)) {
         offset = round_up(offset, 64);
-        write_tensor(tfm->tensors + i, entry, offset);
-        memcpy(file + offset, tfm->tensors[i].data, tfm->tensors[i].size);
+        write_tensor(tfm->tensors + i, entry, file, offset);
         offset += tfm->tensors[i].size;
     }
     test_seal(file, *size);

@@ -24,8 +24,17 @@
 #include <stdlib.h>
 #include <string.h>
 #include <time.h>
+#ifdef _WIN32
+#include <fcntl.h>
+#include <io.h>
+#define isatty _isatty
+#define posix_memalign(memory, alignment, size) !(*(memory) = _aligned_malloc(size, alignment))
+#define free_aligned _aligned_free
+#else
 #include <sys/mman.h>
 #include <unistd.h>
+#define free_aligned free
+#endif
 #ifdef _OPENMP
 #include <omp.h>
 #endif
@@ -206,7 +215,12 @@ static int output_open(output *out, const char *path) {
 /* Failures of the writes before are found here too. */
 static int output_close(output *out) {
     int bad = fflush(out->file) || ferror(out->file);
-    bad = fclose(out->file) || bad || rename(out->temporary, out->path);
+    bad = fclose(out->file) || bad;
+#ifdef _WIN32 /* whose rename replaces nothing */
+    if (!bad)
+        remove(out->path);
+#endif
+    bad = bad || rename(out->temporary, out->path);
     if (bad) {
         bad = fail_system(out->path);
         remove(out->temporary);
@@ -349,6 +363,9 @@ static int32_t *parse_ids(const char *option_name, const char *text, size_t *n) 
 
 /* A float32 array [rows][columns], or, if rows is 0, [columns], in NumPy's format, version 1.0. */
 static int write_npy(const char *path, const float *data, size_t rows, size_t columns) {
+    const uint16_t one = 1;
+    const char order =
+        *(const unsigned char *)&one ? '<' : '>'; /* this machine's: the numbers are written as they are */
     char header[128];
     output out;
     int size;
@@ -356,12 +373,12 @@ static int write_npy(const char *path, const float *data, size_t rows, size_t co
         return 1;
     memcpy(header, "\x93NUMPY\x01\x00\x76\x00", 10); /* 0x76 = 118 bytes follow */
     if (rows)
-        size =
-            snprintf(header + 10, sizeof header - 10, "{'descr': '<f4', 'fortran_order': False, 'shape': (%lu, %lu), }",
-                     (unsigned long)rows, (unsigned long)columns);
-    else
-        size = snprintf(header + 10, sizeof header - 10, "{'descr': '<f4', 'fortran_order': False, 'shape': (%lu,), }",
+        size = snprintf(header + 10, sizeof header - 10,
+                        "{'descr': '%cf4', 'fortran_order': False, 'shape': (%lu, %lu), }", order, (unsigned long)rows,
                         (unsigned long)columns);
+    else
+        size = snprintf(header + 10, sizeof header - 10, "{'descr': '%cf4', 'fortran_order': False, 'shape': (%lu,), }",
+                        order, (unsigned long)columns);
     memset(header + 10 + size, ' ', sizeof header - 10 - (size_t)size);
     header[sizeof header - 1] = '\n';
     fwrite(header, 1, sizeof header, out.file);
@@ -1808,7 +1825,7 @@ static int bench(int argc, char **argv) {
         status = configure(&b, &args);
     if (!status)
         status = run_benchmark(&b);
-    free(b.limits.buffer);
+    free_aligned(b.limits.buffer);
     free(b.limits.ends);
     free(b.outputs);
     free(b.chunks);
@@ -1828,6 +1845,10 @@ int main(int argc, char **argv) {
         {"tokenize", tokenize}, {"perplexity", perplexity}, {"bench", bench},
     };
     size_t i;
+#ifdef _WIN32 /* text is bytes */
+    _setmode(0, _O_BINARY);
+    _setmode(1, _O_BINARY);
+#endif
     if (argc < 2)
         return usage("a command is missing", "");
     if (!strcmp(argv[1], "--help") || !strcmp(argv[1], "-h"))
