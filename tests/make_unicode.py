@@ -22,7 +22,6 @@ import unicodedata
 from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers
 
 LETTER, NUMBER, SPACE, MARK, WORD, PUNCTUATION, CONTROL, ACCENT = 1, 2, 4, 8, 16, 32, 64, 128
-NOT_KEPT = 255  # the order of a mark that stripping accents removes
 HANGUL = range(0xAC00, 0xD7A4)  # decomposed by arithmetic
 
 # Surrogates are no characters; UTF-8 does not have them.
@@ -107,10 +106,9 @@ def check_normalizer(spaces):
     assert bert(lowercase=True)("\u039f\u03a3 \u03a3") == "\u03bf\u03c3 \u03c3"
 
 
-def orders(stripped):
-    """How canonical decomposition sorts marks: 0 for what is no such mark, NOT_KEPT for those that stripping accents
-    removes, 1, 2, ... in the order of their combining classes for those that it keeps (its idea of an accent is older
-    than its decomposition)."""
+def orders():
+    """How canonical decomposition sorts marks: 0 for what is no such mark, 1, 2, ... in the order of their combining
+    classes."""
     decompose = normalizers.NFD().normalize_str
     by_class = {}  # Python's classes: one mark for each, which the library sorts, too
     for c in CODE_POINTS:
@@ -132,12 +130,37 @@ def orders(stripped):
         return same.pop()
 
     places = {c: place(c) for c in CODE_POINTS if decompose(chr(c)) == chr(c)}
-    kept = sorted({p for c, p in places.items() if p is not None and stripped[c]})
     result = bytearray(0x110000)
     for c, p in places.items():
         if p is not None:
-            result[c] = kept.index(p) + 1 if stripped[c] else NOT_KEPT
+            result[c] = p + 1
     return result
+
+
+def compositions(without_marks):
+    """The characters that are others with something behind them, a step at a time, but for those that don't come together
+    again and that stripping accents decomposes as well: ([[character, first, second or 0]], and the places of those that canonical
+    composition puts together again, by (first, second))."""
+    decompose, compose = normalizers.NFD().normalize_str, normalizers.NFC().normalize_str
+    decomposed = {c: decompose(chr(c)) for c in CODE_POINTS if decompose(chr(c)) != chr(c) and c not in HANGUL}
+    whole = {text: chr(c) for c, text in sorted(decomposed.items(), reverse=True)}
+    whole.update({text: compose(text) for text in decomposed.values() if len(compose(text)) == 1})
+    steps, again = [], []
+    for c, text in decomposed.items():
+        if text == without_marks[c] and compose(text) != chr(c):
+            continue
+        if whole[text] != chr(c):  # another character with the same parts
+            steps.append([c, ord(whole[text]), 0])
+            continue
+        first = whole.get(text[:-1], text[:-1])
+        assert len(first) == 1, hex(c)
+        if compose(text) == chr(c):
+            again.append(len(steps))
+            assert len(chr(c).encode()) <= len((first + text[-1]).encode())
+        steps.append([c, ord(first), ord(text[-1])])
+    assert all(len(text) <= 4 and len(text.encode()) <= 3 * len(chr(c).encode()) for c, text in decomposed.items())
+    again.sort(key=lambda i: steps[i][1:])
+    return steps, again
 
 
 def lower_case_runs():
@@ -218,7 +241,8 @@ def table():
     ascii_rows = rows(of[:128])
     run_rows = rows(f"0x{c << 8 | of[c]:X}" for c in runs)
     stripped = each(bert(strip_accents=True))
-    order = orders(stripped)
+    order = orders()
+    steps, again = compositions(stripped)
     order_runs = [c for c in range(0x110000) if c == 0 or order[c] != order[c - 1]]
     assert all(of[c] & MARK for c in range(0x110000) if order[c])
     lower = lower_case_runs()
@@ -235,12 +259,11 @@ static const uint32_t tfm__unicode_runs[{len(runs)}] = {{
 {run_rows}
 }};
 
-/* How canonical decomposition sorts marks: runs as above, of 0 for what is no such mark, 1, 2, ... for marks that
-   stripping accents keeps, and {NOT_KEPT} for those that it removes. */
+/* How canonical decomposition sorts marks: runs as above, of 0 for what is no such mark, and 1, 2, ... */
 static const uint32_t tfm__order_runs[{len(order_runs)}] = {{
 {rows(f"0x{c << 8 | order[c]:X}" for c in order_runs)}
 }};
-#define TFM__N_ORDERS {max(x for x in order if x != NOT_KEPT)}
+#define TFM__N_ORDERS {max(order)}
 
 /* Lower case beyond ASCII: the first code points of runs; their last one, step, and how much further on the lower case
    is. (And U+0130 becomes an i with a dot, U+0307.) */
@@ -264,6 +287,17 @@ static const uint32_t tfm__unaccented[{len(results)}] = {{
 }};
 static const uint32_t tfm__unaccented_several[{len(several)}][3] = {{
 {rows("{" + ", ".join(map(shortest, item)) + "}" for item in several)}
+}};
+
+/* Canonical decomposition, a step at a time, where accents or their like come apart: character, first, second (0: there
+   is none). */
+static const uint32_t tfm__decompositions[{len(steps)}][3] = {{
+{rows("{" + ", ".join(map(shortest, step)) + "}" for step in steps)}
+}};
+
+/* The places of those that canonical composition makes, in the order of (first, second). */
+static const uint16_t tfm__compositions[{len(again)}] = {{
+{rows(again)}
 }};
 /* clang-format on */
 /* END UNICODE */

@@ -214,6 +214,7 @@ void test_models(void);
 void test_tokenizer(void);
 void test_sentencepiece(void);
 void test_sampling(void);
+void test_blocks(void);
 void test_file(void);
 void test_generate(void);
 void test_memory(void);
@@ -230,6 +231,7 @@ static const struct {
     {"sentencepiece", test_sentencepiece},
     {"sampling", test_sampling},
     {"file", test_file},
+    {"blocks", test_blocks},
     {"generate", test_generate},
     {"memory", test_memory},
     {"chat", test_chat},

@@ -2284,6 +2284,9 @@ def gguf_family(config):
 
 # --- All of them ---
 
+NO_FAMILY = Family(title="no model", rules=(), describe=None, defaults={})  # of a tokenizer alone
+LARGEST_VOCABULARY = 1 << 24  # where no model says more; what a mistaken id could cost
+
 FAMILIES = {
     "gpt2": GPT2,
     "nanogpt": GPT2._replace(
@@ -2647,6 +2650,8 @@ class Bpe:
     added: Dict[str, List[int]] = dataclasses.field(default_factory=dict)  # text: [id, flags]
     named: Dict[str, int] = dataclasses.field(default_factory=dict)  # "eos_token": id
     add_prefix_space: bool = False
+    pattern: str = "gpt2"  # which cuts a text into pieces: see SPLIT_PATTERNS
+    nfc: bool = False  # texts are put into Unicode's composed form first
     ignore_merges: bool = False
     unk_token: Optional[str] = None  # what a byte without a token becomes; None: nothing
     fuse_unk: bool = False  # one of them for a run of such bytes
@@ -2700,6 +2705,8 @@ def read_tokenizer(source, family, vocab_size):
         read_special_tokens(source, bpe, family, vocab_size)
     elif source.has("vocab.json") and source.has("merges.txt"):
         bpe = read_vocab_and_merges(source)
+        if source.optional_json("tokenizer_config.json").text("tokenizer_class", "").startswith("Qwen2Tokenizer"):
+            bpe.pattern, bpe.nfc = "qwen2", True
         read_special_tokens(source, bpe, family, vocab_size)
         read_affixes(source, bpe, family)
     elif source.has("vocab.json") or source.has("merges.txt"):
@@ -2736,12 +2743,10 @@ def read_tokenizer_json(source):
     root = source.json(path)
     if root.object("model").text("type", "BPE") == "WordPiece":
         return read_wordpiece_json(source, root)
-    normalizer = root.object("normalizer", None)
-    if normalizer is not None and normalizer.values.get("normalizers") != []:
-        raise ConvertError("%s: a normalizer (%s) is not supported yet" % (path, quote(normalizer.text("type"))))
-    splitter = only_step(root, "pre_tokenizer", "pretokenizers")
-    if not splitter.flag("use_regex", True):
-        raise ConvertError("%s: the pre-tokenizer doesn't split by GPT-2's pattern, which is not supported yet" % path)
+    normalizers = [step.text("type") for step in json_steps(root, "normalizer", "normalizers")]
+    if any(kind != "NFC" for kind in normalizers):
+        raise ConvertError("%s: a normalizer (%s) is not supported yet" % (path, listing(normalizers)))
+    pattern, add_prefix_space = read_splitting(root)
     only_step(root, "decoder", "decoders")
     model = root.object("model")
     if model.text("type", "BPE") != "BPE":
@@ -2749,7 +2754,7 @@ def read_tokenizer_json(source):
                            % (path, quote(model.text("type"))))
     merges = [parse_merge(merge, "%s: merge %d" % (path, i)) for i, merge in enumerate(model.list("merges"))]
     bpe = Bpe(path, parse_vocab(model.object("vocab")), merges)
-    bpe.add_prefix_space = splitter.flag("add_prefix_space")
+    bpe.pattern, bpe.add_prefix_space, bpe.nfc = pattern, add_prefix_space, bool(normalizers)
     bpe.ignore_merges = model.flag("ignore_merges", False)
     bpe.unk_token = model.text("unk_token", None)
     bpe.fuse_unk = model.flag("fuse_unk", False)
@@ -2757,6 +2762,51 @@ def read_tokenizer_json(source):
     read_added_tokens(root, bpe)
     read_post_processor(source, root, bpe)
     return bpe
+
+
+# The regular expressions that split a text, and what tfm.h calls them. Those of one name give the same pieces.
+GPT2_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+CASED_PATTERN = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|%s| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|"
+                 r"\s+(?!\S)|\s+")
+SPLIT_PATTERNS = {
+    GPT2_PATTERN: "gpt2",
+    CASED_PATTERN % r"\p{N}{1,3}": "llama3",
+    CASED_PATTERN % r"\p{N}": "qwen2",
+    # As OpenAI writes that of GPT-4.
+    r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+":
+        "llama3",
+}
+
+
+def read_splitting(root):
+    """The name of the pattern that cuts a text into pieces, and whether a space is put before the text."""
+    steps = json_steps(root, "pre_tokenizer", "pretokenizers")
+    kinds = [step.text("type") for step in steps]
+    if not kinds or kinds[-1] != "ByteLevel":
+        raise ConvertError("%s: 'pre_tokenizer' is %s; only ByteLevel is supported, alone or after Split or Digits"
+                           % (root.where, listing(kinds) or "null"))
+    add_prefix_space, use_regex = steps[-1].flag("add_prefix_space"), steps[-1].flag("use_regex", True)
+    if kinds == ["ByteLevel"] and use_regex:
+        return "gpt2", add_prefix_space
+    if add_prefix_space:
+        raise ConvertError("%s: 'add_prefix_space' is supported with GPT-2's pre-tokenizer only" % root.where)
+    if kinds == ["Digits", "ByteLevel"] and use_regex and steps[0].flag("individual_digits", False):
+        return "smollm", False
+    if kinds == ["Split", "ByteLevel"] and not use_regex:
+        return split_pattern(steps[0]), False
+    raise ConvertError("%s: the pre-tokenizer %s, which splits %s, is not supported" % (
+        root.where, listing(kinds), listing([pattern_of(step)[1] for step in steps if "pattern" in step.values])
+        or ("by GPT-2's pattern" if use_regex else "nothing")))
+
+
+def split_pattern(step):
+    """The name of a Split's pattern. It matches all of a text: what lies between the matches doesn't matter."""
+    kind, text = pattern_of(step)
+    way = step.text("behavior").lower(), step.flag("invert", False)
+    if kind != "Regex" or text not in SPLIT_PATTERNS or way not in (("isolated", False), ("removed", True)):
+        raise ConvertError("%s: the pre-tokenizer's pattern %s (%s%s) is not one of those that are supported"
+                           % (step.where, quote(text), way[0], ", inverted" if way[1] else ""))
+    return SPLIT_PATTERNS[text]
 
 
 def read_added_tokens(root, bpe):
@@ -3429,7 +3479,8 @@ def parse_decoder(root, pieces):
 def read_special_tokens(source, bpe, family, vocab_size):
     """Adds what the files beside the vocabulary say, as transformers does."""
     config = source.optional_json("tokenizer_config.json")
-    bpe.add_prefix_space = config.flag("add_prefix_space", bpe.add_prefix_space)
+    if bpe.pattern == "gpt2":
+        bpe.add_prefix_space = config.flag("add_prefix_space", bpe.add_prefix_space)
     decoder = config.object("added_tokens_decoder", None)
     names = dict(config.values)
     if decoder is None:
@@ -3516,8 +3567,14 @@ def parse_id(text, where):
 
 # --- the tokenizer of a .gguf file ---
 
-# What llama.cpp calls the pre-tokenizers that split by the pattern of GPT-2.
-GGUF_PATTERNS = {"gpt-2": "gpt2", "phi-2": "gpt2", "mpt": "gpt2", "olmo": "gpt2", "jais": "gpt2"}
+# What llama.cpp calls pre-tokenizers, by the name that their patterns have here.
+GGUF_NAMES = {
+    "gpt2": ("gpt-2", "phi-2", "mpt", "olmo", "jais"),
+    "llama3": ("llama-bpe", "llama3", "llama-v3", "falcon3", "dbrx", "smaug-bpe"),
+    "qwen2": ("qwen2", "deepseek-r1-qwen", "stablelm2"),
+    "smollm": ("smollm", "starcoder", "refact", "command-r", "codeshell"),
+}
+GGUF_PATTERNS = {theirs: ours for ours, names in GGUF_NAMES.items() for theirs in names}
 
 
 def read_gguf_tokenizer(config, notes, vocab_size):
@@ -3542,10 +3599,14 @@ def gguf_bpe(config):
               for i, merge in enumerate(config.texts("tokenizer.ggml.merges"))]
     own = (CONTROL, USER_DEFINED, UNUSED)
     bpe = Bpe(config.where, {text: i for i, text in enumerate(tokens) if types[i] not in own}, merges)
+    name = config.text("tokenizer.ggml.pre", "gpt-2")
+    bpe.pattern = GGUF_PATTERNS[name]
+    bpe.nfc = name == "qwen2"  # what the file doesn't say, but the tokenizer it was made of does
+    bpe.ignore_merges = name in ("llama-bpe", "llama3", "llama-v3", "falcon3")
     for number, (text, kind) in enumerate(zip(tokens, types)):
         if kind in (CONTROL, USER_DEFINED):
             bpe.add(text, ADDED_FLAGS["special"] if kind == CONTROL else 0, number)
-    add_gguf_roles(config, bpe, len(tokens), adds_bos=False)
+    add_gguf_roles(config, bpe, len(tokens), adds_bos=name in ("llama-bpe", "llama3", "llama-v3", "falcon3"))
     return bpe
 
 
@@ -3738,7 +3799,9 @@ def put_tokenizer(metadata, bpe):
     alphabet = byte_alphabet()
     tokens = token_bytes(bpe, alphabet)
     metadata.text("tokenizer.kind", "byte_bpe")
-    metadata.text("tokenizer.pattern", "gpt2")
+    metadata.text("tokenizer.pattern", bpe.pattern)
+    if bpe.nfc:
+        metadata.i64("tokenizer.nfc", 1)
     metadata.bytes("tokenizer.tokens", b"".join(tokens))
     metadata.i32("tokenizer.token_sizes", [len(token) for token in tokens])
     metadata.i32("tokenizer.merges", merge_ids(bpe))
@@ -3781,6 +3844,47 @@ def merge_ids(bpe):
                                    % (bpe.where, quote(left), quote(right), quote(text)))
             ids.append(bpe.vocab[text])
     return ids
+
+
+# What only the templates of one kind of chat have in them, in the order in which they are tried.
+CHAT_TEMPLATES = (
+    ("chatml", ("<|im_start|>", "<|im_end|>")),
+    ("llama3", ("<|start_header_id|>", "<|eot_id|>")),
+    ("gemma", ("<start_of_turn>", "<end_of_turn>")),
+    ("llama2", ("[INST]", "[/INST]", "<<SYS>>")),
+    ("mistral", ("[INST]", "[/INST]")),
+)
+# What the templates of other kinds have, too.
+OTHER_CHATS = ("<|channel|>", "[SYSTEM_PROMPT]")
+
+
+def chat_text(source, config):
+    """The chat template as its files or the .gguf file have it, or None."""
+    if config is not None:
+        return config.text("tokenizer.chat_template", None)
+    if source.has("chat_template.jinja"):
+        return source.text(source.beside("chat_template.jinja"))
+    value = source.optional_json("tokenizer_config.json").get("chat_template", (str, list), "a string or a list", None)
+    if isinstance(value, list):  # several, by name
+        named = {item.get("name"): item.get("template") for item in value if isinstance(item, dict)}
+        value = named.get("default")
+    return value if isinstance(value, str) else None
+
+
+def chat_kind(source, config):
+    """What tfm.h calls the chat template; None if there is none, or an unknown one."""
+    text = chat_text(source, config)
+    if text is None:
+        return None
+    if not any(word in text for word in OTHER_CHATS):
+        for kind, words in CHAT_TEMPLATES:
+            if all(word in text for word in words):
+                return kind
+        if not re.search(r"<\||\|>|\[/?[A-Z_]+\]|</?[a-z_]+>", text) and "User:" in text and "Assistant:" in text:
+            return "plain"
+    source.notes.append("warning: the chat template is of no known kind (%s)"
+                        % listing([kind for kind, _ in CHAT_TEMPLATES] + ["plain"]))
+    return None
 
 
 def end_ids(source, config, bpe, vocab_size):
@@ -3867,7 +3971,7 @@ def write_tfm(out, metadata, entries):
     """Writes the file and returns its size. The checksums are in front of the data, so the front is written last."""
     directory_size = len(pack_directory(place(entries, 0), [0] * len(entries)))
     pieces = place(entries, HEADER_SIZE + len(metadata) + directory_size)
-    file_size = pieces[-1].offset + pieces[-1].size
+    file_size = pieces[-1].offset + pieces[-1].size if pieces else HEADER_SIZE + len(metadata)
     try:
         with replaced(out) as file, Progress(file_size) as progress:
             checksums = [write_tensor(file, piece, progress) for piece in pieces]
@@ -3996,9 +4100,13 @@ def convert(args):
     source = Source(args.checkpoint)
     out = os.path.realpath(args.out)
     check_output(out, args.out)
+    if is_only_tokenizer(source):
+        return convert_tokenizer(source, None, source.name(), args, started)
     pooling = read_modules(source)
     # A directory's configuration can refuse it before its weights are read; nanoGPT's comes with the weights.
     checkpoint = None if source.is_directory else read_checkpoint(source)
+    if checkpoint is not None and checkpoint.gguf is not None and not checkpoint.tensors:
+        return convert_tokenizer(source, checkpoint.gguf, checkpoint.label, args, started)
     if checkpoint is not None and checkpoint.gguf is not None:
         config, name, family = gguf_settings(checkpoint, args)
     else:
@@ -4032,11 +4140,51 @@ def convert(args):
     if ids:
         metadata.i32("generation.eos_ids", ids)
     metadata.value("generation.start_id", model.start_id)
+    metadata.value("chat.template", chat_kind(source, checkpoint.gguf) if bpe is not None else None)
 
     check_not_input(source, out, args.out)
     size = write_tfm(out, metadata.pack(), entries)
     return source.notes + ["%s: %d parameters, %d bytes, %.2f seconds" % (
         args.out, sum(entry.count for entry in entries), size, time.monotonic() - started)]
+
+
+TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "vocab.txt", "tokenizer.model", "spiece.model",
+                   "sentencepiece.bpe.model")
+
+
+def is_only_tokenizer(source):
+    """Whether a directory holds a tokenizer and no weights."""
+    if not source.is_directory or any(source.has(name) for name in WEIGHT_FILES):
+        return False
+    return (any(source.has(name) for name in TOKENIZER_FILES)
+            and not any(name.endswith((".safetensors", ".bin")) for name in os.listdir(source.directory)))
+
+
+def convert_tokenizer(source, gguf, label, args, started):
+    """Converts a tokenizer that has no model with it."""
+    if args.arch is not None or args.config is not None:
+        raise UsageError("%s has a tokenizer and no weights; --arch and --config are for models" % source.path)
+    if gguf is not None:
+        bpe = read_gguf_tokenizer(gguf, source.notes, LARGEST_VOCABULARY)
+    else:
+        bpe = read_tokenizer(source, NO_FAMILY, LARGEST_VOCABULARY)
+    if bpe is None:
+        raise ConvertError("%s: has neither weights nor a tokenizer that is supported%s" % (
+            source.path, "".join(" (%s)" % note for note in source.notes)))
+    metadata = Metadata()
+    metadata.text("model.name", source.name())
+    metadata.text("model.source", label + ", converted by convert.py")
+    put_tokenizer(metadata, bpe)
+    vocab_size = len(token_bytes(bpe, byte_alphabet()))
+    ids = gguf_end_ids(gguf, vocab_size) if gguf else end_ids(source, Fields({}, source.path), bpe, vocab_size)
+    if ids:
+        metadata.i32("generation.eos_ids", ids)
+    metadata.value("chat.template", chat_kind(source, gguf))
+    out = os.path.realpath(args.out)
+    check_not_input(source, out, args.out)
+    size = write_tfm(out, metadata.pack(), [])
+    return source.notes + ["%s: a tokenizer of %d tokens without a model, %d bytes, %.2f seconds" % (
+        args.out, vocab_size, size, time.monotonic() - started)]
 
 
 def check_output(out, name):
