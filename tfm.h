@@ -12667,12 +12667,18 @@ static tfm_status tfm__put_form(tfm_chat *chat, const char *text, tfm_error *err
 
 /* A text that somebody wrote. Special tokens in it are plain text to the tokenizer anyway; but some files have a template's
  * tokens among those that are found in any text (SentencePiece's user-defined pieces): those are cut after their first
- * byte. */
-static tfm_status tfm__put_written(tfm_chat *chat, const char *text, size_t size, tfm_error *error) {
+ * byte. `joined`: it goes on from a text, and keeps its first white space. */
+static tfm_status tfm__put_written(tfm_chat *chat, const char *text, size_t size, int joined, tfm_error *error) {
     tfm_status status;
     size_t done = 0, i;
-    if (chat->form->flags & TFM__FORM_TRIM)
+    if (chat->form->flags & TFM__FORM_TRIM) {
+        const char *start = text;
         tfm__trim(&text, &size);
+        if (joined) {
+            size += (size_t)(text - start);
+            text = start;
+        }
+    }
     for (i = 0; i < size; i++) {
         size_t token = tfm__form_token(chat->form, text + i, size - i);
         if (token == TFM__FORM_TOKENS || tfm_is_special_token(chat->session->model, chat->token_ids[token]))
@@ -12694,16 +12700,16 @@ static int tfm__has_system(const tfm_chat *chat) {
 static tfm_status tfm__put_system(tfm_chat *chat, tfm_error *error) {
     tfm_status status = tfm__put_form(chat, chat->form->before[TFM_SYSTEM], error);
     if (status == TFM_OK)
-        status = tfm__put_written(chat, chat->system.text, chat->system.size, error);
+        status = tfm__put_written(chat, chat->system.text, chat->system.size, 0, error);
     if (status == TFM_OK && chat->system.size && chat->summary.size)
         status = tfm__put_text(chat, "\n\n", 2, error);
     if (status == TFM_OK)
-        status = tfm__put_written(chat, chat->summary.text, chat->summary.size, error);
+        status = tfm__put_written(chat, chat->summary.text, chat->summary.size, 0, error);
     return status == TFM_OK ? tfm__put_form(chat, chat->form->after[TFM_SYSTEM], error) : status;
 }
 
-/* What a turn says. An answer stands as the model gave it. */
-static tfm_status tfm__put_content(tfm_chat *chat, const tfm__turn *turn, tfm_error *error) {
+/* What a turn says, perhaps behind the system prompt (`joined`). An answer stands as the model gave it. */
+static tfm_status tfm__put_content(tfm_chat *chat, const tfm__turn *turn, int joined, tfm_error *error) {
     tfm_status status = TFM_OK;
     if (turn->generated) {
         status = tfm__put_mark(chat, turn->text, turn->id_bytes, turn->ids, turn->n_ids, error);
@@ -12712,13 +12718,13 @@ static tfm_status tfm__put_content(tfm_chat *chat, const tfm__turn *turn, tfm_er
     }
     if (turn->role == TFM_ASSISTANT)
         status = tfm__put_form(chat, chat->form->lead, error);
-    return status == TFM_OK ? tfm__put_written(chat, turn->text, turn->size, error) : status;
+    return status == TFM_OK ? tfm__put_written(chat, turn->text, turn->size, joined, error) : status;
 }
 
 /* Renders the conversation from a turn on. */
 static tfm_status tfm__chat_render(tfm_chat *chat, size_t first, int answer, tfm_error *error) {
     const tfm__form *form = chat->form;
-    int system = tfm__has_system(chat); /* is still to come */
+    int system = tfm__has_system(chat), joined; /* it is still to come; it came just now */
     tfm_status status;
     size_t i;
     chat->text_size = chat->n_marks = 0;
@@ -12730,12 +12736,13 @@ static tfm_status tfm__chat_render(tfm_chat *chat, size_t first, int answer, tfm
     for (i = first; i < chat->n_turns && status == TFM_OK; i++) {
         const tfm__turn *turn = chat->turns + i;
         status = tfm__put_form(chat, form->before[turn->role], error);
-        if (status == TFM_OK && system && turn->role == TFM_USER) {
+        joined = system && turn->role == TFM_USER;
+        if (status == TFM_OK && joined) {
             status = tfm__put_system(chat, error);
             system = 0;
         }
         if (status == TFM_OK)
-            status = tfm__put_content(chat, turn, error);
+            status = tfm__put_content(chat, turn, joined, error);
         if (status == TFM_OK)
             status = tfm__put_form(chat, form->after[turn->role], error);
     }
