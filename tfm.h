@@ -2554,6 +2554,7 @@ static const tfm__kernels tfm__scalar_kernels = {
 #pragma GCC diagnostic push
 #pragma GCC diagnostic ignored "-Wuninitialized"
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#pragma GCC diagnostic ignored "-Wsign-conversion"
 #endif
 #ifdef TFM__X86
 #define TFM__TIER 20 /* AVX2 */
@@ -5141,10 +5142,12 @@ static tfm_status tfm__turn_file(tfm_file *file, tfm_error *error) {
     return TFM_OK;
 }
 #else
+#ifndef TFM_NO_STDIO /* only a writer turns a tensor, then */
 static void tfm__turn_tensor(const tfm_tensor *tensor, unsigned char *data) {
     (void)tensor;
     (void)data;
 }
+#endif
 
 static tfm_status tfm__turn_file(tfm_file *file, tfm_error *error) {
     (void)file;
@@ -7326,10 +7329,11 @@ static size_t tfm__space_run(const unsigned char *text, size_t size, size_t *las
 static size_t tfm__llama3_piece(const unsigned char *text, size_t size, size_t digits) {
     const unsigned kinds = TFM__LETTER | TFM__NUMBER | TFM__SPACE;
     size_t end = tfm__cased_contraction(text, size), used, next_used, last, line;
-    unsigned kind = tfm__class_at(text, size, &used) & kinds, next;
+    unsigned kind = tfm__class_at(text, size, &used) & kinds, next = TFM__SPACE;
     if (end > 0)
         return end;
-    next = used < size ? tfm__class_at(text + used, size - used, &next_used) & kinds : TFM__SPACE;
+    if (used < size)
+        next = tfm__class_at(text + used, size - used, &next_used) & kinds;
     if (kind == TFM__LETTER || (next == TFM__LETTER && kind != TFM__NUMBER && text[0] != '\r' && text[0] != '\n')) {
         for (end = used; end < size && (tfm__class_at(text + end, size - end, &used) & TFM__LETTER); end += used)
             ;
@@ -12366,7 +12370,7 @@ TFM_API tfm_status tfm_beam_search(tfm_session *session, const tfm_prompt *promp
         search.options.beams = 4;
     if (!search.options.n_best)
         search.options.n_best = 1;
-    if (!search.options.length_penalty)
+    if (search.options.length_penalty == 0)
         search.options.length_penalty = search.options.no_length_penalty ? 0.0f : 1.0f;
     if (search.options.beams == 1)
         search.options.early_stopping = TFM_STOP_FULL;

@@ -153,7 +153,7 @@ static int on_token(void *user, int32_t token) {
     program *p = (program *)user;
     (void)token;
     p->end = now();
-    if (!p->first)
+    if (p->first == 0)
         p->first = p->end;
     return interrupted;
 }

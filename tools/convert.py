@@ -3900,33 +3900,6 @@ def end_ids(source, config, bpe, vocab_size):
     return [number for number in ids if number not in outside]
 
 
-# What a chat template of each kind has in it, the first that fits; see tfm_chat in tfm.h.
-CHAT_TEMPLATES = (("chatml", ("<|im_start|>", "<|im_end|>")), ("llama3", ("<|start_header_id|>", "<|eot_id|>")),
-                  ("gemma", ("<start_of_turn>", "<end_of_turn>")), ("llama2", ("[INST]", "<<SYS>>")),
-                  ("mistral", ("[INST]", "[/INST]")))
-
-
-def chat_template(source, checkpoint):
-    """The kind of the tokenizer's chat template, or None. Templates are programs in Jinja, of which each kind has many
-    that say the same; so they are told apart by the special tokens that they write."""
-    if checkpoint.gguf is not None:
-        template = checkpoint.gguf.text("tokenizer.chat_template", "")
-    elif source.has("chat_template.jinja"):
-        template = source.text(source.beside("chat_template.jinja"))
-    else:
-        config = source.optional_json("tokenizer_config.json")
-        template = config.get("chat_template", (str, list), "a text or a list of templates", "")
-    if isinstance(template, list):  # with names
-        template = next((entry.get("template") for entry in template
-                         if isinstance(entry, dict) and entry.get("name") == "default"), "")
-    if not isinstance(template, str) or not template:
-        return None
-    kind = next((name for name, marks in CHAT_TEMPLATES if all(mark in template for mark in marks)), None)
-    if kind is None:
-        source.notes.append("warning: the chat template is of no known kind; chat programs will use a plain one")
-    return kind
-
-
 def gguf_end_ids(config, vocab_size):
     """The ids that a .gguf file's metadata calls the end: of a text, of a turn, of a message."""
     ids = [config.integer("tokenizer.ggml.%s_token_id" % name, -1) for name in ("eos", "eot", "eom")]
@@ -4132,7 +4105,7 @@ def convert(args):
     put_model(metadata, model)
     if bpe is not None:
         put_tokenizer(metadata, bpe)
-        metadata.value("chat.template", chat_template(source, checkpoint))
+        metadata.value("chat.template", chat_kind(source, checkpoint.gguf))
     if checkpoint.gguf is not None:
         ids = gguf_end_ids(config, model.vocab_size)
     else:
@@ -4140,7 +4113,6 @@ def convert(args):
     if ids:
         metadata.i32("generation.eos_ids", ids)
     metadata.value("generation.start_id", model.start_id)
-    metadata.value("chat.template", chat_kind(source, checkpoint.gguf) if bpe is not None else None)
 
     check_not_input(source, out, args.out)
     size = write_tfm(out, metadata.pack(), entries)
