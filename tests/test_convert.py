@@ -993,13 +993,16 @@ def test_tokenizer_json(converter, _):
             tokenizer_config=dict(tokenizer_class="PreTrainedTokenizerFast"))
 
     unsupported = {
-        "normalizer": ({"normalizer": {"type": "NFC"}}, "NFC"),
+        "normalizer": ({"normalizer": {"type": "NFKC"}}, "NFKC"),
         "pre-tokenizer": ({"pre_tokenizer": {"type": "Metaspace", "replacement": "_"}}, "Metaspace"),
         "no pre-tokenizer": ({"pre_tokenizer": None}, "pre_tokenizer"),
         "two pre-tokenizers": ({"pre_tokenizer": {"type": "Sequence", "pretokenizers": [
-            {"type": "Digits"}, {"type": "ByteLevel"}]}}, "Digits"),
+            {"type": "Digits"}, {"type": "ByteLevel", "add_prefix_space": False}]}}, "Digits"),
+        "another pattern": ({"pre_tokenizer": {"type": "Sequence", "pretokenizers": [
+            {"type": "Split", "pattern": {"Regex": "[ab]+|x"}, "behavior": "Isolated", "invert": False},
+            {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}]}}, "[ab]+|x"),
         "no pattern": ({"pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}},
-                       "pattern"),
+                       "splits nothing"),
         "decoder": ({"decoder": {"type": "WordPiece"}}, "WordPiece"),
         "post-processor": ({"post_processor": {"type": "BertProcessing"}}, "'sep'"),
         "another post-processor": ({"post_processor": {"type": "Other"}}, "Other"),
