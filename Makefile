@@ -12,7 +12,7 @@ THREADS := $(shell echo 'int main(void) { return omp_get_max_threads() < 1; }' |
 endif
 BUILD_C = $(CC) -std=c99 $(CFLAGS) $(WARNINGS) $(THREADS)
 
-PROGRAMS = build/tfm build/gpt2 build/minimal
+PROGRAMS = build/tfm build/gpt2 build/minimal build/embed build/fill-mask build/classify build/chat
 TESTS = $(sort $(wildcard tests/test_*.c))
 MODEL = examples/models/stories.tfm
 
@@ -20,6 +20,10 @@ MODEL = examples/models/stories.tfm
 all: $(PROGRAMS)
 
 build/tfm: tools/tfm.c tfm.h
+	@mkdir -p build
+	$(BUILD_C) $< -o $@ -lm
+
+build/fill-mask: examples/fill_mask.c tfm.h
 	@mkdir -p build
 	$(BUILD_C) $< -o $@ -lm
 

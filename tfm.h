@@ -50,6 +50,7 @@
  *   tfm_session   one user's state: KV cache, scratch memory, random numbers. One thread at a time. It allocates all that
  *                 it needs when it is created; generating allocates nothing. It may hold several sequences, which are
  *                 evaluated together and share each read of the weights (tfm_eval).
+ *   tfm_chat      a conversation in a sequence of a session: turns, a template, a budget of tokens; it can be saved.
  *   tfm_engine    how the machine is used: instruction set, threads, scratch memory. A session has one inside; who builds
  *                 a Transformer by hand makes one. One thread at a time.
  *   tfm_error     what went wrong, in one sentence that names the file, tensor, token or option. Owned by the caller;
@@ -501,6 +502,8 @@ typedef enum tfm_positions {
 typedef enum tfm_head { TFM_NO_HEAD = 0, TFM_TIED_HEAD, TFM_OWN_HEAD } tfm_head;
 typedef enum tfm_pooling { TFM_NO_POOLING = 0, TFM_POOL_CLS, TFM_POOL_MEAN, TFM_POOL_MAX } tfm_pooling;
 typedef enum tfm_classifier { TFM_NO_CLASSIFIER = 0, TFM_SEQUENCE_CLASSIFIER, TFM_TOKEN_CLASSIFIER } tfm_classifier;
+/* What a classifier's results say: one class is right (softmax), any number of them are (sigmoid), or they are values. */
+typedef enum tfm_problem { TFM_SINGLE_LABEL = 0, TFM_MULTI_LABEL, TFM_REGRESSION } tfm_problem;
 
 /* A stack of blocks that are alike. */
 typedef struct tfm_stack {
@@ -527,9 +530,11 @@ typedef struct tfm_description {
     tfm_activation head_transform; /* of the layer before the head; TFM_NO_ACTIVATION: no layer */
     int pooler;                    /* 1: the first token's result through a layer and its activation */
     tfm_activation pooler_activation, classifier_activation;
-    tfm_pooling pooling; /* what the model's embeddings of texts are made of */
-    int pool_normalize;  /* 1: and divided by their length */
+    tfm_pooling pooling;    /* what the model's embeddings of texts are made of */
+    int pool_normalize;     /* 1: and divided by their length */
+    size_t pool_max_tokens; /* texts that are embedded should be cut to so many tokens; 0: nothing is said */
     tfm_classifier classifier;
+    tfm_problem classifier_problem;
     size_t n_labels;
     tfm_stack encoder, decoder; /* n_layers = 0 and n_positions = 0: not there */
 } tfm_description;
@@ -614,6 +619,12 @@ TFM_API const char *tfm_token_text(const tfm_model *model, int32_t id, size_t *s
 
 /* 1 if the token ends a text. */
 TFM_API int tfm_is_end_token(const tfm_model *model, int32_t id);
+
+/* 1 if the token is a mark that generated text does not show, as </s>. */
+TFM_API int tfm_is_special_token(const tfm_model *model, int32_t id);
+
+/* The token that an encoder-decoder's decoder begins with, or -1 if the model does not say. */
+TFM_API int32_t tfm_start_token(const tfm_model *model);
 
 /* ----------------------------------------------------------------------------------------------------------- sessions */
 
@@ -704,10 +715,11 @@ typedef struct tfm_sampling {
     size_t n_logit_bias;
     float
         repeat_penalty; /* logits of tokens that the sequence has: divided by it if positive, else multiplied. 0: off */
-    float temperature;  /* logits are divided by it. 0: greedy, the largest logit (the lowest id among equals) */
-    size_t top_k;       /* only the k likeliest tokens (and those equal to the k-th). 0: all */
-    float top_p;        /* only the likeliest tokens that together reach this probability. 0 or 1: all */
-    float min_p;        /* only tokens at least this likely, relative to the likeliest. 0: all */
+    size_t no_repeat_ngram; /* so many tokens in a row never come twice in a sequence. 0: off */
+    float temperature;      /* logits are divided by it. 0: greedy, the largest logit (the lowest id among equals) */
+    size_t top_k;           /* only the k likeliest tokens (and those equal to the k-th). 0: all */
+    float top_p;            /* only the likeliest tokens that together reach this probability. 0 or 1: all */
+    float min_p;            /* only tokens at least this likely, relative to the likeliest. 0: all */
 } tfm_sampling;
 
 /* Random numbers: PCG32 (O'Neill 2014). The same seed gives the same numbers everywhere. */
@@ -718,8 +730,8 @@ TFM_API void tfm_random_seed(tfm_random *random, uint64_t seed);
 /* Uniform in [0, 1). */
 TFM_API double tfm_random_uniform(tfm_random *random);
 
-/* Chooses a token from logits[vocab_size]; the logits are changed. `history` (the tokens so far) is for the repeat
- * penalty and may be NULL. `random` is not used when greedy. Logits that are NaN are never chosen. `work` holds
+/* Chooses a token from logits[vocab_size]; the logits are changed. `history` (the tokens so far) is for repeat_penalty
+ * and no_repeat_ngram and may be NULL. `random` is not used when greedy. Logits that are NaN are never chosen. `work` holds
  * vocab_size int32_t. TFM_ERROR_ARGUMENT if an option is out of range or no token is left. */
 TFM_API tfm_status tfm_sample(const tfm_sampling *sampling, float *logits, size_t vocab_size, const int32_t *history,
                               size_t n_history, tfm_random *random, int32_t *work, int32_t *token, tfm_error *error);
@@ -765,14 +777,177 @@ typedef struct tfm_generate_stats {
 
 /* Continues a prompt: tokenizes it, evaluates it, then chooses token after token; each new piece of text goes to `print`
  * (which may be NULL). An empty prompt is an error, as is one that is longer than the context. When the context runs
- * full without options->shift the text so far has been printed and the status is TFM_ERROR_CONTEXT_FULL. */
+ * full without options->shift the text so far has been printed and the status is TFM_ERROR_CONTEXT_FULL.
+ * With an encoder-decoder the prompt is the text that is answered (translated, summarized): tfm_set_source with it, as
+ * the tokenizer ends it, then tfm_generate_ids without ids. The answer begins without a space. */
 TFM_API tfm_status tfm_generate(tfm_session *session, const char *prompt, const tfm_generate_options *options,
                                 tfm_print print, void *print_user, tfm_error *error);
 
-/* The same for a prompt of token ids; works without a tokenizer (nothing is printed then, see on_token). */
+/* The same for a prompt of token ids; works without a tokenizer (nothing is printed then, see on_token). With an
+ * encoder-decoder these are the decoder's first tokens, after a tfm_set_source; n_prompt = 0: tfm_start_token. */
 TFM_API tfm_status tfm_generate_ids(tfm_session *session, const int32_t *prompt, size_t n_prompt,
                                     const tfm_generate_options *options, tfm_print print, void *print_user,
                                     tfm_error *error);
+
+/* ------------------------------------------------------------------------------------- several prompts, beam search */
+
+/* What a text begins with. For an encoder-decoder these are the decoder's tokens; none: tfm_start_token. */
+typedef struct tfm_prompt {
+    const int32_t *tokens; /* [n_tokens] */
+    size_t n_tokens;
+} tfm_prompt;
+
+/* What it is continued with. */
+typedef struct tfm_result {
+    const int32_t
+        *tokens; /* [n_tokens], without the prompt, with the token that ended the text; the session's own, until
+                            * the next call of one of these two functions */
+    size_t n_tokens;
+    tfm_stop stop;
+    float score; /* beam search: the sum of the tokens' log-probabilities / n_tokens ** length_penalty */
+} tfm_result;
+
+/* Continues several prompts, of any lengths, side by side, so that they share each read of the weights: prompt i in the
+ * sequence options->sequence + i, which it overwrites (an encoder-decoder's prompts answer to those sequences' sources;
+ * prompts may be NULL there). Each gives the tokens that tfm_generate_ids gives with the seed options->seed + i.
+ * results [n_prompts]. A text that fills the context ends with TFM_STOP_CONTEXT, which is no error. Nothing is printed:
+ * of the options append, shift, stop_strings, on_token and stats must be 0. Memory for the results is made in the first
+ * call, and kept. */
+TFM_API tfm_status tfm_generate_batch(tfm_session *session, const tfm_prompt *prompts, size_t n_prompts,
+                                      const tfm_generate_options *options, tfm_result *results, tfm_error *error);
+
+/* When a search ends before max_tokens. `beams` results are kept; the best beam that goes on could still be better than
+ * the worst of those if its score, divided by n ** length_penalty, is. */
+typedef enum tfm_early_stopping {
+    TFM_STOP_UNLIKELY = 0, /* it is not, n being its length so far (transformers' early_stopping=False) */
+    TFM_STOP_FULL,         /* the same, or there are `beams` results (True) */
+    TFM_STOP_SURE          /* it is not for any length: n is max_tokens if that makes it better ("never") */
+} tfm_early_stopping;
+
+typedef struct tfm_beam_options {
+    size_t beams;          /* 0: 4. 1: greedy, the likeliest token each time */
+    size_t n_best;         /* results for each prompt, 1 to beams; 0: 1 */
+    size_t max_tokens;     /* new tokens; 0: as many as the context has room for */
+    size_t min_tokens;     /* no text ends before it has so many new tokens, the one that ends it not counted */
+    float length_penalty;  /* scores are divided by length ** length_penalty: more than 0 favours long texts. 0: 1 */
+    int no_length_penalty; /* 1: scores are sums (transformers' length_penalty=0) */
+    tfm_early_stopping early_stopping;
+    size_t no_repeat_ngram; /* as in tfm_sampling */
+    size_t sequence;        /* the first that is used */
+} tfm_beam_options;
+
+/* Beam search, as transformers' generate(num_beams=beams): keeps the `beams` likeliest beginnings of a continuation, and
+ * returns the n_best best that ended, best first (fewer than n_best possible ones: n_tokens = 0, the score -INFINITY).
+ * Prompts, of any lengths, are searched side by side and do not depend on each other; of equal candidates the one with
+ * the lower beam, then the lower token is better. Prompt i takes the sequences sequence + i * beams, ... + beams - 1, all
+ * of which are empty afterwards; an encoder-decoder's source is that of the first of them, which keeps it (the others
+ * lose theirs; prompts may be NULL).
+ * The beams of a prompt share the cache's pages (tfm_kv) as far as their texts are the same, and the source's: where they
+ * part, no more than the last page is copied. results [n_prompts][n_best]. Memory for the search is made in the first
+ * call, and kept. TFM_ERROR_CONTEXT_FULL if a prompt and max_tokens do not fit into the context. */
+TFM_API tfm_status tfm_beam_search(tfm_session *session, const tfm_prompt *prompts, size_t n_prompts,
+                                   const tfm_beam_options *options, tfm_result *results, tfm_error *error);
+/* --------------------------------------------------------------------------------------------------------------- chat
+ * A conversation with memory. A tfm_chat holds the turns, renders them by the model's chat template into one context within
+ * a budget of tokens, and lets the model answer. The context begins as the one before it did, so that only what is new is
+ * evaluated; and since a token's results do not depend on what it was evaluated with, the answers have the same bits as
+ * if everything had been evaluated afresh.
+ * When the context grows past its budget the oldest turns are dropped, from a user's turn to a user's turn, until it takes
+ * no more than half of the budget: dropping changes the context near its beginning, so all behind that place is evaluated
+ * again, and it should not happen at each turn.
+ *
+ *     tfm_chat *chat = tfm_chat_create(session, NULL, &error);
+ *     tfm_chat_say(chat, "Who wrote Faust?", NULL, print, stdout, &error);
+ *     tfm_chat_say(chat, "And when?", NULL, print, stdout, &error);
+ *     tfm_chat_free(chat);
+ *
+ * A chat belongs to one sequence of a session, and is used by one thread at a time. */
+
+typedef enum tfm_role { TFM_SYSTEM = 0, TFM_USER, TFM_ASSISTANT, TFM_ROLE_COUNT } tfm_role;
+
+/* One turn of a conversation. */
+typedef struct tfm_turn {
+    tfm_role role;
+    const char *text; /* [size], not terminated; without the white space around it. The chat's, until it changes. */
+    size_t size;
+} tfm_turn;
+
+/* Puts a summary in the place of turns that are dropped. `before` is the summary of what was dropped earlier, or NULL.
+ * Returns the new summary, of everything, terminated, which must stay readable until the call that asked for it returns;
+ * or NULL: the turns, and the summary before, are forgotten. A summary stands behind the system prompt, after an empty
+ * line. One that leaves no room for the last message is not used. */
+typedef const char *(*tfm_summarise)(void *user, const char *before, const tfm_turn *turns, size_t n_turns);
+
+typedef struct tfm_chat_options {
+    const char *system; /* the system prompt; NULL: none. Always kept. */
+    /* The template's name: "chatml", "llama2", "llama3", "mistral", "gemma", or "plain" ("User: ...\nAssistant: ...").
+     * NULL: the one that the model's file names (chat.template), or "plain" if it names none. */
+    const char *chat_template;
+    size_t budget; /* tokens of the context and the answer; 0, or more than the session's context: that */
+    size_t sequence;
+    tfm_summarise summarise; /* NULL: what is dropped is forgotten */
+    void *summarise_user;
+} tfm_chat_options;
+
+typedef struct tfm_chat tfm_chat;
+
+/* Makes an empty conversation, with the session's allocator. The session must outlive it. Free with tfm_chat_free. NULL on
+ * error: memory; no tokenizer; a template that is unknown, or whose special tokens the tokenizer does not have; a model
+ * that is no decoder. */
+TFM_API tfm_chat *tfm_chat_create(tfm_session *session, const tfm_chat_options *options, tfm_error *error);
+TFM_API void tfm_chat_free(tfm_chat *chat);
+
+/* The user says something (terminated; never parsed for special tokens), and the model answers: as tfm_generate, with
+ * options->append, shift, special and sequence without meaning, and the white space before the answer left out. Answers
+ * end at the template's end of a turn, or at what the options say. A quarter of the budget, or options->max_tokens if that
+ * is less, is free for the answer when it begins; when the budget is used up it ends with TFM_STOP_CONTEXT (and TFM_OK).
+ * An answer that a callback stopped is remembered as far as it was printed. On an error neither message nor answer
+ * becomes part of the conversation (older turns may have been dropped for them); TFM_ERROR_CONTEXT_FULL if the system
+ * prompt and the message alone leave no room. Allocates memory for the texts. options NULL: greedy. */
+TFM_API tfm_status tfm_chat_say(tfm_chat *chat, const char *message, const tfm_generate_options *options,
+                                tfm_print print, void *print_user, tfm_error *error);
+
+/* Adds a turn without an answer, as for examples or a conversation from elsewhere. TFM_SYSTEM replaces the system prompt
+ * (an empty one: there is none). */
+TFM_API tfm_status tfm_chat_add(tfm_chat *chat, tfm_role role, const char *text, tfm_error *error);
+
+/* Forgets all turns and the summary; the system prompt stays. */
+TFM_API void tfm_chat_reset(tfm_chat *chat);
+
+/* The turns that the conversation has, the oldest first; without the system prompt. Past the end: an empty turn. */
+TFM_API size_t tfm_chat_n_turns(const tfm_chat *chat);
+TFM_API tfm_turn tfm_chat_turn(const tfm_chat *chat, size_t index);
+/* The system prompt, and the summary of what was dropped; size 0: there is none. */
+TFM_API tfm_turn tfm_chat_system(const tfm_chat *chat);
+TFM_API tfm_turn tfm_chat_summary(const tfm_chat *chat);
+/* Turns that were dropped since the conversation began. */
+TFM_API size_t tfm_chat_n_dropped(const tfm_chat *chat);
+/* The template's name. Static. */
+TFM_API const char *tfm_chat_template(const tfm_chat *chat);
+
+/* The context as text, special tokens written out, or as token ids; with `answer`, up to where the model is to answer. Like
+ * snprintf: *size or *n_ids is how much there is, of which at most `capacity` is written (NULL: none); not terminated. An
+ * answer that the model gave has the ids that it gave. Nothing is dropped for it. */
+TFM_API tfm_status tfm_chat_render(tfm_chat *chat, int answer, char *text, size_t capacity, size_t *size,
+                                   tfm_error *error);
+TFM_API tfm_status tfm_chat_ids(tfm_chat *chat, int answer, int32_t *ids, size_t capacity, size_t *n_ids,
+                                tfm_error *error);
+
+/* Saves the conversation (system prompt, summary, turns) with the tokens of its sequence and their keys and values, so that
+ * it goes on without evaluating anything again: 2 n_layers n_kv_heads head_dim numbers of the KV cache's type a token.
+ * tfm_chat_save_memory is like snprintf: *size is how many bytes that takes, which are written if `capacity` is enough.
+ * tfm_chat_save writes to PATH.part and renames that: the file is there as a whole or not at all. */
+TFM_API tfm_status tfm_chat_save_memory(const tfm_chat *chat, void *data, size_t capacity, size_t *size,
+                                        tfm_error *error);
+
+/* Takes up a saved conversation in place of the chat's own. Nothing in it is trusted; what is damaged, comes from another
+ * model (or from this one with weights of another type), has keys and values of another type than this session, or more
+ * tokens than it has room for, is an error, and the chat stays as it was. */
+TFM_API tfm_status tfm_chat_load_memory(tfm_chat *chat, const void *data, size_t size, tfm_error *error);
+#ifndef TFM_NO_STDIO
+TFM_API tfm_status tfm_chat_save(const tfm_chat *chat, const char *path, tfm_error *error);
+TFM_API tfm_status tfm_chat_load(tfm_chat *chat, const char *path, tfm_error *error);
+#endif
 
 #ifdef __cplusplus
 }
@@ -1056,7 +1231,9 @@ typedef struct tfm__threads {
     void *user;
     int count;
 #ifdef TFM__TEAM
-    tfm__team *team; /* the threads that wait for work, or NULL */
+    tfm__team *team;                /* the threads that wait for work, or NULL */
+    double alone_until, alone_time; /* seconds: see tfm__held_up */
+    unsigned on_time;               /* passes since a thread was held up */
 #endif
 } tfm__threads;
 
@@ -1127,29 +1304,53 @@ static void tfm__team_wait(tfm__team *team) {
             tfm__pause(&waited);
 }
 
+/* Another process has one of the cores: a thread that took a piece was put to sleep for milliseconds, and all waited for
+ * it. For a while this thread works alone; the while doubles each time that the others turn out to be late again. */
+static void tfm__held_up(tfm__threads *threads) {
+    threads->alone_time = threads->alone_time > 0 ? TFM__MIN(2 * threads->alone_time, 0.5) : 0.03;
+    threads->alone_until = omp_get_wtime() + threads->alone_time;
+    threads->on_time = 0;
+}
+
 /* A job for the team, by the thread that leads it. n < 2^32. */
-static void tfm__team_for(tfm__team *team, size_t n, tfm_task task, void *argument) {
+static void tfm__team_for(tfm__threads *threads, size_t n, tfm_task task, void *argument) {
+    tfm__team *team = threads->team;
     uint64_t generation = (__atomic_load_n(&team->ticket, __ATOMIC_RELAXED) >> 32) + 1;
+    double start, done;
     unsigned waited = 0;
+    if (threads->on_time == 0 && threads->alone_until > omp_get_wtime()) {
+        tfm__serial_for(NULL, n, task, argument);
+        return;
+    }
+    start = omp_get_wtime();
     team->task[generation & 1] = task;
     team->argument[generation & 1] = argument;
     team->n[generation & 1] = (uint32_t)n;
     __atomic_store_n(&team->finished, 0, __ATOMIC_RELAXED);
     __atomic_store_n(&team->ticket, generation << 32 | n, __ATOMIC_RELEASE);
     tfm__team_work(team);
+    done = omp_get_wtime();
     while (__atomic_load_n(&team->finished, __ATOMIC_ACQUIRE) != n)
         tfm__pause(&waited);
+    if (waited > 1000) { /* longer than work, and longer than pieces take: held up */
+        double now = omp_get_wtime();
+        if (now - done > 3e-4 && now - done > done - start)
+            tfm__held_up(threads);
+    }
 }
 #endif
 
 /* Runs body(argument) on this thread, with the other threads at hand for the tfm__parallel calls within. */
 static void tfm__with_threads(tfm__threads *threads, void (*body)(void *argument), void *argument) {
 #ifdef TFM__TEAM
-    if (!threads->parallel_for && threads->count > 1 && !threads->team) {
+    if (!threads->parallel_for && threads->count > 1 && !threads->team &&
+        (threads->on_time || threads->alone_until <= omp_get_wtime())) {
+        double over = 0;
         tfm__team team;
         memset(&team, 0, sizeof team);
         team.share = 4 * (uint32_t)threads->count;
-#pragma omp parallel num_threads(threads->count) default(none) shared(team, threads, body, argument)
+        threads->on_time++;
+#pragma omp parallel num_threads(threads->count) default(none) shared(team, threads, body, argument, over)
         {
             if (omp_get_thread_num())
                 tfm__team_wait(&team);
@@ -1157,8 +1358,15 @@ static void tfm__with_threads(tfm__threads *threads, void (*body)(void *argument
                 threads->team = omp_get_num_threads() > 1 ? &team : NULL;
                 body(argument);
                 threads->team = NULL;
+                over = omp_get_wtime();
                 __atomic_store_n(&team.over, 1, __ATOMIC_RELEASE);
             }
+        }
+        if (threads->on_time && omp_get_wtime() - over > 3e-4)
+            tfm__held_up(threads);
+        if (threads->on_time > 50) {
+            threads->alone_time = 0;
+            threads->on_time = 1;
         }
         return;
     }
@@ -1179,7 +1387,7 @@ static void tfm__run_loop(void *argument) {
     tfm__loop *loop = (tfm__loop *)argument;
 #ifdef TFM__TEAM
     if (loop->threads->team) {
-        tfm__team_for(loop->threads->team, loop->n, loop->task, loop->argument);
+        tfm__team_for(loop->threads, loop->n, loop->task, loop->argument);
         return;
     }
 #endif
@@ -2978,17 +3186,11 @@ static TFM__TARGET TFM__INLINE int32x4_t TFM__FN(codes)(const unsigned char *cod
 }
 #endif
 
-/* The inputs that a tile takes at a time. */
-typedef struct TFM__FN(groups) {
-    size_t first, end;
-} TFM__FN(groups);
-
-/* One tile: rows x (16 * panels) of y, over some groups of 64 inputs. For each group the integer sums become floats, times
+/* One tile: rows x (16 * panels) of y. For each group the integer sums become floats, times
  * both scales, and are added to the float sums: 2 x 12 accumulators for 4 rows x 48 outputs on AVX-512, all in registers.
  * Beside 192 products on the two multipliers stand the 24 multiplications of the scales: 89 % of the peak at most. */
 static TFM__TARGET TFM__INLINE void TFM__FN(tile_i8)(const int rows, const int panels, const tfm__matmul *job,
-                                                     size_t row, TFM__FN(groups) part_of_k, const unsigned char *w,
-                                                     float *y, size_t y_stride) {
+                                                     size_t row, const unsigned char *w, float *y, size_t y_stride) {
     const int columns = panels * TFM__PARTS;
     const size_t groups = tfm__groups(job->k), panel_bytes = job->panel_bytes, q_stride = groups * TFM__GROUP;
     const unsigned char *integers = w + tfm__integers_at(groups), *codes = w + TFM__CACHE_LINE;
@@ -3002,8 +3204,8 @@ static TFM__TARGET TFM__INLINE void TFM__FN(tile_i8)(const int rows, const int p
     for (r = 0; r < rows; r++)
         TFM__UNROLL
     for (c = 0; c < columns; c++)
-        sum[r][c] = part_of_k.first ? vf_load(y + (size_t)r * y_stride + c * TFM__LANES) : vf_set1(0);
-    for (g = part_of_k.first; g < part_of_k.end; g++) {
+        sum[r][c] = vf_set1(0);
+    for (g = 0; g < groups; g++) {
         vi part[TFM__TALL_I8][TFM__PANELS_I8 * TFM__PARTS], weights[TFM__PANELS_I8 * TFM__PARTS];
         TFM__UNROLL
         for (r = 0; r < rows; r++)
@@ -3046,63 +3248,52 @@ static TFM__TARGET TFM__INLINE void TFM__FN(tile_i8)(const int rows, const int p
 }
 
 static TFM__TARGET TFM__INLINE void TFM__FN(tile_rows_i8)(size_t rows, const int panels, const tfm__matmul *job,
-                                                          size_t row, TFM__FN(groups) part_of_k, const unsigned char *w,
-                                                          float *y, size_t y_stride) {
+                                                          size_t row, const unsigned char *w, float *y,
+                                                          size_t y_stride) {
     switch (rows) {
-    case 1: TFM__FN(tile_i8)(1, panels, job, row, part_of_k, w, y, y_stride); break;
-    case 2: TFM__FN(tile_i8)(2, panels, job, row, part_of_k, w, y, y_stride); break;
+    case 1: TFM__FN(tile_i8)(1, panels, job, row, w, y, y_stride); break;
+    case 2: TFM__FN(tile_i8)(2, panels, job, row, w, y, y_stride); break;
 #if TFM__ROWS_I8 == 4
-    case 3: TFM__FN(tile_i8)(3, panels, job, row, part_of_k, w, y, y_stride); break;
+    case 3: TFM__FN(tile_i8)(3, panels, job, row, w, y, y_stride); break;
 #endif
 #if TFM__TALL_I8 == 8
-    case 5: TFM__FN(tile_i8)(5, 1, job, row, part_of_k, w, y, y_stride); break;
-    case 6: TFM__FN(tile_i8)(6, 1, job, row, part_of_k, w, y, y_stride); break;
-    case 7: TFM__FN(tile_i8)(7, 1, job, row, part_of_k, w, y, y_stride); break;
-    case 8: TFM__FN(tile_i8)(8, 1, job, row, part_of_k, w, y, y_stride); break;
+    case 5: TFM__FN(tile_i8)(5, 1, job, row, w, y, y_stride); break;
+    case 6: TFM__FN(tile_i8)(6, 1, job, row, w, y, y_stride); break;
+    case 7: TFM__FN(tile_i8)(7, 1, job, row, w, y, y_stride); break;
+    case 8: TFM__FN(tile_i8)(8, 1, job, row, w, y, y_stride); break;
 #endif
-    default: TFM__FN(tile_i8)(TFM__ROWS_I8, panels, job, row, part_of_k, w, y, y_stride);
+    default: TFM__FN(tile_i8)(TFM__ROWS_I8, panels, job, row, w, y, y_stride);
     }
 }
 
 /* All rows of y, `at_once` a time, from the column on, in one tile's width: `step` columns. */
 static TFM__TARGET TFM__INLINE void TFM__FN(columns_i8)(const tfm__matmul *job, size_t column, size_t step,
-                                                        size_t at_once, TFM__FN(groups) part_of_k) {
+                                                        size_t at_once) {
     const unsigned char *w = (const unsigned char *)job->w + column / 16 * job->panel_bytes;
     size_t row, r, lanes = TFM__MIN(job->n - column, (size_t)16);
     for (row = 0; row < job->n_rows; row += at_once) {
         float *y = job->y + row * job->y_stride + column, side[TFM__TALL_I8 * 16];
         size_t rows = TFM__MIN(job->n_rows - row, at_once);
         if (step > 16)
-            TFM__FN(tile_rows_i8)(rows, TFM__PANELS_I8, job, row, part_of_k, w, y, job->y_stride);
+            TFM__FN(tile_rows_i8)(rows, TFM__PANELS_I8, job, row, w, y, job->y_stride);
         else if (lanes == 16)
-            TFM__FN(tile_rows_i8)(rows, 1, job, row, part_of_k, w, y, job->y_stride);
+            TFM__FN(tile_rows_i8)(rows, 1, job, row, w, y, job->y_stride);
         else { /* the last panel when n is not a multiple of 16 */
-            if (part_of_k.first)
-                for (r = 0; r < rows; r++)
-                    memcpy(side + r * 16, y + r * job->y_stride, lanes * sizeof *y);
-            TFM__FN(tile_rows_i8)(rows, 1, job, row, part_of_k, w, side, 16);
+            TFM__FN(tile_rows_i8)(rows, 1, job, row, w, side, 16);
             for (r = 0; r < rows; r++)
                 memcpy(y + r * job->y_stride, side + r * 16, lanes * sizeof *y);
         }
     }
 }
 
-/* With many rows, a tile's weights are taken in parts of 12 KiB, that all rows pass over while the first-level cache has
- * them; the float sums wait in y meanwhile. With few, as in batched decoding, the weights come from memory, and most of
- * the time with them: all rows go in one tall, narrow tile, so that reading never pauses for rows that come after. */
+/* With few rows, as in batched decoding, the weights come from memory, and most of the time with them: all rows go in one
+ * tall, narrow tile, so that reading never pauses for rows that come after. */
 static TFM__TARGET void TFM__FN(matmul_i8)(const tfm__matmul *job) {
-    const int few = job->n_rows <= TFM__TALL_I8, tall = few && job->n_rows > TFM__ROWS_I8;
-    const size_t groups = tfm__groups(job->k), groups_at_once = few ? groups : 12 / TFM__PANELS_I8;
+    const int tall = job->n_rows <= TFM__TALL_I8 && job->n_rows > TFM__ROWS_I8;
     size_t column = 0, step;
     for (; column < job->n; column += step) {
-        TFM__FN(groups) part_of_k;
         step = !tall && column + 16 * TFM__PANELS_I8 <= job->n ? 16 * TFM__PANELS_I8 : 16;
-        part_of_k.end = 0;
-        do {
-            part_of_k.first = part_of_k.end;
-            part_of_k.end = TFM__MIN(part_of_k.first + groups_at_once, groups);
-            TFM__FN(columns_i8)(job, column, step, tall ? job->n_rows : TFM__ROWS_I8, part_of_k);
-        } while (part_of_k.end < groups);
+        TFM__FN(columns_i8)(job, column, step, tall ? job->n_rows : TFM__ROWS_I8);
     }
 }
 
@@ -3374,6 +3565,8 @@ static void tfm__input_piece(void *argument, size_t index) {
  * as those of most models are, fall on the same few lines of the cache.) */
 #define TFM__LINEAR_ROWS ((size_t)32)
 #define TFM__LINEAR_COLUMNS ((size_t)192)
+/* With fewer pieces than this, threads that finish would wait long for others. */
+#define TFM__PIECES ((size_t)16)
 
 /* Pieces are cut so that the weights of one stay in the second-level cache while its rows pass by, in whole tiles (48 is
  * the widest), and for i8 in whole groups of 64, which the next layer wants quantized. A few rows, whose time goes into
@@ -3381,11 +3574,15 @@ static void tfm__input_piece(void *argument, size_t index) {
  * neighbours in the order of the pieces: its weights are read from memory once. */
 static void tfm__cut(tfm__linear_job *job) {
     const int few = job->input.n_rows <= 8;
+    size_t blocks;
     if (job->linear->weight.dtype == TFM_I8 || job->result.quantized.q)
         job->columns = few ? TFM__GROUP : TFM__LINEAR_COLUMNS;
     else
         job->columns = 3 * TFM__PANEL;
+    blocks = tfm__divide_up(job->linear->weight.shape[0], job->columns);
     job->rows = 4 * TFM__LINEAR_ROWS;
+    while (job->rows > TFM__LINEAR_ROWS && blocks * tfm__divide_up(job->input.n_rows, job->rows) < TFM__PIECES)
+        job->rows /= 2;
     job->row_blocks = tfm__divide_up(job->input.n_rows, job->rows);
 }
 
@@ -5253,8 +5450,6 @@ static void tfm__factored_vector(const tfm_tensor *from, const tfm__factors *fac
 
 /* ---- writing */
 
-#ifndef TFM_NO_STDIO
-
 static void tfm__put_u32(unsigned char *p, uint32_t value) {
     p[0] = (unsigned char)value;
     p[1] = (unsigned char)(value >> 8);
@@ -5266,6 +5461,8 @@ static void tfm__put_u64(unsigned char *p, uint64_t value) {
     tfm__put_u32(p, (uint32_t)value);
     tfm__put_u32(p + 4, (uint32_t)(value >> 32));
 }
+
+#ifndef TFM_NO_STDIO
 
 /* A file that is being rewritten tensor by tensor. */
 typedef struct tfm__rewrite {
@@ -9126,6 +9323,7 @@ static const char *const tfm__activation_words[] = {"none",       "relu", "gelu"
                                                     "quick_gelu", "silu", "tanh", NULL};
 static const char *const tfm__pooling_words[] = {"none", "cls", "mean", "max", NULL};
 static const char *const tfm__classifier_words[] = {"none", "sequence", "token", NULL};
+static const char *const tfm__problem_words[] = {"single", "multi", "regression", NULL};
 
 /* Reads keys "encoder.*" or "decoder.*". */
 static void tfm__read_stack(tfm__reader *reader, const char *prefix, tfm_stack *stack) {
@@ -9182,9 +9380,11 @@ static void tfm__read_classes(tfm__reader *reader, tfm_model *model) {
     const tfm_entry *weight = tfm_file_find(reader->file, "classifier.weight");
     d->pooling = (tfm_pooling)tfm__read_word(reader, "pooling", tfm__pooling_words, 0);
     d->pool_normalize = (int)tfm__read_size(reader, "pool_normalize", 0, 1, 0);
+    d->pool_max_tokens = tfm__read_size(reader, "pool_max_tokens", 0, TFM__MAX_SIZE, 0);
     d->pooler = tfm_file_find_meta(reader->file, "pooler_activation") != NULL;
     d->pooler_activation = (tfm_activation)tfm__read_word(reader, "pooler_activation", tfm__activation_words, 0);
     d->classifier = (tfm_classifier)tfm__read_word(reader, "classifier", tfm__classifier_words, 0);
+    d->classifier_problem = (tfm_problem)tfm__read_word(reader, "classifier_problem", tfm__problem_words, 0);
     d->classifier_activation =
         (tfm_activation)tfm__read_word(reader, "classifier_activation", tfm__activation_words, 0);
     d->n_labels = d->classifier && weight ? weight->tensor.shape[0] : 0;
@@ -9981,9 +10181,12 @@ static size_t tfm__longest_token(const tfm_model *model) {
     return longest;
 }
 
-/* 1 if the token is not shown to people. */
-static int tfm__is_special(const tfm_model *model, int32_t id) {
+TFM_API int tfm_is_special_token(const tfm_model *model, int32_t id) {
     return model->has_tokenizer && tfm__token_is_special(&model->tokenizer, id);
+}
+
+TFM_API int32_t tfm_start_token(const tfm_model *model) {
+    return model->start_id;
 }
 
 TFM_API int tfm_is_end_token(const tfm_model *model, int32_t id) {
@@ -9995,7 +10198,7 @@ TFM_API int tfm_is_end_token(const tfm_model *model, int32_t id) {
 }
 
 /* =====================================================================================================================
- * h. SESSIONS, SAMPLING, GENERATION
+ * h. SESSIONS, SAMPLING, GENERATION, CHAT
  * ================================================================================================================== */
 
 struct tfm_session {
@@ -10028,6 +10231,8 @@ struct tfm_session {
     int32_t *work;   /* [vocab_size] */
     char *text;      /* [text_size]: text that is held back */
     size_t text_size;
+    void *search_memory; /* of tfm_beam_search and tfm_generate_batch; grows, never shrinks */
+    size_t search_size;
 };
 
 /* ---- creation */
@@ -10152,8 +10357,21 @@ static size_t tfm__stack_scratch(const tfm_model *model, const tfm__stack *stack
     return TFM__MAX(scratch, tfm__logits_scratch(model, rows));
 }
 
-/* Scratch for the largest pass that there can be, so that tfm_eval never allocates. (tfm_encode may: what it needs depends
- * on the texts.) */
+/* Scratch of the longest source: see tfm_set_source. */
+static size_t tfm__source_scratch(const tfm_session *session) {
+    const tfm_model *model = session->model;
+    size_t floats;
+    tfm_span span;
+    memset(&span, 0, sizeof span);
+    span.n_rows = session->source;
+    floats = tfm__stack_scratch(model, &model->encoder, &span, 1, session->source);
+    if (model->decoder.shape->n_layers)
+        floats = TFM__MAX(floats, tfm__memory_scratch(&model->decoder.blocks->cross, session->source));
+    return floats;
+}
+
+/* Scratch for the largest pass that there can be, so that tfm_eval and tfm_set_source never allocate. (tfm_encode may: what
+ * it needs depends on the texts.) */
 static tfm_status tfm__session_scratch(tfm_session *session, tfm_error *error) {
     const tfm_model *model = session->model;
     size_t floats = 0;
@@ -10165,6 +10383,8 @@ static tfm_status tfm__session_scratch(tfm_session *session, tfm_error *error) {
         floats = tfm__stack_scratch(model, &model->decoder, session->spans, session->n_sequences, session->context);
         session->spans[0].n_rows = 0;
     }
+    if (model->description.kind == TFM_ENCODER_DECODER)
+        floats = TFM__MAX(floats, tfm__source_scratch(session));
     if (model->has_tokenizer) {
         size_t longest = TFM__MAX(session->context, session->source);
         size_t bytes = tfm__product(longest, TFM__MIN(tfm__longest_token(model), (size_t)64));
@@ -10260,6 +10480,7 @@ TFM_API void tfm_session_free(tfm_session *session) {
     tfm_engine_free(session->engine);
     tfm__release_aligned(&allocator, session->pool);
     tfm__release_aligned(&allocator, session->memory_pool);
+    tfm__release_aligned(&allocator, session->search_memory);
     tfm__release_aligned(&allocator, session->pages); /* the first of the carved pieces */
     tfm__release(&allocator, session);
 }
@@ -10957,6 +11178,19 @@ static void tfm__penalize(float penalty, float *logits, size_t vocab_size, const
     }
 }
 
+/* Forbids the tokens that would make the sequence's last tokens, `size` of them, the same as some before (Paulus et al.
+ * 2017). */
+static void tfm__forbid_repeats(size_t size, float *logits, size_t vocab_size, const int32_t *history,
+                                size_t n_history) {
+    const int32_t *last = history + n_history - (size - 1);
+    size_t i;
+    for (i = 0; i + size <= n_history; i++) {
+        int32_t token = history[i + size - 1];
+        if (!memcmp(history + i, last, (size - 1) * sizeof *last) && token >= 0 && (size_t)token < vocab_size)
+            logits[token] = -INFINITY;
+    }
+}
+
 /* The largest logit's token, the first among equals; vocab_size if every logit is NaN or -infinity. */
 static size_t tfm__likeliest(const float *logits, size_t vocab_size) {
     float lane[16], largest = -INFINITY;
@@ -11054,6 +11288,8 @@ TFM_API tfm_status tfm_sample(const tfm_sampling *sampling, float *logits, size_
         logits[sampling->logit_bias[i].token] += sampling->logit_bias[i].bias;
     if (sampling->repeat_penalty > 0 && sampling->repeat_penalty != 1 && history)
         tfm__penalize(sampling->repeat_penalty, logits, vocab_size, history, n_history, work);
+    if (sampling->no_repeat_ngram && history && sampling->no_repeat_ngram <= n_history)
+        tfm__forbid_repeats(sampling->no_repeat_ngram, logits, vocab_size, history, n_history);
     best = tfm__likeliest(logits, vocab_size);
     if (best == vocab_size)
         return tfm__fail(error, TFM_ERROR_ARGUMENT, "no token can be chosen: every logit is NaN or -infinity");
@@ -11081,6 +11317,7 @@ typedef struct tfm__stream {
     size_t n_stops;
     tfm_print print; /* NULL: only the stop strings matter */
     void *user;
+    tfm__decoder decoder; /* how far the text is, where it begins with the sequence: that of an encoder-decoder */
 } tfm__stream;
 
 /* Hands on the first n bytes, with U+FFFD for what can't be UTF-8. Returns what the caller's function returned. */
@@ -11137,6 +11374,22 @@ static tfm_stop tfm__stream_add(tfm__stream *stream, const char *text, size_t si
     return stream->size > held && tfm__stream_print(stream, stream->size - held) ? TFM_STOP_CALLBACK : TFM_STOP_NONE;
 }
 
+/* A token's text, as it goes on from the prompt; the text of an encoder-decoder has no prompt, and begins with its first
+ * token. */
+static const char *tfm__stream_text(const tfm_model *model, tfm__decoder *decoder, int32_t token, unsigned char *memory,
+                                    size_t *size) {
+    const char *text;
+    *size = 0;
+    if (tfm_is_special_token(model, token))
+        return NULL;
+    if (model->description.kind != TFM_ENCODER_DECODER || !tfm_token_text(model, token, size))
+        return tfm_token_text(model, token, size);
+    text = (const char *)tfm__kind_decode(&model->tokenizer, token, decoder, memory, size);
+    decoder->n_ids++;
+    decoder->size += *size;
+    return text;
+}
+
 /* ---- generation */
 
 static tfm_status tfm__check_generate(const tfm_session *session, const tfm_generate_options *options,
@@ -11159,6 +11412,21 @@ static int tfm__is_stop_token(const tfm_session *session, const tfm_generate_opt
         if (options->stop_tokens[i] == token)
             return 1;
     return !options->ignore_end && tfm_is_end_token(session->model, token);
+}
+
+/* An encoder-decoder's tokens, where none are given. */
+static tfm_status tfm__begin_decoder(const tfm_session *session, const tfm_generate_options *options,
+                                     const int32_t **prompt, size_t *n_prompt, tfm_error *error) {
+    const tfm_model *model = session->model;
+    if (model->description.kind != TFM_ENCODER_DECODER || *n_prompt || options->append)
+        return TFM_OK;
+    if (model->start_id < 0)
+        return tfm__fail(error, TFM_ERROR_ARGUMENT,
+                         "%s: the file has no generation.start_id, so the decoder's first tokens must be given",
+                         model->file->name);
+    *prompt = &model->start_id;
+    *n_prompt = 1;
+    return TFM_OK;
 }
 
 /* Brings the sequence to the prompt; the logits of its last token are in session->logits. */
@@ -11205,6 +11473,7 @@ static tfm_status tfm__step(tfm_session *session, int32_t token, const tfm_gener
 static tfm_status tfm__continue(tfm_session *session, const tfm_generate_options *options, tfm__stream *stream,
                                 tfm_generate_stats *stats, tfm_error *error) {
     size_t vocab_size = session->model->description.vocab_size;
+    unsigned char memory[TFM__MAX_PIECE_TEXT];
     tfm_random random;
     tfm_random_seed(&random, options->seed);
     for (;;) {
@@ -11222,7 +11491,7 @@ static tfm_status tfm__continue(tfm_session *session, const tfm_generate_options
         else if (tfm__is_stop_token(session, options, token))
             stats->stop = TFM_STOP_END_TOKEN;
         else {
-            text = tfm__is_special(session->model, token) ? NULL : tfm_token_text(session->model, token, &size);
+            text = tfm__stream_text(session->model, &stream->decoder, token, memory, &size);
             stats->stop = text ? tfm__stream_add(stream, text, size) : TFM_STOP_NONE;
             if (stats->stop == TFM_STOP_NONE && stats->n_generated == options->max_tokens)
                 stats->stop = TFM_STOP_MAX_TOKENS;
@@ -11235,6 +11504,15 @@ static tfm_status tfm__continue(tfm_session *session, const tfm_generate_options
         if (status != TFM_OK)
             return status;
     }
+}
+
+/* What the sequence's tokens so far would have shown, so that what comes goes on from there. */
+static void tfm__stream_skip(const tfm_session *session, size_t sequence, tfm__stream *stream) {
+    unsigned char memory[TFM__MAX_PIECE_TEXT];
+    size_t n_tokens, size, i;
+    const int32_t *tokens = tfm_sequence_tokens(session, sequence, &n_tokens);
+    for (i = 0; i < n_tokens; i++)
+        tfm__stream_text(session->model, &stream->decoder, tokens[i], memory, &size);
 }
 
 TFM_API tfm_status tfm_generate_ids(tfm_session *session, const int32_t *prompt, size_t n_prompt,
@@ -11257,27 +11535,1842 @@ TFM_API tfm_status tfm_generate_ids(tfm_session *session, const int32_t *prompt,
     stream.user = print_user;
     status = tfm__check_generate(session, options, error);
     if (status == TFM_OK)
+        status = tfm__begin_decoder(session, options, &prompt, &n_prompt, error);
+    if (status == TFM_OK)
         status = tfm__prefill(session, prompt, n_prompt, options, stats, error);
     if (status != TFM_OK)
         return status;
+    tfm__stream_skip(session, options->sequence, &stream);
     status = tfm__continue(session, options, &stream, stats, error);
     if (stream.size && stats->stop != TFM_STOP_CALLBACK && tfm__stream_print(&stream, stream.size))
         stats->stop = TFM_STOP_CALLBACK;
     return status;
 }
 
+/* The prompt's tokens are a sequence's source. */
+static tfm_status tfm__prompt_as_source(tfm_session *session, size_t n_prompt, size_t sequence, tfm_error *error) {
+    tfm_text text;
+    memset(&text, 0, sizeof text);
+    text.tokens = session->prompt;
+    text.n_tokens = n_prompt;
+    if (!n_prompt)
+        return tfm__fail(error, TFM_ERROR_ARGUMENT, "the prompt is empty: there is nothing to answer");
+    if (n_prompt > session->source)
+        return tfm__fail(error, TFM_ERROR_CONTEXT_FULL,
+                         "the prompt has %lu tokens, but the encoder has room for %lu: see tfm_session_options.source",
+                         (unsigned long)n_prompt, (unsigned long)session->source);
+    return tfm_set_source(session, sequence, &text, error);
+}
+
 TFM_API tfm_status tfm_generate(tfm_session *session, const char *prompt, const tfm_generate_options *options,
                                 tfm_print print, void *print_user, tfm_error *error) {
+    const int answers = session->model->description.kind == TFM_ENCODER_DECODER;
     unsigned flags = options && options->special ? TFM_TOKENIZE_SPECIAL : 0;
     tfm_engine *engine = session->engine; /* whose scratch memory is idle */
     size_t n_prompt;
-    tfm_status status =
-        tfm__tokenize(session->model, engine->scratch, engine->scratch_size * sizeof *engine->scratch, prompt,
-                      strlen(prompt), flags, session->prompt, session->context, &n_prompt, error);
+    tfm_status status = tfm__tokenize(session->model, engine->scratch, engine->scratch_size * sizeof *engine->scratch,
+                                      prompt, strlen(prompt), flags, session->prompt,
+                                      answers ? session->source : session->context, &n_prompt, error);
+    if (status == TFM_OK && answers) {
+        status = tfm__prompt_as_source(session, n_prompt, options ? options->sequence : 0, error);
+        n_prompt = 0;
+    }
     if (status != TFM_OK)
         return status;
     return tfm_generate_ids(session, session->prompt, n_prompt, options, print, print_user, error);
 }
+
+/* ---- several prompts side by side: what tfm_generate_batch and tfm_beam_search have in common */
+
+/* A continuation that may go on. */
+typedef struct tfm__beam {
+    float score;   /* the sum of the log-probabilities of its new tokens */
+    size_t parent; /* the beam of the step before whose tokens it begins with */
+    int32_t token; /* its newest, which is not in its sequence yet */
+} tfm__beam;
+
+/* One prompt and its continuations: beam b is in the sequence first + b. */
+typedef struct tfm__group {
+    size_t first, n_prompt;
+    size_t max_new, n_new; /* tokens that each beam may have, and has */
+    size_t n_beams;        /* that go on; 0: the search is over */
+    size_t row;            /* their logits, in this step: rows row, row + 1, ... */
+    size_t n_rows;         /* 1 after the prompt, which all beams share */
+    tfm__beam *beams;      /* [beams] */
+    size_t n_finished;
+    tfm_result *finished; /* [beams]: best first */
+    int32_t *tokens;      /* [beams][max_new]: what `finished` points to, in any order */
+    tfm_random random;
+} tfm__group;
+
+/* What a row of logits offers: the best tokens and their log-probabilities. */
+typedef struct tfm__offer {
+    uint32_t token;
+    float score;
+} tfm__offer;
+
+typedef struct tfm__search {
+    tfm_session *session;
+    tfm_beam_options options; /* with the usual in place of 0 */
+    size_t n_groups, max_new, keep;
+    tfm__group *groups;   /* [n_groups] */
+    tfm_chunk *chunks;    /* [n_groups beams] */
+    size_t *row_sequence; /* [n_groups beams]: whose logits a row is */
+    float *logits;        /* [n_groups beams][vocab_size] */
+    tfm__offer *offers;   /* [n_groups beams][keep], best first */
+    size_t *n_offers;     /* [n_groups beams] */
+    tfm__beam *beams;     /* [n_groups][beams] */
+    tfm_result *finished; /* [n_groups][beams] */
+    int32_t *tokens;      /* [n_groups][beams][max_new] */
+    /* of one group at a time */
+    tfm__beam *candidates; /* [beams keep] */
+    uint32_t *order;       /* [beams keep] */
+    uint32_t *page_tables; /* [beams][n_pages] */
+    uint32_t *page_uses;   /* [beams n_pages]: how many beams a page is in */
+    int32_t *old_tokens;   /* [beams][context] */
+} tfm__search;
+
+static void tfm__carve_search(tfm__search *search, tfm__carver *carver) {
+    const tfm_session *session = search->session;
+    const size_t beams = search->options.beams, rows = tfm__product(search->n_groups, beams), keep = search->keep;
+    search->groups = (tfm__group *)tfm__carve(carver, search->n_groups, sizeof *search->groups);
+    search->chunks = (tfm_chunk *)tfm__carve(carver, rows, sizeof *search->chunks);
+    search->row_sequence = (size_t *)tfm__carve(carver, rows, sizeof *search->row_sequence);
+    search->logits =
+        (float *)tfm__carve(carver, tfm__product(rows, session->model->description.vocab_size), sizeof *search->logits);
+    search->offers = (tfm__offer *)tfm__carve(carver, tfm__product(rows, keep), sizeof *search->offers);
+    search->n_offers = (size_t *)tfm__carve(carver, rows, sizeof *search->n_offers);
+    search->beams = (tfm__beam *)tfm__carve(carver, rows, sizeof *search->beams);
+    search->finished = (tfm_result *)tfm__carve(carver, rows, sizeof *search->finished);
+    search->tokens = (int32_t *)tfm__carve(carver, tfm__product(rows, search->max_new), sizeof *search->tokens);
+    search->candidates = (tfm__beam *)tfm__carve(carver, tfm__product(beams, keep), sizeof *search->candidates);
+    search->order = (uint32_t *)tfm__carve(carver, tfm__product(beams, keep), sizeof *search->order);
+    search->page_tables =
+        (uint32_t *)tfm__carve(carver, tfm__product(beams, session->n_pages), sizeof *search->page_tables);
+    search->page_uses =
+        (uint32_t *)tfm__carve(carver, tfm__product(beams, session->n_pages), sizeof *search->page_uses);
+    search->old_tokens =
+        (int32_t *)tfm__carve(carver, tfm__product(beams, session->context), sizeof *search->old_tokens);
+}
+
+static tfm_status tfm__search_memory(tfm__search *search, tfm_error *error) {
+    tfm_session *session = search->session;
+    tfm__carver carver = {NULL, 0};
+    tfm__carve_search(search, &carver);
+    if (carver.used > session->search_size) {
+        void *memory = tfm__allocate_aligned(&session->allocator, carver.used, TFM__CACHE_LINE);
+        if (!memory)
+            return tfm__fail_memory(error, carver.used);
+        tfm__release_aligned(&session->allocator, session->search_memory);
+        session->search_memory = memory;
+        session->search_size = carver.used;
+    }
+    carver.memory = (char *)session->search_memory;
+    carver.used = 0;
+    tfm__carve_search(search, &carver);
+    return TFM_OK;
+}
+
+/* The prompt of group i. */
+static tfm_status tfm__search_prompt(const tfm__search *search, const tfm_prompt *prompts, size_t i, tfm_prompt *prompt,
+                                     tfm_error *error) {
+    const tfm_model *model = search->session->model;
+    memset(prompt, 0, sizeof *prompt);
+    if (prompts)
+        *prompt = prompts[i];
+    if (prompt->n_tokens)
+        return TFM_OK;
+    if (model->description.kind != TFM_ENCODER_DECODER)
+        return tfm__fail(error, TFM_ERROR_ARGUMENT, "prompt %lu is empty: there is nothing to continue",
+                         (unsigned long)i);
+    if (model->start_id < 0)
+        return tfm__fail(error, TFM_ERROR_ARGUMENT,
+                         "%s: the file has no generation.start_id, so the decoder's first tokens must be given",
+                         model->file->name);
+    prompt->tokens = &model->start_id;
+    prompt->n_tokens = 1;
+    return TFM_OK;
+}
+
+/* How many new tokens there may be after each prompt: the longest room, or what was asked for, which must fit (`strict`)
+ * or is cut. The last token of a text is never evaluated, so it needs no room. */
+static tfm_status tfm__search_rooms(tfm__search *search, const tfm_prompt *prompts, int strict, tfm_error *error) {
+    const size_t context = search->session->context, asked = search->options.max_tokens;
+    size_t i;
+    search->max_new = 0;
+    for (i = 0; i < search->n_groups; i++) {
+        tfm_prompt prompt;
+        tfm_status status = tfm__search_prompt(search, prompts, i, &prompt, error);
+        size_t room = prompt.n_tokens > context ? 0 : context - prompt.n_tokens + 1;
+        if (status != TFM_OK)
+            return status;
+        if (!room || (strict && asked > room))
+            return tfm__fail(error, TFM_ERROR_CONTEXT_FULL,
+                             "prompt %lu has %lu tokens and %lu more are asked for, but the context has room for %lu",
+                             (unsigned long)i, (unsigned long)prompt.n_tokens, (unsigned long)asked,
+                             (unsigned long)context);
+        search->max_new = TFM__MAX(search->max_new, asked ? TFM__MIN(asked, room) : room);
+    }
+    return TFM_OK;
+}
+
+/* Sequences for all groups, and a head to search with. */
+static tfm_status tfm__check_search(const tfm__search *search, tfm_error *error) {
+    const tfm_session *session = search->session;
+    const tfm_beam_options *options = &search->options;
+    if (session->model->description.kind == TFM_ENCODER || session->model->description.head == TFM_NO_HEAD)
+        return tfm__fail(error, TFM_ERROR_UNSUPPORTED, "the model writes no text: it is an encoder, or has no head");
+    if (options->sequence > session->n_sequences ||
+        search->n_groups > (session->n_sequences - options->sequence) / options->beams)
+        return tfm__fail(error, TFM_ERROR_ARGUMENT,
+                         "%lu prompts with %lu beams from sequence %lu on, but the session has %lu sequences: see "
+                         "tfm_session_options.n_sequences",
+                         (unsigned long)search->n_groups, (unsigned long)options->beams,
+                         (unsigned long)options->sequence, (unsigned long)session->n_sequences);
+    return TFM_OK;
+}
+
+/* Empties the groups' sequences and evaluates the prompts; their logits are the first rows. */
+static tfm_status tfm__search_begin(tfm__search *search, const tfm_prompt *prompts, tfm_error *error) {
+    tfm_session *session = search->session;
+    const size_t beams = search->options.beams;
+    size_t i, b;
+    for (i = 0; i < search->n_groups; i++) {
+        tfm__group *group = search->groups + i;
+        tfm_chunk *chunk = search->chunks + i;
+        tfm_prompt prompt;
+        size_t room;
+        tfm_status status = tfm__search_prompt(search, prompts, i, &prompt, error);
+        if (status != TFM_OK)
+            return status;
+        room = session->context - prompt.n_tokens + 1;
+        memset(group, 0, sizeof *group);
+        group->first = search->options.sequence + i * beams;
+        group->n_prompt = prompt.n_tokens;
+        group->max_new = search->options.max_tokens ? TFM__MIN(search->options.max_tokens, room) : room;
+        group->row = i;
+        group->n_rows = group->n_beams = 1;
+        group->beams = search->beams + i * beams;
+        group->finished = search->finished + i * beams;
+        group->tokens = search->tokens + i * beams * search->max_new;
+        memset(group->beams, 0, beams * sizeof *group->beams);
+        memset(group->finished, 0, beams * sizeof *group->finished);
+        for (b = 0; b < beams; b++)
+            session->kv[group->first + b].n_tokens = 0;
+        search->row_sequence[i] = group->first;
+        chunk->sequence = group->first;
+        chunk->tokens = prompt.tokens;
+        chunk->n_tokens = prompt.n_tokens;
+        chunk->n_outputs = 1;
+    }
+    return tfm_eval(session, search->chunks, search->n_groups, TFM_LOGITS, search->logits, error);
+}
+
+/* Evaluates the newest tokens of all beams that go on. *n_rows: how many those are. */
+static tfm_status tfm__search_step(tfm__search *search, size_t *n_rows, tfm_error *error) {
+    size_t i, b;
+    for (i = *n_rows = 0; i < search->n_groups; i++) {
+        tfm__group *group = search->groups + i;
+        group->row = *n_rows;
+        group->n_rows = group->n_beams;
+        for (b = 0; b < group->n_beams; b++, ++*n_rows) {
+            tfm_chunk *chunk = search->chunks + *n_rows;
+            search->row_sequence[*n_rows] = chunk->sequence = group->first + b;
+            chunk->tokens = &group->beams[b].token;
+            chunk->n_tokens = chunk->n_outputs = 1;
+        }
+    }
+    return *n_rows ? tfm_eval(search->session, search->chunks, *n_rows, TFM_LOGITS, search->logits, error) : TFM_OK;
+}
+
+/* ---- several prompts: greedy, sampling */
+
+/* Chooses the group's next token. */
+static tfm_status tfm__batch_choose(tfm__search *search, tfm__group *group, const tfm_generate_options *options,
+                                    tfm_error *error) {
+    tfm_session *session = search->session;
+    const size_t vocab_size = session->model->description.vocab_size;
+    tfm_result *result = group->finished;
+    size_t n_history;
+    const int32_t *history = tfm_sequence_tokens(session, group->first, &n_history);
+    tfm_status status = tfm_sample(&options->sampling, search->logits + group->row * vocab_size, vocab_size, history,
+                                   n_history, &group->random, session->work, &group->beams->token, error);
+    if (status != TFM_OK)
+        return status;
+    group->tokens[group->n_new++] = group->beams->token;
+    if (tfm__is_stop_token(session, options, group->beams->token))
+        result->stop = TFM_STOP_END_TOKEN;
+    else if (group->n_new == group->max_new)
+        result->stop = group->n_new == options->max_tokens ? TFM_STOP_MAX_TOKENS : TFM_STOP_CONTEXT;
+    result->tokens = group->tokens;
+    result->n_tokens = group->n_new;
+    group->n_beams = result->stop == TFM_STOP_NONE;
+    return TFM_OK;
+}
+
+static tfm_status tfm__check_batch(const tfm_generate_options *options, tfm_error *error) {
+    if (!options->append && !options->shift && !options->n_stop_strings && !options->on_token && !options->stats)
+        return TFM_OK;
+    return tfm__fail(error, TFM_ERROR_ARGUMENT,
+                     "tfm_generate_batch does not know the options append, shift, stop_strings, on_token and stats");
+}
+
+TFM_API tfm_status tfm_generate_batch(tfm_session *session, const tfm_prompt *prompts, size_t n_prompts,
+                                      const tfm_generate_options *options, tfm_result *results, tfm_error *error) {
+    tfm_generate_options usual;
+    tfm__search search;
+    tfm_status status;
+    size_t n_rows = n_prompts, i;
+    memset(&usual, 0, sizeof usual);
+    memset(&search, 0, sizeof search);
+    if (!options)
+        options = &usual;
+    search.session = session;
+    search.n_groups = n_prompts;
+    search.options.beams = 1;
+    search.options.max_tokens = options->max_tokens;
+    search.options.sequence = options->sequence;
+    status = tfm__check_batch(options, error);
+    if (status == TFM_OK)
+        status = tfm__check_search(&search, error);
+    if (status == TFM_OK)
+        status = tfm__search_rooms(&search, prompts, 0, error);
+    if (status == TFM_OK)
+        status = tfm__search_memory(&search, error);
+    if (status == TFM_OK)
+        status = tfm__search_begin(&search, prompts, error);
+    for (i = 0; i < n_prompts && status == TFM_OK; i++)
+        tfm_random_seed(&search.groups[i].random, options->seed + i);
+    while (n_rows && status == TFM_OK) {
+        for (i = 0; i < n_prompts && status == TFM_OK; i++)
+            if (search.groups[i].n_beams)
+                status = tfm__batch_choose(&search, search.groups + i, options, error);
+        if (status == TFM_OK)
+            status = tfm__search_step(&search, &n_rows, error);
+    }
+    for (i = 0; i < n_prompts && status == TFM_OK; i++)
+        results[i] = *search.groups[i].finished;
+    return status;
+}
+
+/* ---- beam search: what the logits offer */
+
+#define TFM__SCORE_BLOCK ((size_t)2048)
+
+/* log(sum of exp(x)), NaN if one is. */
+static float tfm__log_sum(const tfm__kernels *kernels, const float *x, size_t n) {
+    float block[TFM__SCORE_BLOCK];
+    tfm__softmax softmax;
+    size_t i, size;
+    softmax.max = -INFINITY;
+    softmax.sum = 0;
+    for (i = 0; i < n; i += size) {
+        size = TFM__MIN(TFM__SCORE_BLOCK, n - i);
+        memcpy(block, x + i, size * sizeof *x);
+        kernels->softmax_block(&softmax, block, size, 1, NULL);
+    }
+    return softmax.max + (float)log((double)softmax.sum);
+}
+
+/* The k largest of x, best first, the first among equals; NaN and -infinity are left out. Returns how many. */
+static size_t tfm__largest(const float *x, size_t n, size_t k, tfm__offer *best) {
+    float limit = -INFINITY;
+    size_t count = 0, i, end, at;
+    for (i = 0; i < n; i = end) {
+        int any = 0;
+        end = TFM__MIN(i + 16, n);
+        for (at = i; at < end; at++) /* mostly there is nothing, and compilers make vectors of this */
+            any |= x[at] > limit;
+        for (; any && i < end; i++) {
+            if (!(x[i] > limit))
+                continue;
+            count += count < k;
+            for (at = count - 1; at > 0 && best[at - 1].score < x[i]; at--)
+                best[at] = best[at - 1];
+            best[at].score = x[i];
+            best[at].token = (uint32_t)i;
+            limit = count == k ? best[k - 1].score : limit;
+        }
+    }
+    return count;
+}
+
+/* A row's best tokens and their log-probabilities. What is forbidden is left out, and keeps its share of the
+ * probability. */
+static void tfm__offer_row(void *argument, size_t row) {
+    const tfm__search *search = (const tfm__search *)argument;
+    const tfm_session *session = search->session;
+    const tfm_model *model = session->model;
+    const size_t vocab_size = model->description.vocab_size, sequence = search->row_sequence[row];
+    const tfm__group *group = search->groups + (sequence - search->options.sequence) / search->options.beams;
+    float *logits = search->logits + row * vocab_size;
+    tfm__offer *offers = search->offers + row * search->keep;
+    float log_sum = tfm__log_sum(session->engine->kernels, logits, vocab_size);
+    size_t n_history, i, n;
+    const int32_t *history = tfm_sequence_tokens(session, sequence, &n_history);
+    if (search->options.no_repeat_ngram && search->options.no_repeat_ngram <= n_history)
+        tfm__forbid_repeats(search->options.no_repeat_ngram, logits, vocab_size, history, n_history);
+    for (i = 0; group->n_new < search->options.min_tokens && i < model->n_end_ids; i++)
+        logits[model->end_ids[i]] = -INFINITY;
+    n = log_sum == log_sum ? tfm__largest(logits, vocab_size, search->keep, offers) : 0;
+    for (i = 0; i < n; i++)
+        offers[i].score -= log_sum;
+    search->n_offers[row] = n;
+}
+
+/* ---- beam search: one step of one group */
+
+/* Better first; among equals the lower beam, then the lower token. */
+static int tfm__compare_candidates(const void *context, uint32_t a, uint32_t b) {
+    const tfm__beam *x = (const tfm__beam *)context + a, *y = (const tfm__beam *)context + b;
+    if (x->score != y->score)
+        return x->score > y->score ? -1 : 1;
+    if (x->parent != y->parent)
+        return x->parent < y->parent ? -1 : 1;
+    return (x->token > y->token) - (x->token < y->token);
+}
+
+/* All that the group's rows offer, in order. Returns how many. */
+static size_t tfm__collect(tfm__search *search, const tfm__group *group) {
+    size_t n = 0, row, i;
+    for (row = 0; row < group->n_rows; row++)
+        for (i = 0; i < search->n_offers[group->row + row]; i++, n++) {
+            const tfm__offer *offer = search->offers + (group->row + row) * search->keep + i;
+            search->candidates[n].score = group->beams[row].score + offer->score;
+            search->candidates[n].parent = row;
+            search->candidates[n].token = (int32_t)offer->token;
+            search->order[n] = (uint32_t)n;
+        }
+    tfm__sort(search->order, n, tfm__compare_candidates, search->candidates);
+    return n;
+}
+
+static float tfm__length_divisor(const tfm__search *search, size_t n_tokens) {
+    return (float)pow((double)n_tokens, (double)search->options.length_penalty);
+}
+
+/* A continuation that ended: kept if it is one of the best. The place of the worst becomes free for it. */
+static void tfm__finish_beam(tfm__search *search, tfm__group *group, const tfm__beam *beam, tfm_stop stop) {
+    const size_t beams = search->options.beams, sequence = group->first + beam->parent;
+    const int32_t *before = search->session->tokens + sequence * search->session->context + group->n_prompt;
+    int32_t *tokens = group->tokens + group->n_finished * search->max_new;
+    float score = beam->score / tfm__length_divisor(search, group->n_new + 1);
+    size_t at;
+    if (group->n_finished == beams) {
+        if (!(score > group->finished[beams - 1].score))
+            return;
+        tokens = group->tokens + (size_t)(group->finished[beams - 1].tokens - group->tokens);
+        group->n_finished--;
+    }
+    for (at = group->n_finished++; at > 0 && group->finished[at - 1].score < score; at--)
+        group->finished[at] = group->finished[at - 1];
+    memcpy(tokens, before, group->n_new * sizeof *tokens);
+    tokens[group->n_new] = beam->token;
+    group->finished[at].tokens = tokens;
+    group->finished[at].n_tokens = group->n_new + 1;
+    group->finished[at].stop = stop;
+    group->finished[at].score = score;
+}
+
+/* 1 if a beam may still become better than the worst result. (transformers' score of a result that is not there is
+ * -1e9.) */
+static int tfm__may_improve(const tfm__search *search, const tfm__group *group) {
+    const tfm_beam_options *options = &search->options;
+    const int longest = options->early_stopping == TFM_STOP_SURE && options->length_penalty > 0;
+    float worst = group->n_finished == options->beams ? group->finished[options->beams - 1].score : -1e9f;
+    return group->beams[0].score / tfm__length_divisor(search, longest ? group->max_new : group->n_new) > worst;
+}
+
+/* Of the candidates in order the first beams * (end tokens + 1) count: those that end and are among the first `beams` are
+ * results, the first `beams` others go on. */
+static void tfm__choose_beams(tfm__search *search, tfm__group *group) {
+    const tfm_beam_options *options = &search->options;
+    const size_t n = TFM__MIN(tfm__collect(search, group), search->keep);
+    const int last = group->n_new + 1 == group->max_new;
+    size_t i;
+    for (i = group->n_beams = 0; i < n; i++) {
+        const tfm__beam *candidate = search->candidates + search->order[i];
+        const int ends = tfm_is_end_token(search->session->model, candidate->token);
+        if (!ends && !last && group->n_beams < options->beams)
+            group->beams[group->n_beams++] = *candidate;
+        else if ((ends || last) && i < options->beams)
+            tfm__finish_beam(search, group, candidate, ends ? TFM_STOP_END_TOKEN : TFM_STOP_MAX_TOKENS);
+    }
+    group->n_new++;
+    if (group->n_beams && (!tfm__may_improve(search, group) ||
+                           (options->early_stopping == TFM_STOP_FULL && group->n_finished == options->beams)))
+        group->n_beams = 0;
+}
+
+/* ---- beam search: the beams' pages */
+
+typedef struct tfm__page_copy {
+    tfm_kv kv; /* without a table: pages are those of the pool */
+    size_t from, to, n_tokens;
+} tfm__page_copy;
+
+/* One layer's keys and values of a page's first tokens. */
+static void tfm__copy_page_layer(void *argument, size_t layer) {
+    const tfm__page_copy *copy = (const tfm__page_copy *)argument;
+    const tfm_kv *kv = &copy->kv;
+    const size_t size = tfm__dtype_sizes[kv->dtype] * TFM__PANEL, dim = kv->head_dim;
+    size_t head, d;
+    for (head = 0; head < kv->n_kv_heads; head++) {
+        const char *values = tfm__kv_at(kv, layer, copy->from, 1, head);
+        char *to = tfm__kv_at(kv, layer, copy->to, 1, head);
+        memcpy(tfm__kv_at(kv, layer, copy->to, 0, head), tfm__kv_at(kv, layer, copy->from, 0, head),
+               tfm__divide_up(copy->n_tokens, TFM__PANEL) * dim * size);
+        for (d = 0; d < tfm__divide_up(dim, TFM__PANEL); d++)
+            memcpy(to + d * kv->page_tokens * size, values + d * kv->page_tokens * size, copy->n_tokens * size);
+    }
+}
+
+static void tfm__copy_page(const tfm_session *session, size_t from, size_t to, size_t n_tokens) {
+    tfm__page_copy copy;
+    copy.kv = session->kv[0];
+    copy.kv.pages = NULL;
+    copy.from = from;
+    copy.to = to;
+    copy.n_tokens = n_tokens;
+    tfm__run(session->engine, copy.kv.n_layers, 2 * n_tokens * copy.kv.n_kv_heads * copy.kv.head_dim,
+             tfm__copy_page_layer, &copy);
+}
+
+/* Gives every beam of the group a last page of its own, with room for one more token. The group's sequences brought
+ * n_pages pages each, so there is always a free one. */
+static void tfm__part_pages(tfm__search *search, const tfm__group *group) {
+    const tfm_session *session = search->session;
+    const size_t n_pages = session->n_pages, n_tokens = session->kv[group->first].n_tokens;
+    const size_t last = n_tokens / TFM_KV_PAGE, filled = n_tokens % TFM_KV_PAGE;
+    const size_t base = group->first * n_pages; /* the first of the group's pages */
+    uint32_t *tables = session->pages + base, *uses = search->page_uses;
+    size_t b, i, unused = 0;
+    memset(uses, 0, search->options.beams * n_pages * sizeof *uses);
+    for (b = 0; b < group->n_beams; b++)
+        for (i = 0; i < last + (filled > 0); i++)
+            uses[tables[b * n_pages + i] - base]++;
+    for (b = 0; b < group->n_beams; b++) {
+        uint32_t *page = tables + b * n_pages + last;
+        if (filled && uses[*page - base] == 1)
+            continue;
+        while (uses[unused])
+            unused++;
+        uses[unused] = 1;
+        if (filled) {
+            uses[*page - base]--;
+            tfm__copy_page(session, *page, base + unused, filled);
+        }
+        *page = (uint32_t)(base + unused);
+    }
+}
+
+/* The sequences of the group's beams become those of their parents. */
+static void tfm__follow_parents(tfm__search *search, const tfm__group *group) {
+    tfm_session *session = search->session;
+    const size_t n_pages = session->n_pages, context = session->context, n_tokens = session->kv[group->first].n_tokens;
+    const size_t beams = search->options.beams;
+    uint32_t *tables = session->pages + group->first * n_pages;
+    int32_t *tokens = session->tokens + group->first * context;
+    size_t b;
+    memcpy(search->page_tables, tables, beams * n_pages * sizeof *tables);
+    for (b = 0; b < group->n_rows; b++)
+        memcpy(search->old_tokens + b * n_tokens, tokens + b * context, n_tokens * sizeof *tokens);
+    for (b = 0; b < group->n_beams; b++) {
+        const size_t parent = group->beams[b].parent;
+        memcpy(tables + b * n_pages, search->page_tables + parent * n_pages, n_pages * sizeof *tables);
+        memcpy(tokens + b * context, search->old_tokens + parent * n_tokens, n_tokens * sizeof *tokens);
+        session->kv[group->first + b].n_tokens = n_tokens;
+    }
+    tfm__part_pages(search, group);
+}
+
+/* All beams of a prompt answer to the source of the first. */
+static void tfm__share_sources(const tfm__search *search) {
+    tfm_session *session = search->session;
+    const size_t beams = search->options.beams;
+    size_t i;
+    if (session->model->description.kind == TFM_ENCODER_DECODER)
+        for (i = 0; i < search->n_groups * beams; i++)
+            session->memories[search->options.sequence + i] =
+                session->memories[search->options.sequence + i / beams * beams];
+}
+
+/* Every sequence has its own pages again, and is empty; the first of each prompt still has its source. */
+static void tfm__unshare(const tfm__search *search) {
+    tfm_session *session = search->session;
+    const size_t beams = search->options.beams, source_pages = tfm__kv_pages(session->source);
+    size_t i, k;
+    for (i = 0; i < search->n_groups * beams; i++) {
+        const size_t sequence = search->options.sequence + i;
+        for (k = 0; k < session->n_pages; k++)
+            session->pages[sequence * session->n_pages + k] = (uint32_t)(sequence * session->n_pages + k);
+        session->kv[sequence].n_tokens = 0;
+        if (session->model->description.kind == TFM_ENCODER_DECODER && i % beams) {
+            session->memories[sequence].pages = session->memory_pages + sequence * source_pages;
+            session->memories[sequence].n_tokens = 0;
+        }
+    }
+}
+
+/* ---- beam search */
+
+static tfm_status tfm__check_beams(const tfm__search *search, tfm_error *error) {
+    const tfm_beam_options *options = &search->options;
+    const size_t vocab_size = search->session->model->description.vocab_size;
+    if (options->n_best > options->beams)
+        return tfm__fail(error, TFM_ERROR_ARGUMENT, "%lu results are asked for, but there are %lu beams",
+                         (unsigned long)options->n_best, (unsigned long)options->beams);
+    if (!(fabsf(options->length_penalty) <= 100))
+        return tfm__fail(error, TFM_ERROR_ARGUMENT, "the length penalty is %g, expected -100 to 100",
+                         (double)options->length_penalty);
+    if ((unsigned)options->early_stopping > TFM_STOP_SURE)
+        return tfm__fail(error, TFM_ERROR_ARGUMENT, "unknown kind of early stopping %d", (int)options->early_stopping);
+    if (search->keep / options->beams > vocab_size)
+        return tfm__fail(error, TFM_ERROR_ARGUMENT, "a vocabulary of %lu tokens is too small for beam search",
+                         (unsigned long)vocab_size);
+    return TFM_OK;
+}
+
+/* Steps until all groups are done. */
+static tfm_status tfm__search_beams(tfm__search *search, tfm_error *error) {
+    const tfm_session *session = search->session;
+    size_t n_rows = search->n_groups, i;
+    tfm_status status = TFM_OK;
+    while (n_rows && status == TFM_OK) {
+        tfm__run(session->engine, n_rows, 8 * session->model->description.vocab_size, tfm__offer_row, search);
+        for (i = 0; i < search->n_groups; i++) {
+            tfm__group *group = search->groups + i;
+            if (!group->n_beams)
+                continue;
+            tfm__choose_beams(search, group);
+            if (group->n_beams)
+                tfm__follow_parents(search, group);
+            else if (!group->n_finished)
+                return tfm__fail(error, TFM_ERROR_ARGUMENT,
+                                 "prompt %lu: no token can be chosen: every logit is NaN, -infinity or forbidden",
+                                 (unsigned long)i);
+        }
+        status = tfm__search_step(search, &n_rows, error);
+    }
+    return status;
+}
+
+static void tfm__search_results(const tfm__search *search, tfm_result *results) {
+    size_t i, k;
+    for (i = 0; i < search->n_groups; i++)
+        for (k = 0; k < search->options.n_best; k++, results++) {
+            memset(results, 0, sizeof *results);
+            results->score = -INFINITY;
+            if (k < search->groups[i].n_finished)
+                *results = search->groups[i].finished[k];
+        }
+}
+
+TFM_API tfm_status tfm_beam_search(tfm_session *session, const tfm_prompt *prompts, size_t n_prompts,
+                                   const tfm_beam_options *options, tfm_result *results, tfm_error *error) {
+    tfm__search search;
+    tfm_status status;
+    memset(&search, 0, sizeof search);
+    search.session = session;
+    search.n_groups = n_prompts;
+    if (options)
+        search.options = *options;
+    if (!search.options.beams)
+        search.options.beams = 4;
+    if (!search.options.n_best)
+        search.options.n_best = 1;
+    if (!search.options.length_penalty)
+        search.options.length_penalty = search.options.no_length_penalty ? 0.0f : 1.0f;
+    if (search.options.beams == 1)
+        search.options.early_stopping = TFM_STOP_FULL;
+    search.keep = tfm__product(search.options.beams, TFM__MAX(2, session->model->n_end_ids + 1));
+    status = tfm__check_search(&search, error);
+    if (status == TFM_OK)
+        status = tfm__check_beams(&search, error);
+    if (status == TFM_OK)
+        status = tfm__search_rooms(&search, prompts, 1, error);
+    if (status == TFM_OK && n_prompts)
+        status = tfm__search_memory(&search, error);
+    if (status != TFM_OK || !n_prompts)
+        return status;
+    tfm__share_sources(&search);
+    status = tfm__search_begin(&search, prompts, error);
+    if (status == TFM_OK)
+        status = tfm__search_beams(&search, error);
+    if (status == TFM_OK)
+        tfm__search_results(&search, results);
+    tfm__unshare(&search);
+    return status;
+}
+
+/* ---- chat: templates
+ * A family's way of writing a conversation is a row of a table: texts around a turn of each role. Special tokens that stand
+ * in them are listed, and become their ids; the same words in a turn's text stay words. */
+
+#define TFM__FORM_TOKENS 4
+
+typedef struct tfm__form {
+    const char *name;
+    const char *tokens[TFM__FORM_TOKENS]; /* the special tokens in the texts below, as far as there are any */
+    const char *begin;
+    const char *before[TFM_ROLE_COUNT], *after[TFM_ROLE_COUNT]; /* what stands around a turn */
+    const char *lead;     /* between before[TFM_ASSISTANT] and the text; a model writes it itself */
+    const char *end;      /* the token that ends an answer, or NULL */
+    const char *stops[2]; /* texts that end an answer, as far as there are any */
+    unsigned flags;
+} tfm__form;
+
+enum {
+    TFM__FORM_TRIM = 1,          /* turns lose the white space around them */
+    TFM__FORM_SYSTEM_INSIDE = 2, /* the system prompt stands in the first user's turn, after before[TFM_USER] */
+    TFM__FORM_TEXT = 4           /* begins as any text for the tokenizer does */
+};
+
+/* Of several rows with a name the first whose tokens the tokenizer has is taken. */
+static const tfm__form tfm__forms[] = {
+    {"chatml", /* OpenAI's, of Qwen, SmolLM2, Yi, ... */
+     {"<|im_start|>", "<|im_end|>", NULL, NULL},
+     "",
+     {"<|im_start|>system\n", "<|im_start|>user\n", "<|im_start|>assistant\n"},
+     {"<|im_end|>\n", "<|im_end|>\n", "<|im_end|>\n"},
+     "",
+     "<|im_end|>",
+     {NULL, NULL},
+     0},
+    {"llama2",
+     {"<s>", "</s>", NULL, NULL},
+     "",
+     {"<<SYS>>\n", "<s>[INST] ", ""},
+     {"\n<</SYS>>\n\n", " [/INST]", " </s>"},
+     " ",
+     "</s>",
+     {NULL, NULL},
+     TFM__FORM_TRIM | TFM__FORM_SYSTEM_INSIDE},
+    {"llama3",
+     {"<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"},
+     "<|begin_of_text|>",
+     {"<|start_header_id|>system<|end_header_id|>\n\n", "<|start_header_id|>user<|end_header_id|>\n\n",
+      "<|start_header_id|>assistant<|end_header_id|>\n\n"},
+     {"<|eot_id|>", "<|eot_id|>", "<|eot_id|>"},
+     "",
+     "<|eot_id|>",
+     {NULL, NULL},
+     TFM__FORM_TRIM},
+    {"mistral", /* tokenizer v3: 7B v0.3, Mixtral 8x22B, ... */
+     {"<s>", "</s>", "[INST]", "[/INST]"},
+     "<s>",
+     {"", "[INST] ", ""},
+     {"\n\n", "[/INST]", "</s>"},
+     " ",
+     "</s>",
+     {NULL, NULL},
+     TFM__FORM_SYSTEM_INSIDE},
+    {"mistral", /* tokenizer v1: 7B v0.1 and v0.2, Mixtral 8x7B */
+     {"<s>", "</s>", NULL, NULL},
+     "<s>",
+     {"", " [INST] ", ""},
+     {"\n\n", " [/INST]", "</s>"},
+     " ",
+     "</s>",
+     {NULL, NULL},
+     TFM__FORM_SYSTEM_INSIDE},
+    {"gemma", /* knows no system prompt */
+     {"<bos>", "<start_of_turn>", "<end_of_turn>", NULL},
+     "<bos>",
+     {"", "<start_of_turn>user\n", "<start_of_turn>model\n"},
+     {"\n\n", "<end_of_turn>\n", "<end_of_turn>\n"},
+     "",
+     "<end_of_turn>",
+     {NULL, NULL},
+     TFM__FORM_TRIM | TFM__FORM_SYSTEM_INSIDE},
+    {"plain",
+     {NULL, NULL, NULL, NULL},
+     "",
+     {"", "User: ", "Assistant:"},
+     {"\n", "\n", "\n"},
+     " ",
+     NULL,
+     {"\nUser:", "\nAssistant:"},
+     TFM__FORM_TRIM | TFM__FORM_TEXT},
+};
+
+#define TFM__FORMS (sizeof tfm__forms / sizeof *tfm__forms)
+
+/* ---- chat: turns */
+
+typedef struct tfm__turn {
+    tfm_role role;
+    int generated; /* 1: an answer of the model: */
+    char *text;    /* [size]; an answer has what the model wrote before it, too */
+    size_t size;
+    int32_t *ids; /* [n_ids]: the tokens that the model chose for the first id_bytes of it */
+    size_t n_ids, id_bytes;
+    void *memory; /* of both */
+} tfm__turn;
+
+/* Part of the rendered text that is not tokenized, as it has ids already. Size 0 and no ids: tokens don't cross it. */
+typedef struct tfm__mark {
+    size_t at, size;
+    const int32_t *ids;
+    size_t n_ids;
+} tfm__mark;
+
+struct tfm_chat {
+    tfm_allocator allocator;
+    tfm_session *session;
+    const tfm__form *form;
+    int32_t token_ids[TFM__FORM_TOKENS]; /* of the form's tokens */
+    size_t budget, sequence;
+    tfm_summarise summarise;
+    void *summarise_user;
+    tfm__turn system, summary; /* without memory: there is none */
+    tfm__turn *turns;          /* [n_turns] */
+    size_t n_turns, turn_capacity, n_dropped;
+    /* the context, rendered */
+    char *text; /* [text_size] */
+    size_t text_size, text_capacity;
+    tfm__mark *marks; /* [n_marks], in the order of their places */
+    size_t n_marks, mark_capacity;
+};
+
+/* Room for `wanted` elements in memory that grows. */
+static tfm_status tfm__grow(const tfm_allocator *allocator, void **memory, size_t *capacity, size_t wanted, size_t size,
+                            tfm_error *error) {
+    size_t larger = TFM__MAX(wanted, TFM__MIN(*capacity, SIZE_MAX / 4) * 2);
+    void *grown;
+    if (wanted <= *capacity)
+        return TFM_OK;
+    grown = tfm__allocate(allocator, tfm__product(larger, size));
+    if (!grown)
+        return tfm__fail_memory(error, tfm__product(larger, size));
+    if (*capacity)
+        memcpy(grown, *memory, *capacity * size);
+    tfm__release(allocator, *memory);
+    *memory = grown;
+    *capacity = larger;
+    return TFM_OK;
+}
+
+/* Copies a text, and the ids (int32_t, aligned or not) that some of it has, into a new turn. */
+static tfm_status tfm__turn_make(const tfm_chat *chat, tfm_role role, const char *text, size_t size, const void *ids,
+                                 size_t n_ids, tfm__turn *turn, tfm_error *error) {
+    size_t id_bytes = n_ids * sizeof *turn->ids;
+    memset(turn, 0, sizeof *turn);
+    turn->memory = tfm__allocate(&chat->allocator, size > SIZE_MAX / 2 ? SIZE_MAX : id_bytes + size);
+    if (!turn->memory)
+        return tfm__fail_memory(error, id_bytes + size);
+    turn->role = role;
+    turn->ids = (int32_t *)turn->memory;
+    turn->n_ids = n_ids;
+    turn->text = (char *)turn->memory + id_bytes;
+    turn->size = size;
+    if (n_ids)
+        memcpy(turn->ids, ids, id_bytes);
+    if (size)
+        memcpy(turn->text, text, size);
+    return TFM_OK;
+}
+
+static void tfm__turn_free(const tfm_chat *chat, tfm__turn *turn) {
+    tfm__release(&chat->allocator, turn->memory);
+    memset(turn, 0, sizeof *turn);
+}
+
+/* Appends a turn, which is the chat's from then on. */
+static tfm_status tfm__turn_append(tfm_chat *chat, const tfm__turn *turn, tfm_error *error) {
+    void *turns = chat->turns;
+    tfm_status status =
+        tfm__grow(&chat->allocator, &turns, &chat->turn_capacity, chat->n_turns + 1, sizeof *chat->turns, error);
+    chat->turns = (tfm__turn *)turns;
+    if (status == TFM_OK)
+        chat->turns[chat->n_turns++] = *turn;
+    return status;
+}
+
+static void tfm__forget_turns(tfm_chat *chat, size_t n) {
+    size_t i;
+    for (i = 0; i < n; i++)
+        tfm__turn_free(chat, chat->turns + i);
+    chat->n_turns -= n;
+    if (n)
+        memmove(chat->turns, chat->turns + n, chat->n_turns * sizeof *chat->turns);
+}
+
+static int tfm__is_blank(char c) {
+    return c == ' ' || (c >= '\t' && c <= '\r');
+}
+
+/* Takes away the white space around a text. */
+static void tfm__trim(const char **text, size_t *size) {
+    while (*size && tfm__is_blank(**text))
+        ++*text, --*size;
+    while (*size && tfm__is_blank((*text)[*size - 1]))
+        --*size;
+}
+
+static tfm_turn tfm__turn_view(const tfm__turn *turn, tfm_role role) {
+    tfm_turn view;
+    view.role = role;
+    view.text = turn->text ? turn->text : "";
+    view.size = turn->size;
+    tfm__trim(&view.text, &view.size);
+    return view;
+}
+
+/* ---- chat: the context */
+
+static tfm_status tfm__put_text(tfm_chat *chat, const char *text, size_t size, tfm_error *error) {
+    void *memory = chat->text;
+    tfm_status status = tfm__grow(&chat->allocator, &memory, &chat->text_capacity, chat->text_size + size, 1, error);
+    chat->text = (char *)memory;
+    if (status == TFM_OK && size) {
+        memcpy(chat->text + chat->text_size, text, size);
+        chat->text_size += size;
+    }
+    return status;
+}
+
+/* Text that has these ids. */
+static tfm_status tfm__put_mark(tfm_chat *chat, const char *text, size_t size, const int32_t *ids, size_t n_ids,
+                                tfm_error *error) {
+    tfm__mark *mark;
+    void *memory = chat->marks;
+    tfm_status status =
+        tfm__grow(&chat->allocator, &memory, &chat->mark_capacity, chat->n_marks + 1, sizeof *mark, error);
+    chat->marks = (tfm__mark *)memory;
+    if (status != TFM_OK)
+        return status;
+    mark = chat->marks + chat->n_marks++;
+    mark->at = chat->text_size;
+    mark->size = size;
+    mark->ids = ids;
+    mark->n_ids = n_ids;
+    return tfm__put_text(chat, text, size, error);
+}
+
+/* Which of the form's tokens a text begins with, or TFM__FORM_TOKENS. */
+static size_t tfm__form_token(const tfm__form *form, const char *text, size_t size) {
+    size_t i;
+    for (i = 0; i < TFM__FORM_TOKENS; i++) {
+        size_t n = form->tokens[i] ? strlen(form->tokens[i]) : 0;
+        if (n && n <= size && !memcmp(text, form->tokens[i], n))
+            return i;
+    }
+    return TFM__FORM_TOKENS;
+}
+
+/* A text of the template. */
+static tfm_status tfm__put_form(tfm_chat *chat, const char *text, tfm_error *error) {
+    const tfm__form *form = chat->form;
+    tfm_status status = TFM_OK;
+    while (*text && status == TFM_OK) {
+        size_t token = tfm__form_token(form, text, strlen(text)), size = 0;
+        if (token < TFM__FORM_TOKENS) {
+            size = strlen(form->tokens[token]);
+            status = tfm__put_mark(chat, text, size, chat->token_ids + token, 1, error);
+        } else {
+            while (text[size] && tfm__form_token(form, text + size, strlen(text + size)) == TFM__FORM_TOKENS)
+                size++;
+            status = tfm__put_text(chat, text, size, error);
+        }
+        text += size;
+    }
+    return status;
+}
+
+/* A text that somebody wrote. Special tokens in it are plain text to the tokenizer anyway; but some files have a template's
+ * tokens among those that are found in any text (SentencePiece's user-defined pieces): those are cut after their first
+ * byte. */
+static tfm_status tfm__put_written(tfm_chat *chat, const char *text, size_t size, tfm_error *error) {
+    tfm_status status;
+    size_t done = 0, i;
+    if (chat->form->flags & TFM__FORM_TRIM)
+        tfm__trim(&text, &size);
+    for (i = 0; i < size; i++) {
+        size_t token = tfm__form_token(chat->form, text + i, size - i);
+        if (token == TFM__FORM_TOKENS || tfm_is_special_token(chat->session->model, chat->token_ids[token]))
+            continue;
+        status = tfm__put_text(chat, text + done, i + 1 - done, error);
+        done = i + 1;
+        if (status == TFM_OK)
+            status = tfm__put_mark(chat, NULL, 0, NULL, 0, error);
+        if (status != TFM_OK)
+            return status;
+    }
+    return tfm__put_text(chat, text + done, size - done, error);
+}
+
+static int tfm__has_system(const tfm_chat *chat) {
+    return chat->system.size || chat->summary.size;
+}
+
+static tfm_status tfm__put_system(tfm_chat *chat, tfm_error *error) {
+    tfm_status status = tfm__put_form(chat, chat->form->before[TFM_SYSTEM], error);
+    if (status == TFM_OK)
+        status = tfm__put_written(chat, chat->system.text, chat->system.size, error);
+    if (status == TFM_OK && chat->system.size && chat->summary.size)
+        status = tfm__put_text(chat, "\n\n", 2, error);
+    if (status == TFM_OK)
+        status = tfm__put_written(chat, chat->summary.text, chat->summary.size, error);
+    return status == TFM_OK ? tfm__put_form(chat, chat->form->after[TFM_SYSTEM], error) : status;
+}
+
+/* What a turn says. An answer stands as the model gave it. */
+static tfm_status tfm__put_content(tfm_chat *chat, const tfm__turn *turn, tfm_error *error) {
+    tfm_status status = TFM_OK;
+    if (turn->generated) {
+        status = tfm__put_mark(chat, turn->text, turn->id_bytes, turn->ids, turn->n_ids, error);
+        return status == TFM_OK ? tfm__put_text(chat, turn->text + turn->id_bytes, turn->size - turn->id_bytes, error)
+                                : status;
+    }
+    if (turn->role == TFM_ASSISTANT)
+        status = tfm__put_form(chat, chat->form->lead, error);
+    return status == TFM_OK ? tfm__put_written(chat, turn->text, turn->size, error) : status;
+}
+
+/* Renders the conversation from a turn on. */
+static tfm_status tfm__chat_render(tfm_chat *chat, size_t first, int answer, tfm_error *error) {
+    const tfm__form *form = chat->form;
+    int system = tfm__has_system(chat); /* is still to come */
+    tfm_status status;
+    size_t i;
+    chat->text_size = chat->n_marks = 0;
+    status = tfm__put_form(chat, form->begin, error);
+    if (status == TFM_OK && system && !(form->flags & TFM__FORM_SYSTEM_INSIDE)) {
+        status = tfm__put_system(chat, error);
+        system = 0;
+    }
+    for (i = first; i < chat->n_turns && status == TFM_OK; i++) {
+        const tfm__turn *turn = chat->turns + i;
+        status = tfm__put_form(chat, form->before[turn->role], error);
+        if (status == TFM_OK && system && turn->role == TFM_USER) {
+            status = tfm__put_system(chat, error);
+            system = 0;
+        }
+        if (status == TFM_OK)
+            status = tfm__put_content(chat, turn, error);
+        if (status == TFM_OK)
+            status = tfm__put_form(chat, form->after[turn->role], error);
+    }
+    return status == TFM_OK && answer ? tfm__put_form(chat, form->before[TFM_ASSISTANT], error) : status;
+}
+
+/* The ids of the rendered context. To the tokenizer each stretch between marks is a part of one text, as when special
+ * tokens are found in it. */
+static tfm_status tfm__chat_encode(const tfm_chat *chat, int32_t *ids, size_t capacity, size_t *n_ids,
+                                   tfm_error *error) {
+    const tfm__tokenizer *tokenizer = &chat->session->model->tokenizer;
+    const tfm_engine *engine = chat->session->engine; /* whose scratch memory is idle */
+    const unsigned char *text = (const unsigned char *)chat->text;
+    uint32_t stack[TFM__MERGE_STACK];
+    tfm__encoder encoder;
+    tfm_status status = TFM_OK;
+    size_t done = 0, i;
+    memset(&encoder, 0, sizeof encoder);
+    encoder.tokenizer = tokenizer;
+    encoder.ids = ids;
+    encoder.capacity = capacity;
+    encoder.error = error;
+    encoder.text = text;
+    tfm__encode_begin(&encoder, stack, engine->scratch, engine->scratch_size * sizeof *engine->scratch);
+    if (chat->form->flags & TFM__FORM_TEXT)
+        tfm__encode_ids(&encoder, tokenizer->source.prefix_ids, tokenizer->source.n_prefix);
+    for (i = 0; i <= chat->n_marks && status == TFM_OK; i++) {
+        const tfm__mark *mark = i < chat->n_marks ? chat->marks + i : NULL;
+        size_t end = mark ? mark->at : chat->text_size;
+        if (end > done)
+            status = tfm__encode_text(&encoder, 0, text + done, end - done);
+        if (mark) {
+            tfm__encode_ids(&encoder, mark->ids, mark->n_ids);
+            done = mark->at + mark->size;
+        }
+    }
+    if (encoder.own)
+        tokenizer->allocator.release(tokenizer->allocator.user, encoder.own);
+    *n_ids = encoder.n_ids;
+    return status;
+}
+
+/* The context from a turn on, ready to be answered, into session->prompt. */
+static tfm_status tfm__chat_context(tfm_chat *chat, size_t first, size_t *n_ids, tfm_error *error) {
+    tfm_status status = tfm__chat_render(chat, first, 1, error);
+    return status == TFM_OK ? tfm__chat_encode(chat, chat->session->prompt, chat->session->context, n_ids, error)
+                            : status;
+}
+
+/* ---- chat: dropping turns */
+
+/* Asks the caller for a summary of the first n turns, and the summary before them. */
+static tfm_status tfm__ask_summary(const tfm_chat *chat, size_t n, tfm__turn *summary, tfm_error *error) {
+    tfm_turn *turns = (tfm_turn *)tfm__allocate(&chat->allocator, n * sizeof *turns);
+    char *before = (char *)tfm__allocate_zeroed(&chat->allocator, chat->summary.size + 1);
+    tfm_status status = TFM_OK;
+    const char *text;
+    size_t i;
+    memset(summary, 0, sizeof *summary);
+    if (turns && before) {
+        for (i = 0; i < n; i++)
+            turns[i] = tfm__turn_view(chat->turns + i, chat->turns[i].role);
+        if (chat->summary.size)
+            memcpy(before, chat->summary.text, chat->summary.size);
+        text = chat->summarise(chat->summarise_user, chat->summary.size ? before : NULL, turns, n);
+        if (text && *text)
+            status = tfm__turn_make(chat, TFM_SYSTEM, text, strlen(text), NULL, 0, summary, error);
+    } else
+        status = tfm__fail_memory(error, n * sizeof *turns + chat->summary.size + 1);
+    tfm__release(&chat->allocator, before);
+    tfm__release(&chat->allocator, turns);
+    return status;
+}
+
+/* Drops the first turns, of which the caller may make a summary; the context that is left has n_ids tokens. */
+static tfm_status tfm__chat_drop(tfm_chat *chat, size_t first, size_t limit, size_t *n_ids, tfm_error *error) {
+    tfm__turn before = chat->summary, summary;
+    tfm_status status = TFM_OK;
+    memset(&summary, 0, sizeof summary);
+    if (chat->summarise && first)
+        status = tfm__ask_summary(chat, first, &summary, error);
+    chat->summary = summary;
+    if (status == TFM_OK)
+        status = tfm__chat_context(chat, first, n_ids, error);
+    if (status == TFM_OK && *n_ids > limit && chat->summary.size) { /* no room for the summary */
+        tfm__turn_free(chat, &chat->summary);
+        status = tfm__chat_context(chat, first, n_ids, error);
+    }
+    if (status == TFM_OK && *n_ids > limit)
+        status = tfm__fail(error, TFM_ERROR_CONTEXT_FULL,
+                           "the system prompt and the message take %lu tokens, but there is room for %lu",
+                           (unsigned long)*n_ids, (unsigned long)limit);
+    if (status != TFM_OK) {
+        tfm__turn_free(chat, &chat->summary);
+        chat->summary = before;
+        return status;
+    }
+    tfm__turn_free(chat, &before);
+    tfm__forget_turns(chat, first);
+    chat->n_dropped += first;
+    return TFM_OK;
+}
+
+/* The context for an answer, into session->prompt, with at least `reserve` tokens left for it; if it has to, it drops turns
+ * until half of the budget is free, or all but the last message. What is tried has no summary in it: the turns that stay
+ * have room without one. */
+static tfm_status tfm__chat_fit(tfm_chat *chat, size_t reserve, size_t *n_ids, tfm_error *error) {
+    const size_t limit = chat->budget - reserve, half = TFM__MIN(chat->budget / 2, limit);
+    const tfm__turn summary = chat->summary;
+    size_t first, keep = 0, n;
+    tfm_status status = tfm__chat_context(chat, 0, n_ids, error);
+    if (status != TFM_OK || *n_ids <= limit)
+        return status;
+    memset(&chat->summary, 0, sizeof chat->summary);
+    for (first = 1, n = *n_ids; first < chat->n_turns && status == TFM_OK && n > half; first++)
+        if (chat->turns[first].role == TFM_USER) {
+            status = tfm__chat_context(chat, first, &n, error);
+            keep = first;
+        }
+    chat->summary = summary;
+    return status == TFM_OK ? tfm__chat_drop(chat, keep, limit, n_ids, error) : status;
+}
+
+/* ---- chat: answers */
+
+/* An answer that is being given. */
+typedef struct tfm__answer {
+    tfm_chat *chat;
+    const tfm_generate_options *options; /* the caller's */
+    tfm_print print;
+    void *user;
+    int begun;  /* something other than white space came */
+    char *text; /* [size] */
+    size_t size, capacity;
+    int32_t *ids; /* [n_ids] */
+    size_t n_ids, id_capacity;
+    tfm_status status;
+    tfm_error *error;
+} tfm__answer;
+
+static int tfm__answer_token(void *user, int32_t token) {
+    tfm__answer *answer = (tfm__answer *)user;
+    void *memory = answer->ids;
+    answer->status = tfm__grow(&answer->chat->allocator, &memory, &answer->id_capacity, answer->n_ids + 1,
+                               sizeof *answer->ids, answer->error);
+    answer->ids = (int32_t *)memory;
+    if (answer->status != TFM_OK)
+        return 1;
+    answer->ids[answer->n_ids++] = token;
+    return answer->options->on_token && answer->options->on_token(answer->options->on_token_user, token);
+}
+
+static int tfm__answer_print(void *user, const char *text, size_t size) {
+    tfm__answer *answer = (tfm__answer *)user;
+    void *memory = answer->text;
+    answer->status =
+        tfm__grow(&answer->chat->allocator, &memory, &answer->capacity, answer->size + size, 1, answer->error);
+    answer->text = (char *)memory;
+    if (answer->status != TFM_OK)
+        return 1;
+    memcpy(answer->text + answer->size, text, size);
+    answer->size += size;
+    for (; size && !answer->begun && tfm__is_blank(*text); size--)
+        text++;
+    answer->begun |= size > 0;
+    return size && answer->print && answer->print(answer->user, text, size);
+}
+
+/* How many of the ids, from the first on, are what stands in the text, and how many bytes of it that is: not those of a
+ * stop string, or of a character that never became whole. */
+static size_t tfm__answer_ids(const tfm__answer *answer, size_t n_ids, size_t *bytes) {
+    const tfm_model *model = answer->chat->session->model;
+    size_t i, size;
+    *bytes = 0;
+    for (i = 0; i < n_ids; i++) {
+        const char *text = tfm_token_text(model, answer->ids[i], &size);
+        if (!text || tfm_is_special_token(model, answer->ids[i]))
+            continue;
+        if (size > answer->size - *bytes || (size && memcmp(text, answer->text + *bytes, size)))
+            break;
+        *bytes += size;
+    }
+    return i;
+}
+
+static tfm_status tfm__answer_keep(const tfm__answer *answer, const tfm_generate_stats *stats, tfm_error *error) {
+    tfm_chat *chat = answer->chat;
+    tfm__turn turn;
+    size_t bytes, n_ids = answer->n_ids - (stats->stop == TFM_STOP_END_TOKEN);
+    tfm_status status;
+    n_ids = tfm__answer_ids(answer, n_ids, &bytes);
+    status = tfm__turn_make(chat, TFM_ASSISTANT, answer->text, answer->size, answer->ids, n_ids, &turn, error);
+    if (status != TFM_OK)
+        return status;
+    turn.generated = 1;
+    turn.id_bytes = bytes;
+    status = tfm__turn_append(chat, &turn, error);
+    if (status != TFM_OK)
+        tfm__turn_free(chat, &turn);
+    return status;
+}
+
+/* Adds the template's ways to end an answer to the caller's. The pointers are in `memory`, for the caller to release. */
+static tfm_status tfm__answer_stops(const tfm_chat *chat, tfm_generate_options *options, void **memory,
+                                    tfm_error *error) {
+    const tfm__form *form = chat->form;
+    size_t strings = options->n_stop_strings, tokens = options->n_stop_tokens, i;
+    size_t size = (strings + 2) * sizeof(char *) + (tokens + TFM__FORM_TOKENS) * sizeof(int32_t);
+    const char **stop_strings = (const char **)(*memory = tfm__allocate(&chat->allocator, size));
+    int32_t *stop_tokens = (int32_t *)(void *)(stop_strings + strings + 2);
+    if (!stop_strings)
+        return tfm__fail_memory(error, size);
+    for (i = 0; i < strings; i++)
+        stop_strings[i] = options->stop_strings[i];
+    for (i = 0; i < tokens; i++)
+        stop_tokens[i] = options->stop_tokens[i];
+    for (i = 0; i < 2 && form->stops[i]; i++)
+        stop_strings[strings++] = form->stops[i];
+    for (i = 0; i < TFM__FORM_TOKENS; i++)
+        if (form->end && form->tokens[i] && !strcmp(form->end, form->tokens[i]))
+            stop_tokens[tokens++] = chat->token_ids[i];
+    options->stop_strings = stop_strings;
+    options->n_stop_strings = strings;
+    options->stop_tokens = stop_tokens;
+    options->n_stop_tokens = tokens;
+    return TFM_OK;
+}
+
+/* The model's answer to the context of n_ids tokens in session->prompt. */
+static tfm_status tfm__chat_answer(tfm__answer *answer, size_t n_ids, tfm_error *error) {
+    tfm_chat *chat = answer->chat;
+    tfm_generate_options options = *answer->options;
+    const size_t room = chat->budget - n_ids;
+    tfm_generate_stats unread;
+    void *stops = NULL;
+    tfm_status status = tfm__answer_stops(chat, &options, &stops, error);
+    options.max_tokens = options.max_tokens ? TFM__MIN(options.max_tokens, room) : room;
+    options.append = options.shift = 0;
+    options.sequence = chat->sequence;
+    options.on_token = tfm__answer_token;
+    options.on_token_user = answer;
+    options.stats = options.stats ? options.stats : &unread;
+    if (status == TFM_OK)
+        status =
+            tfm_generate_ids(chat->session, chat->session->prompt, n_ids, &options, tfm__answer_print, answer, error);
+    tfm__release(&chat->allocator, stops);
+    if (status == TFM_OK)
+        status = answer->status;
+    if (status == TFM_OK && options.stats->stop == TFM_STOP_MAX_TOKENS &&
+        options.max_tokens != answer->options->max_tokens)
+        options.stats->stop = TFM_STOP_CONTEXT;
+    return status == TFM_OK ? tfm__answer_keep(answer, options.stats, error) : status;
+}
+
+TFM_API tfm_status tfm_chat_say(tfm_chat *chat, const char *message, const tfm_generate_options *options,
+                                tfm_print print, void *print_user, tfm_error *error) {
+    tfm_generate_options usual;
+    tfm__answer answer;
+    size_t reserve, n_ids;
+    tfm_status status = tfm_chat_add(chat, TFM_USER, message, error);
+    if (status != TFM_OK)
+        return status;
+    memset(&usual, 0, sizeof usual);
+    memset(&answer, 0, sizeof answer);
+    answer.chat = chat;
+    answer.options = options ? options : &usual;
+    answer.print = print;
+    answer.user = print_user;
+    answer.error = error;
+    if (answer.options->stats)
+        memset(answer.options->stats, 0, sizeof *answer.options->stats);
+    reserve = TFM__MAX(chat->budget / 4, 1);
+    if (answer.options->max_tokens)
+        reserve = TFM__MIN(reserve, answer.options->max_tokens);
+    status = tfm__chat_fit(chat, reserve, &n_ids, error);
+    if (status == TFM_OK)
+        status = tfm__chat_answer(&answer, n_ids, error);
+    tfm__release(&chat->allocator, answer.text);
+    tfm__release(&chat->allocator, answer.ids);
+    if (status != TFM_OK)
+        tfm__turn_free(chat, chat->turns + --chat->n_turns);
+    return status;
+}
+
+/* ---- chat: the conversation */
+
+static tfm_status tfm__chat_form(tfm_chat *chat, const tfm__form *form, tfm_error *error) {
+    const tfm_model *model = chat->session->model;
+    size_t i;
+    for (i = 0; i < TFM__FORM_TOKENS && form->tokens[i]; i++) {
+        chat->token_ids[i] = tfm_token_id(model, form->tokens[i], strlen(form->tokens[i]));
+        if (chat->token_ids[i] < 0)
+            return tfm__fail(error, TFM_ERROR_UNSUPPORTED,
+                             "%s: the tokenizer has no token '%s', which the chat template '%s' needs",
+                             model->file->name, form->tokens[i], form->name);
+    }
+    chat->form = form;
+    return TFM_OK;
+}
+
+/* The first of the forms with that name whose tokens are there. */
+static tfm_status tfm__chat_find_form(tfm_chat *chat, const char *name, size_t size, tfm_error *error) {
+    tfm_status status =
+        tfm__fail(error, TFM_ERROR_UNSUPPORTED,
+                  "unknown chat template '%.*s': expected chatml, llama2, llama3, mistral, gemma or plain",
+                  (int)TFM__MIN(size, 40), name);
+    size_t i;
+    for (i = 0; i < TFM__FORMS && !chat->form; i++)
+        if (!tfm__compare_text(name, size, tfm__forms[i].name, strlen(tfm__forms[i].name)))
+            status = tfm__chat_form(chat, tfm__forms + i, error);
+    return status;
+}
+
+static tfm_status tfm__chat_setup(tfm_chat *chat, const tfm_chat_options *options, tfm_error *error) {
+    const tfm_model *model = chat->session->model;
+    const tfm_meta *meta = tfm_file_find_meta(model->file, "chat.template");
+    const char *name = options->chat_template ? options->chat_template : "plain";
+    size_t size = strlen(name);
+    tfm_status status = tfm__check_sequence(chat->session, options->sequence, error);
+    if (status != TFM_OK)
+        return status;
+    if (!model->has_tokenizer)
+        return tfm__fail_no_tokenizer(model, error);
+    if (model->description.kind != TFM_DECODER || model->description.head == TFM_NO_HEAD)
+        return tfm__fail(error, TFM_ERROR_UNSUPPORTED, "%s: the model is no decoder that writes text",
+                         model->file->name);
+    if (!options->chat_template && meta) {
+        if (meta->type != TFM_META_TEXT)
+            return tfm__fail(error, TFM_ERROR_FORMAT, "%s: metadata 'chat.template': expected a word",
+                             model->file->name);
+        name = (const char *)meta->values;
+        size = meta->count;
+    }
+    status = tfm__chat_find_form(chat, name, size, error);
+    return status == TFM_OK && options->system ? tfm_chat_add(chat, TFM_SYSTEM, options->system, error) : status;
+}
+
+TFM_API tfm_chat *tfm_chat_create(tfm_session *session, const tfm_chat_options *options, tfm_error *error) {
+    tfm_chat_options usual;
+    tfm_chat *chat = (tfm_chat *)tfm__allocate_zeroed(&session->allocator, sizeof *chat);
+    tfm_error unread;
+    memset(&usual, 0, sizeof usual);
+    options = options ? options : &usual;
+    if (!chat) {
+        tfm__fail_memory(error, sizeof *chat);
+        return NULL;
+    }
+    chat->allocator = session->allocator;
+    chat->session = session;
+    chat->sequence = options->sequence;
+    chat->budget = options->budget ? TFM__MIN(options->budget, session->context) : session->context;
+    chat->summarise = options->summarise;
+    chat->summarise_user = options->summarise_user;
+    unread.status = TFM_OK;
+    if (tfm__chat_setup(chat, options, &unread) == TFM_OK)
+        return chat;
+    tfm__fail(error, unread.status, "%s", unread.message);
+    tfm_chat_free(chat);
+    return NULL;
+}
+
+TFM_API void tfm_chat_free(tfm_chat *chat) {
+    tfm_allocator allocator;
+    if (!chat)
+        return;
+    allocator = chat->allocator;
+    tfm_chat_reset(chat);
+    tfm__turn_free(chat, &chat->system);
+    tfm__release(&allocator, chat->turns);
+    tfm__release(&allocator, chat->text);
+    tfm__release(&allocator, chat->marks);
+    tfm__release(&allocator, chat);
+}
+
+TFM_API tfm_status tfm_chat_add(tfm_chat *chat, tfm_role role, const char *text, tfm_error *error) {
+    tfm__turn turn;
+    tfm_status status;
+    if ((unsigned)role >= TFM_ROLE_COUNT)
+        return tfm__fail(error, TFM_ERROR_ARGUMENT, "unknown role %d", (int)role);
+    status = tfm__turn_make(chat, role, text, strlen(text), NULL, 0, &turn, error);
+    if (status == TFM_OK && role == TFM_SYSTEM) {
+        tfm__turn_free(chat, &chat->system);
+        chat->system = turn;
+    } else if (status == TFM_OK) {
+        status = tfm__turn_append(chat, &turn, error);
+        if (status != TFM_OK)
+            tfm__turn_free(chat, &turn);
+    }
+    return status;
+}
+
+TFM_API void tfm_chat_reset(tfm_chat *chat) {
+    tfm__forget_turns(chat, chat->n_turns);
+    tfm__turn_free(chat, &chat->summary);
+    chat->n_dropped = 0;
+}
+
+TFM_API size_t tfm_chat_n_turns(const tfm_chat *chat) {
+    return chat->n_turns;
+}
+
+TFM_API tfm_turn tfm_chat_turn(const tfm_chat *chat, size_t index) {
+    const tfm__turn none = {TFM_SYSTEM, 0, NULL, 0, NULL, 0, 0, NULL};
+    return index < chat->n_turns ? tfm__turn_view(chat->turns + index, chat->turns[index].role)
+                                 : tfm__turn_view(&none, TFM_SYSTEM);
+}
+
+TFM_API tfm_turn tfm_chat_system(const tfm_chat *chat) {
+    return tfm__turn_view(&chat->system, TFM_SYSTEM);
+}
+
+TFM_API tfm_turn tfm_chat_summary(const tfm_chat *chat) {
+    return tfm__turn_view(&chat->summary, TFM_SYSTEM);
+}
+
+TFM_API size_t tfm_chat_n_dropped(const tfm_chat *chat) {
+    return chat->n_dropped;
+}
+
+TFM_API const char *tfm_chat_template(const tfm_chat *chat) {
+    return chat->form->name;
+}
+
+TFM_API tfm_status tfm_chat_render(tfm_chat *chat, int answer, char *text, size_t capacity, size_t *size,
+                                   tfm_error *error) {
+    tfm_status status = tfm__chat_render(chat, 0, answer, error);
+    *size = status == TFM_OK ? chat->text_size : 0;
+    if (text && TFM__MIN(*size, capacity))
+        memcpy(text, chat->text, TFM__MIN(*size, capacity));
+    return status;
+}
+
+TFM_API tfm_status tfm_chat_ids(tfm_chat *chat, int answer, int32_t *ids, size_t capacity, size_t *n_ids,
+                                tfm_error *error) {
+    tfm_status status = tfm__chat_render(chat, 0, answer, error);
+    *n_ids = 0;
+    return status == TFM_OK ? tfm__chat_encode(chat, ids, capacity, n_ids, error) : status;
+}
+
+/* ---- chat: files
+ * header, 64 bytes:  u8[8] magic "TFMC\r\n\x1a\n" | u32 version | u32 type of the keys and values | u64 file size | u32
+ *                    the model's fingerprint | u32 0 | u64 number of turns (the system prompt and the summary are the first
+ *                    two) | u64 number of tokens in the cache | u64 turns dropped | u64 0
+ * turns:             u32 role | u32 1 for an answer of the model | u64 bytes of text | u64 number of ids | u64 bytes of
+ *                    text that the ids stand for | i32[] ids | text
+ * cache:             i32[] tokens | for each layer the keys, then the values: [n_kv_heads][tokens][head_dim]
+ * end:               u32 CRC-32 of all before it */
+
+#define TFM__CHAT_HEADER ((size_t)64)
+#define TFM__CHAT_TURN ((size_t)32)
+
+static const unsigned char tfm__chat_magic[8] = {'T', 'F', 'M', 'C', '\r', '\n', 0x1A, '\n'};
+
+/* What results depend on: the file's header has a checksum over the description and the tensors' checksums. The types are
+ * those of the weights in memory. */
+static uint32_t tfm__fingerprint(const tfm_model *model) {
+    unsigned char bytes[24];
+    tfm__crc_tables crc;
+    const tfm_stack *stack = model->decoder.shape;
+    tfm__crc_prepare(&crc);
+    memcpy(bytes, model->file->bytes.data + 60, 4);
+    memcpy(bytes + 4, model->file->bytes.data + 16, 8);
+    tfm__put_u32(bytes + 12, stack->n_layers ? (uint32_t)model->decoder.blocks->attention.qkv.weight.dtype : 0);
+    tfm__put_u32(bytes + 16, (uint32_t)model->head.weight.dtype);
+    tfm__put_u32(bytes + 20, (uint32_t)model->token_embedding.dtype);
+    return tfm__crc(&crc, 0, bytes, sizeof bytes);
+}
+
+/* Where a chat is written: memory, if that is enough, or a file. The first failure stays. */
+typedef struct tfm__chat_writer {
+    unsigned char *data;
+    size_t capacity, size;
+#ifndef TFM_NO_STDIO
+    FILE *file;
+    int failed;
+#endif
+    tfm__crc_tables crc;
+    uint32_t checksum;
+} tfm__chat_writer;
+
+static void tfm__chat_put(tfm__chat_writer *writer, const void *data, size_t size) {
+    if (!size)
+        return;
+    if (writer->data && writer->capacity - writer->size >= size)
+        memcpy(writer->data + writer->size, data, size);
+#ifndef TFM_NO_STDIO
+    if (writer->file && fwrite(data, 1, size, writer->file) != size)
+        writer->failed = 1;
+#endif
+    writer->checksum = tfm__crc(&writer->crc, writer->checksum, data, size);
+    writer->size += size;
+}
+
+static void tfm__chat_put_turn(tfm__chat_writer *writer, const tfm__turn *turn) {
+    unsigned char head[TFM__CHAT_TURN];
+    tfm__put_u32(head, (uint32_t)turn->role);
+    tfm__put_u32(head + 4, (uint32_t)turn->generated);
+    tfm__put_u64(head + 8, turn->size);
+    tfm__put_u64(head + 16, turn->n_ids);
+    tfm__put_u64(head + 24, turn->id_bytes);
+    tfm__chat_put(writer, head, sizeof head);
+    tfm__chat_put(writer, turn->ids, turn->n_ids * sizeof *turn->ids);
+    tfm__chat_put(writer, turn->text, turn->size);
+}
+
+/* Bytes of a token's keys, or values, of one head. */
+static size_t tfm__kv_row_bytes(const tfm_kv *kv) {
+    return kv->head_dim * tfm__dtype_sizes[kv->dtype];
+}
+
+/* One token's keys or values of a head, between their panels and a row [head_dim]: `to_row`, or back. Rows are cut into
+ * pieces of 16: [first, first + n). */
+static void tfm__kv_piece(const tfm_kv *kv, size_t layer, size_t what, size_t head, size_t token, size_t first,
+                          size_t n, unsigned char *row, int to_row) {
+    const size_t size = tfm__dtype_sizes[kv->dtype], at = token % TFM_KV_PAGE;
+    const size_t step = what ? size : TFM__PANEL * size; /* from one number of the row to the next */
+    char *from = tfm__kv_at(kv, layer, token / TFM_KV_PAGE, what, head);
+    size_t i;
+    if (what)
+        from += (first * kv->page_tokens + at * TFM__PANEL) * size;
+    else
+        from += (at / TFM__PANEL * kv->head_dim * TFM__PANEL + first * TFM__PANEL + at % TFM__PANEL) * size;
+    for (i = 0; i < n; i++)
+        memcpy(to_row ? (char *)row + i * size : from + i * step, to_row ? from + i * step : (char *)row + i * size,
+               size);
+}
+
+typedef struct tfm__kv_copy {
+    tfm__chat_writer *writer;  /* either the caches go there, */
+    const unsigned char *from; /* or they come from here */
+} tfm__kv_copy;
+
+/* The first n tokens of all layers and heads. */
+static void tfm__kv_transfer(const tfm_kv *kv, size_t n, tfm__kv_copy copy) {
+    const size_t size = tfm__dtype_sizes[kv->dtype];
+    unsigned char row[TFM__PANEL * sizeof(float)];
+    size_t series, token, first;
+    for (series = 0; series < kv->n_layers * 2 * kv->n_kv_heads; series++) {
+        size_t head = series % kv->n_kv_heads, what = series / kv->n_kv_heads % 2, layer = series / kv->n_kv_heads / 2;
+        for (token = 0; token < n; token++)
+            for (first = 0; first < kv->head_dim; first += TFM__PANEL) {
+                size_t part = TFM__MIN(TFM__PANEL, kv->head_dim - first);
+                if (!copy.writer)
+                    memcpy(row, copy.from, part * size);
+                tfm__kv_piece(kv, layer, what, head, token, first, part, row, copy.writer != NULL);
+                if (copy.writer)
+                    tfm__chat_put(copy.writer, row, part * size);
+                else
+                    copy.from += part * size;
+            }
+    }
+}
+
+static size_t tfm__kv_token_bytes(const tfm_kv *kv) {
+    return kv->n_layers * 2 * kv->n_kv_heads * tfm__kv_row_bytes(kv);
+}
+
+static uint64_t tfm__chat_bytes(const tfm_chat *chat) {
+    const tfm_kv *kv = chat->session->kv + chat->sequence;
+    uint64_t bytes =
+        TFM__CHAT_HEADER + 4 + (chat->n_turns + 2) * TFM__CHAT_TURN + chat->system.size + chat->summary.size;
+    size_t i;
+    for (i = 0; i < chat->n_turns; i++)
+        bytes += chat->turns[i].size + chat->turns[i].n_ids * sizeof(int32_t);
+    return bytes + kv->n_tokens * (sizeof(int32_t) + (uint64_t)tfm__kv_token_bytes(kv));
+}
+
+static void tfm__chat_write(const tfm_chat *chat, tfm__chat_writer *writer) {
+    const tfm_kv *kv = chat->session->kv + chat->sequence;
+    unsigned char head[TFM__CHAT_HEADER], end[4];
+    tfm__kv_copy copy;
+    size_t i;
+    tfm__crc_prepare(&writer->crc);
+    memset(head, 0, sizeof head);
+    memcpy(head, tfm__chat_magic, sizeof tfm__chat_magic);
+    tfm__put_u32(head + 8, 1);
+    tfm__put_u32(head + 12, (uint32_t)kv->dtype);
+    tfm__put_u64(head + 16, tfm__chat_bytes(chat));
+    tfm__put_u32(head + 24, tfm__fingerprint(chat->session->model));
+    tfm__put_u64(head + 32, chat->n_turns + 2);
+    tfm__put_u64(head + 40, kv->n_tokens);
+    tfm__put_u64(head + 48, chat->n_dropped);
+    tfm__chat_put(writer, head, sizeof head);
+    tfm__chat_put_turn(writer, &chat->system);
+    tfm__chat_put_turn(writer, &chat->summary);
+    for (i = 0; i < chat->n_turns; i++)
+        tfm__chat_put_turn(writer, chat->turns + i);
+    tfm__chat_put(writer, chat->session->tokens + chat->sequence * chat->session->context,
+                  kv->n_tokens * sizeof(int32_t));
+    copy.writer = writer;
+    copy.from = NULL;
+    tfm__kv_transfer(kv, kv->n_tokens, copy);
+    tfm__put_u32(end, writer->checksum);
+    tfm__chat_put(writer, end, sizeof end);
+}
+
+TFM_API tfm_status tfm_chat_save_memory(const tfm_chat *chat, void *data, size_t capacity, size_t *size,
+                                        tfm_error *error) {
+    uint64_t bytes = tfm__chat_bytes(chat);
+    tfm__chat_writer writer;
+    *size = (size_t)bytes;
+    if (bytes > SIZE_MAX / 2)
+        return tfm__fail(error, TFM_ERROR_UNSUPPORTED, "the conversation is too large for memory");
+    if (!data || capacity < bytes)
+        return TFM_OK;
+    memset(&writer, 0, sizeof writer);
+    writer.data = (unsigned char *)data;
+    writer.capacity = capacity;
+    tfm__chat_write(chat, &writer);
+    return TFM_OK;
+}
+
+/* A saved chat that is being read. */
+typedef struct tfm__chat_reader {
+    const char *name; /* for messages */
+    const unsigned char *data, *end;
+    tfm_chat *into; /* the turns, before they take the place of the chat's own */
+    size_t n_turns, n_tokens;
+    tfm_error *error;
+} tfm__chat_reader;
+
+static tfm_status tfm__chat_damaged(const tfm__chat_reader *reader, const char *what) {
+    return tfm__fail(reader->error, TFM_ERROR_FORMAT, "%.300s: the saved conversation is damaged: %s", reader->name,
+                     what);
+}
+
+static tfm_status tfm__chat_read_header(tfm__chat_reader *reader, const tfm_chat *chat, size_t size) {
+    const tfm_kv *kv = chat->session->kv + chat->sequence;
+    const unsigned char *p = reader->data;
+    tfm__crc_tables crc;
+    if (size < 8 || memcmp(p, tfm__chat_magic, 8))
+        return tfm__fail(reader->error, TFM_ERROR_FORMAT, "%.300s: not a saved conversation", reader->name);
+    if (size < TFM__CHAT_HEADER + 4 || tfm__u64(p + 16) > size)
+        return tfm__chat_damaged(reader, "it is truncated");
+    if (tfm__u32(p + 8) != 1)
+        return tfm__fail(reader->error, TFM_ERROR_UNSUPPORTED,
+                         "%.300s: a saved conversation of version %lu, expected 1", reader->name,
+                         (unsigned long)tfm__u32(p + 8));
+    tfm__crc_prepare(&crc);
+    if (tfm__u64(p + 16) != size || tfm__crc(&crc, 0, p, size - 4) != tfm__u32(p + size - 4))
+        return tfm__chat_damaged(reader, "its checksum is wrong");
+    if (tfm__u32(p + 24) != tfm__fingerprint(chat->session->model))
+        return tfm__fail(reader->error, TFM_ERROR_ARGUMENT,
+                         "%.300s: the conversation was saved with another model, or with weights of another type",
+                         reader->name);
+    if (tfm__u32(p + 12) != (uint32_t)kv->dtype)
+        return tfm__fail(reader->error, TFM_ERROR_ARGUMENT,
+                         "%.300s: the conversation's keys and values are %s, the session's %s", reader->name,
+                         tfm__u32(p + 12) == TFM_F32   ? "f32"
+                         : tfm__u32(p + 12) == TFM_F16 ? "f16"
+                                                       : "of another type",
+                         tfm_dtype_name(kv->dtype));
+    if (tfm__u64(p + 40) > chat->session->context)
+        return tfm__fail(reader->error, TFM_ERROR_CONTEXT_FULL,
+                         "%.300s: the conversation has %llu tokens in its cache, but the context has room for %lu",
+                         reader->name, (unsigned long long)tfm__u64(p + 40), (unsigned long)chat->session->context);
+    if (tfm__u64(p + 32) < 2 || tfm__u64(p + 32) > size / TFM__CHAT_TURN || tfm__u64(p + 48) > SIZE_MAX / 2)
+        return tfm__chat_damaged(reader, "the number of turns is impossible");
+    reader->n_turns = (size_t)tfm__u64(p + 32) - 2;
+    reader->n_tokens = (size_t)tfm__u64(p + 40);
+    reader->into->n_dropped = (size_t)tfm__u64(p + 48);
+    reader->data += TFM__CHAT_HEADER;
+    reader->end = p + size - 4;
+    return TFM_OK;
+}
+
+static int tfm__are_ids(const tfm_model *model, const unsigned char *ids, size_t n) {
+    size_t i;
+    for (i = 0; i < n; i++)
+        if (tfm__u32(ids + 4 * i) >= model->description.vocab_size)
+            return 0;
+    return 1;
+}
+
+static tfm_status tfm__chat_read_turn(tfm__chat_reader *reader, int is_system, tfm__turn *turn) {
+    const unsigned char *p = reader->data, *ids = p + TFM__CHAT_TURN;
+    const size_t all = (size_t)(reader->end - p), rest = all < TFM__CHAT_TURN ? 0 : all - TFM__CHAT_TURN;
+    size_t size, n_ids;
+    uint32_t role, generated;
+    tfm_status status;
+    if (all < TFM__CHAT_TURN || tfm__u64(p + 8) > rest || tfm__u64(p + 16) > (rest - tfm__u64(p + 8)) / 4)
+        return tfm__chat_damaged(reader, "a turn is larger than the file");
+    role = tfm__u32(p);
+    generated = tfm__u32(p + 4);
+    size = (size_t)tfm__u64(p + 8);
+    n_ids = (size_t)tfm__u64(p + 16);
+    if (role >= TFM_ROLE_COUNT || (role == TFM_SYSTEM) != is_system || generated > (role == TFM_ASSISTANT) ||
+        (n_ids && !generated) || tfm__u64(p + 24) > (generated ? size : 0))
+        return tfm__chat_damaged(reader, "a turn is impossible");
+    if (!tfm__are_ids(reader->into->session->model, ids, n_ids))
+        return tfm__chat_damaged(reader, "a token of a turn is not in the vocabulary");
+    status = tfm__turn_make(reader->into, (tfm_role)role, (const char *)ids + 4 * n_ids, size, ids, n_ids, turn,
+                            reader->error);
+    turn->generated = (int)generated;
+    turn->id_bytes = (size_t)tfm__u64(p + 24);
+    reader->data = ids + 4 * n_ids + size;
+    return status;
+}
+
+static tfm_status tfm__chat_read_turns(tfm__chat_reader *reader) {
+    tfm_status status = tfm__chat_read_turn(reader, 1, &reader->into->system);
+    size_t i;
+    if (status == TFM_OK)
+        status = tfm__chat_read_turn(reader, 1, &reader->into->summary);
+    for (i = 0; i < reader->n_turns && status == TFM_OK; i++) {
+        tfm__turn turn;
+        memset(&turn, 0, sizeof turn);
+        status = tfm__chat_read_turn(reader, 0, &turn);
+        if (status == TFM_OK)
+            status = tfm__turn_append(reader->into, &turn, reader->error);
+        if (status != TFM_OK)
+            tfm__turn_free(reader->into, &turn);
+    }
+    return status;
+}
+
+/* Reads all of it but the caches, which are only looked at. */
+static tfm_status tfm__chat_read(tfm__chat_reader *reader, const tfm_chat *chat, size_t size) {
+    const tfm_kv *kv = chat->session->kv + chat->sequence;
+    tfm_status status = tfm__chat_read_header(reader, chat, size);
+    if (status == TFM_OK)
+        status = tfm__chat_read_turns(reader);
+    if (status != TFM_OK)
+        return status;
+    if ((size_t)(reader->end - reader->data) != reader->n_tokens * (4 + tfm__kv_token_bytes(kv)))
+        return tfm__chat_damaged(reader, "the size of its caches is wrong");
+    if (!tfm__are_ids(chat->session->model, reader->data, reader->n_tokens))
+        return tfm__chat_damaged(reader, "a token of its cache is not in the vocabulary");
+    return TFM_OK;
+}
+
+/* The chat becomes what was read. */
+static void tfm__chat_replace(tfm_chat *chat, const tfm__chat_reader *reader) {
+    tfm_session *session = chat->session;
+    tfm_kv *kv = session->kv + chat->sequence;
+    tfm_chat *from = reader->into, old = *chat;
+    tfm__kv_copy copy;
+    chat->system = from->system;
+    chat->summary = from->summary;
+    chat->turns = from->turns;
+    chat->n_turns = from->n_turns;
+    chat->turn_capacity = from->turn_capacity;
+    chat->n_dropped = from->n_dropped;
+    from->system = old.system; /* for the caller to free */
+    from->summary = old.summary;
+    from->turns = old.turns;
+    from->n_turns = old.n_turns;
+    memcpy(session->tokens + chat->sequence * session->context, reader->data, reader->n_tokens * sizeof(int32_t));
+    copy.writer = NULL;
+    copy.from = reader->data + reader->n_tokens * sizeof(int32_t);
+    tfm__kv_transfer(kv, reader->n_tokens, copy);
+    kv->n_tokens = reader->n_tokens;
+}
+
+static tfm_status tfm__chat_load(tfm_chat *chat, const void *data, size_t size, const char *name, tfm_error *error) {
+    tfm__chat_reader reader;
+    tfm_chat into;
+    tfm_status status;
+    memset(&reader, 0, sizeof reader);
+    memset(&into, 0, sizeof into);
+    into.allocator = chat->allocator;
+    into.session = chat->session;
+    reader.name = name;
+    reader.data = (const unsigned char *)data;
+    reader.into = &into;
+    reader.error = error;
+    status = tfm__chat_read(&reader, chat, size);
+    if (status == TFM_OK)
+        tfm__chat_replace(chat, &reader);
+    tfm_chat_reset(&into);
+    tfm__turn_free(&into, &into.system);
+    tfm__release(&into.allocator, into.turns);
+    return status;
+}
+
+TFM_API tfm_status tfm_chat_load_memory(tfm_chat *chat, const void *data, size_t size, tfm_error *error) {
+    return tfm__chat_load(chat, data, size, "chat", error);
+}
+
+#ifndef TFM_NO_STDIO
+
+static tfm_status tfm__chat_write_file(const tfm_chat *chat, const char *part, const char *path, tfm_error *error) {
+    tfm__chat_writer writer;
+    tfm_status status = TFM_OK;
+    memset(&writer, 0, sizeof writer);
+    writer.file = fopen(part, "wb");
+    if (!writer.file)
+        return tfm__fail(error, TFM_ERROR_FILE, "%.300s: can't be created: %s", part, strerror(errno));
+    tfm__chat_write(chat, &writer);
+    if (fclose(writer.file) || writer.failed)
+        status = tfm__fail(error, TFM_ERROR_FILE, "%.300s: can't be written: %s", part, strerror(errno));
+    if (status == TFM_OK && rename(part, path))
+        status = tfm__fail(error, TFM_ERROR_FILE, "%.300s: can't be renamed: %s", part, strerror(errno));
+    if (status != TFM_OK)
+        remove(part);
+    return status;
+}
+
+TFM_API tfm_status tfm_chat_save(const tfm_chat *chat, const char *path, tfm_error *error) {
+    size_t size = strlen(path) + sizeof ".part";
+    char *part = (char *)tfm__allocate(&chat->allocator, size);
+    tfm_status status;
+    if (!part)
+        return tfm__fail_memory(error, size);
+    strcpy(part, path);
+    strcat(part, ".part");
+    status = tfm__chat_write_file(chat, part, path, error);
+    tfm__release(&chat->allocator, part);
+    return status;
+}
+
+TFM_API tfm_status tfm_chat_load(tfm_chat *chat, const char *path, tfm_error *error) {
+    tfm__bytes bytes;
+    tfm_status status = tfm__map_file(path, &chat->allocator, &bytes, error);
+    if (status != TFM_OK)
+        return status;
+    status = tfm__chat_load(chat, bytes.data, bytes.size, path, error);
+    tfm__unmap_file(&chat->allocator, &bytes);
+    return status;
+}
+
+#endif /* !TFM_NO_STDIO */
 
 #endif /* TFM_IMPLEMENTATION */
 #endif /* !TFM__TIER */

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Writes tests/golden/: inputs, weights and expected outputs from PyTorch and transformers, for the C tests.
 
-usage: tests/make_golden.py [--check] [--demo CHECKPOINT] [layers] [models] [tokenizer] [wordpiece]
+usage: tests/make_golden.py [--check] [--demo CHECKPOINT] [layers] [models] [encoders] [tokenizer] [wordpiece]
                             [sentencepiece] [sampling]
 
 Needs torch, transformers, sentencepiece and protobuf. Everything is seeded: the same versions write the same files. --check writes nothing: it
@@ -18,6 +18,7 @@ The files are .tfm files (see tfm.h): arrays by name. So the tests read them wit
 import argparse
 import io
 import itertools
+import json
 import math
 import os
 import random
@@ -551,6 +552,165 @@ def write_models(directory):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Encoders: a BERT with a masked-LM head and a pooler, two with classifiers and one that embeds sentences; small, with
+# a tokenizer, so that the programs can be tested on them
+# ---------------------------------------------------------------------------------------------------------------------
+
+ENCODER_WORDS = """the a of and to in is was he she it they cat dog bird fish capital france paris london rome city big
+    small red blue green river runs sleeps eats play walk over under good bad very not film love hate house tree""".split()
+
+
+def encoder_vocabulary():
+    letters = "abcdefghijklmnopqrstuvwxyz"
+    return ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *".,!?'-", *letters, *("##" + c for c in letters), *"0123456789",
+            *ENCODER_WORDS, "##ing", "##ed"]
+
+
+def random_bert(kind, seed, **config):
+    """A BERT whose tokens differ: with weights as small as BERT's own at the start, all vectors would be alike."""
+    torch.manual_seed(seed)
+    vocabulary = list(dict.fromkeys(encoder_vocabulary()))
+    model = kind(transformers.BertConfig(
+        vocab_size=len(vocabulary), hidden_size=33, num_attention_heads=3, intermediate_size=50,
+        max_position_embeddings=40, **dict(dict(num_hidden_layers=2), **config)))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 1:
+                parameter.add_(torch.randn_like(parameter) * 0.2)
+            else:
+                parameter.mul_(1.2 / (0.02 * math.sqrt(33)))
+    return model.half().eval(), vocabulary
+
+
+def save_bert(model, vocabulary, folder):
+    model.save_pretrained(folder)
+    with open(os.path.join(folder, "vocab.txt"), "w", encoding="utf-8") as file:
+        file.write("".join(token + "\n" for token in vocabulary))
+    with open(os.path.join(folder, "tokenizer_config.json"), "w", encoding="utf-8") as file:
+        json.dump({"tokenizer_class": "BertTokenizer", "do_lower_case": True}, file)
+
+
+def save_pooling(folder):
+    """What sentence-transformers has beside the model: mean pooling of at most 24 tokens, normalized."""
+    prefix = "sentence_transformers.models."
+    modules = [("", "Transformer"), ("1_Pooling", "Pooling"), ("2_Normalize", "Normalize")]
+    os.makedirs(os.path.join(folder, "1_Pooling"))
+    files = {"modules.json": [{"idx": i, "name": str(i), "path": path, "type": prefix + kind}
+                              for i, (path, kind) in enumerate(modules)],
+             "1_Pooling/config.json": {"word_embedding_dimension": 33, "pooling_mode_mean_tokens": True},
+             "sentence_bert_config.json": {"max_seq_length": 24, "do_lower_case": False}}
+    for name, value in files.items():
+        with open(os.path.join(folder, name), "w", encoding="utf-8") as file:
+            json.dump(value, file)
+
+
+def encoder_texts(vocab_size, seed):
+    """Ids, token types and masks: of all lengths, types that change within a text, masks with holes."""
+    generator = random.Random(seed)
+    for length in (1, 2, 17, 40, 7, 16):
+        ids = [generator.randrange(vocab_size) for _ in range(length)]
+        types = [int(i >= length // 2 and length % 2) for i in range(length)]
+        mask = [int(i == 0 or generator.random() > 0.3) for i in range(length)] if length == 17 else [1] * length
+        yield ids, types, mask
+
+
+def put_encoder(out, name, model, texts):
+    """All that the model gives for each of the texts alone."""
+    hidden, pooled, means, largest, logits, classes = [], [], [], [], [], []
+    for ids, types, mask in texts:
+        inputs = dict(input_ids=torch.tensor([ids]), token_type_ids=torch.tensor([types]),
+                      attention_mask=torch.tensor([mask]))
+        base = getattr(model, "bert", model)(**inputs)
+        rows = base.last_hidden_state[0]
+        hidden.append(rows)
+        if base.pooler_output is not None:
+            pooled.append(base.pooler_output)
+        means.append(rows[torch.tensor(mask) > 0].mean(0))
+        largest.append(rows[torch.tensor(mask) > 0].max(0).values)
+        if hasattr(model, "cls"):
+            logits.append(model.cls.predictions(rows))
+        if hasattr(model, "classifier"):
+            classes.append(model(**inputs).logits.reshape(-1, model.config.num_labels))
+    out.ints(name + ".lengths", [len(ids) for ids, _, _ in texts])
+    for key, index in (("ids", 0), ("types", 1), ("mask", 2)):
+        out.ints("%s.%s" % (name, key), itertools.chain(*(text[index] for text in texts)))
+    for key, parts in (("hidden", [] if classes else hidden), ("pooled", pooled), ("logits", logits), ("classes", classes)):
+        if parts:
+            out.floats("%s.%s" % (name, key), torch.cat(parts))
+    out.floats(name + ".mean", torch.stack(means))
+    out.floats(name + ".max", torch.stack(largest))
+
+
+def encoder_models():
+    """(name, model, vocabulary) triples."""
+    yield "mlm", *random_bert(transformers.BertForPreTraining, 21)
+    yield "sequence", *random_bert(transformers.BertForSequenceClassification, 22, num_hidden_layers=1,
+                                   id2label={0: "bad", 1: "so so", 2: "good"})
+    yield "token", *random_bert(transformers.BertForTokenClassification, 23, num_hidden_layers=1, id2label={0: "O", 1: "NAME"})
+    yield "sentence", *random_bert(transformers.BertModel, 24)
+
+
+class ProgramOutputs:
+    """What the programs print for a few texts: tests/test_programs.sh compares it with their output, numbers to 1e-4."""
+    MASKED = "The capital of [MASK] is Paris."
+    TEXTS = ["The cat sleeps.", "a big red house under the tree, a big red house under the tree, a big red house",
+             "", "She runs over the river"]
+    PAIR = ("the film was good", "they love it!")
+
+    def __init__(self, folder):
+        self.tokenizer = transformers.BertTokenizerFast.from_pretrained(folder)
+        self.lines = []
+
+    def encoded(self, *text):
+        return self.tokenizer(*text, return_tensors="pt", truncation=True, max_length=24)
+
+    def mlm(self, model):
+        inputs = self.encoded(self.MASKED)
+        probabilities = model(**inputs).prediction_logits[0].softmax(-1)
+        at = inputs["input_ids"][0].tolist().index(self.tokenizer.mask_token_id)
+        best = probabilities[at].topk(3)
+        self.lines += ["fill-mask %.6f %s" % (p, self.tokenizer.convert_ids_to_tokens(i).replace("##", ""))
+                       for p, i in zip(best.values.tolist(), best.indices.tolist())]
+
+    def sequence(self, model):
+        for name, text in (("one", self.TEXTS[:1]), ("pair", self.PAIR)):
+            probabilities = model(**self.encoded(*text)).logits[0].softmax(-1)
+            for i in probabilities.argsort(descending=True).tolist():
+                self.lines.append("classify-%s %.6f %s" % (name, probabilities[i], model.config.id2label[i]))
+
+    def token(self, model):
+        inputs = self.encoded(self.TEXTS[3])
+        for token, row in list(zip(inputs.tokens(), model(**inputs).logits[0].softmax(-1)))[1:-1]:
+            self.lines.append("tokens %.6f %s %s" % (row.max(), model.config.id2label[row.argmax().item()], token))
+
+    def sentence(self, model):
+        vectors = [nn.functional.normalize(model(**self.encoded(text)).last_hidden_state[0].mean(0), dim=0)
+                   for text in self.TEXTS]
+        self.lines += ["embed " + " ".join("%.6f" % x for x in vector) for vector in vectors]
+        order = sorted(range(len(vectors)), key=lambda i: -(vectors[i] @ vectors[0]))
+        self.lines += ["similar %.6f %s" % (vectors[i] @ vectors[0], self.TEXTS[i]) for i in order]
+
+
+def write_encoders(directory):
+    out, lines = Arrays(), []
+    with torch.inference_mode():
+        for name, model, vocabulary in encoder_models():
+            with tempfile.TemporaryDirectory() as temporary:
+                folder = os.path.join(temporary, name)
+                save_bert(model, vocabulary, folder)
+                if name == "sentence":
+                    save_pooling(folder)
+                convert(folder, os.path.join(directory, "encoder_%s.tfm" % name))
+                outputs = ProgramOutputs(folder)
+            model = model.double()
+            put_encoder(out, name, model, list(encoder_texts(len(vocabulary), 31)))
+            getattr(outputs, name)(model)
+            lines += outputs.lines
+    out.bytes("programs", "".join(line + "\n" for line in lines).encode())
+    out.write(os.path.join(directory, "encoders.tfm"))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Tokenizer
 # ---------------------------------------------------------------------------------------------------------------------
 
@@ -960,12 +1120,13 @@ def check(writers, groups):
 
 def main():
     parser = argparse.ArgumentParser(description="Writes the golden files of the C tests.")
-    parser.add_argument("groups", nargs="*", help="layers, models, tokenizer, wordpiece, sentencepiece, sampling; all of them by default")
+    parser.add_argument("groups", nargs="*", help="layers, models, encoders, tokenizer, wordpiece, sentencepiece, sampling; all of them "
+                                                    "by default")
     parser.add_argument("--check", action="store_true", help="compare with the files that are there; write nothing")
     parser.add_argument("--demo", default=os.path.join(ROOT, "..", "shared", "demo-gpt2"),
                         help="the demo model's checkpoint (default: %(default)s)")
     arguments = parser.parse_args()
-    writers = {"layers": write_layers, "models": write_models,
+    writers = {"layers": write_layers, "models": write_models, "encoders": write_encoders,
                "tokenizer": lambda directory: write_tokenizer(directory, arguments.demo), "sampling": write_sampling,
                "wordpiece": write_wordpiece, "sentencepiece": write_sentencepiece}
     groups = arguments.groups or list(writers)

@@ -301,7 +301,7 @@ static void run_steps(const layer *l, size_t first, size_t length, size_t step, 
     kv.pages = pages;
     for (; kv.n_tokens < length; kv.n_tokens += n) {
         size_t row = first + kv.n_tokens;
-        tfm_span span = {0, NULL, NULL, NULL};
+        tfm_span span = {0, NULL, NULL, 0, NULL};
         float *mask = NULL;
         n = step < length - kv.n_tokens ? step : length - kv.n_tokens;
         if (l->mask)
@@ -334,7 +334,7 @@ static void check_steps(const layer *l, const float *expected) {
 static void check_masked_apart(const layer *l, const float *expected) {
     float *mask = new_floats(l->n_rows * l->n_rows), *y = new_floats(l->n_rows * l->width);
     size_t i, j, first = 0, sequence = 0;
-    tfm_span span = {0, NULL, NULL, NULL};
+    tfm_span span = {0, NULL, NULL, 0, NULL};
     for (i = 0; i < l->n_rows; i++) {
         if (i == first + (size_t)l->lengths[sequence])
             first += (size_t)l->lengths[sequence++];
@@ -403,7 +403,7 @@ static void test_blind_token(void) {
     tfm_attention attention = load_attention("attention.2");
     const float *x = golden_floats(golden, WIDTH * LENGTH, "attention.2.x");
     float mask[LENGTH * LENGTH] = {0}, found[WIDTH * LENGTH];
-    tfm_span span = {0, NULL, NULL, NULL};
+    tfm_span span = {0, NULL, NULL, 0, NULL};
     tfm_error error;
     size_t i;
     for (i = 0; i < LENGTH; i++)
@@ -517,7 +517,7 @@ static void check_refused(tfm_status found, tfm_status expected, const tfm_error
 static void test_spans_refused(const tfm_attention *attention) {
     float x[3 * 12] = {0}, y[3 * 12];
     tfm_error error;
-    tfm_span span = {0, NULL, NULL};
+    tfm_span span = {0, NULL, NULL, 0, NULL};
     tfm_kv kv;
     check_refused(tfm_attention_forward(engine, attention, 0, x, &span, 1, y, &error), TFM_ERROR_ARGUMENT, &error,
                   "span 0");
@@ -543,7 +543,7 @@ static void test_refused(void) {
     tfm_linear loose = attention.out;
     tfm_norm norm = load_norm("norm.0", "", 0);
     tfm_error error;
-    tfm_span span = {1, NULL, NULL};
+    tfm_span span = {1, NULL, NULL, 0, NULL};
     loose.weight.layout = TFM_ROWS;
     check_refused(tfm_linear_forward(engine, &loose, x, 1, y, &error), TFM_ERROR_ARGUMENT, &error, "packed");
     loose = attention.out;

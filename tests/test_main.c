@@ -218,6 +218,7 @@ void test_blocks(void);
 void test_file(void);
 void test_generate(void);
 void test_memory(void);
+void test_chat(void);
 
 static const struct {
     const char *name;
@@ -233,6 +234,7 @@ static const struct {
     {"blocks", test_blocks},
     {"generate", test_generate},
     {"memory", test_memory},
+    {"chat", test_chat},
 };
 
 #define N_GROUPS (sizeof groups / sizeof *groups)

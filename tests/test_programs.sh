@@ -70,6 +70,15 @@ for program in build/tfm build/gpt2; do
     check "$program --help says something" [ -s "$dir/out" ]
 done
 
+fails 2 "model is missing" build/chat
+fails 2 "unknown option" build/chat $model --frobnicate
+fails 2 "one argument too many" build/chat $model $model
+fails 2 "value is missing" build/chat $model --system
+fails 2 "expected a number" build/chat $model -n many
+fails 2 "unknown type" build/chat $model --kv f13
+run build/chat --help
+check "chat --help" [ "$status" -eq 0 ]
+
 # ---- bad files
 head -c 100000 $model >"$dir/short.tfm"
 head -c 40 $model >"$dir/tiny.tfm"
@@ -179,6 +188,62 @@ check "--plain adds nothing" [ "$(echo x | build/tfm tokenize $model --plain)" =
 echo "1 2 4096" | build/tfm tokenize $model --decode >"$dir/out" 2>"$dir/err"
 check "an id that is none: status" [ $? -eq 1 ]
 check "an id that is none: message" says "not the id of a token"
+
+# ---- chat
+chat() { # chat LINES OPTIONS...: the answers, a line each
+    lines=$1
+    shift
+    printf "$lines" | build/chat $model --system "A tale." -n 12 "$@" >"$dir/chat.out" 2>"$dir/err"
+    status=$?
+    cat "$dir/chat.out"
+}
+none() {
+    [ ! -e "$dir/a.chat" ] && [ ! -e "$dir/a.chat.part" ]
+}
+both=$(chat "Hello bear\nWhy is that?\n")
+check "chat: a last line without its end" [ "$both" = "$(chat "Hello bear\n\nWhy is that?")" ]
+check "chat: no prompt in a pipe" [ "$(chat "/reset\n/quit\nHello\n")" = "" ]
+check "chat: two threads, plain C kernels" [ "$both" = "$(chat "Hello bear\nWhy is that?\n" --threads 2)" ]
+check "chat: it remembers" [ "$both" != "$(chat "Hello bear\n/reset\nWhy is that?\n")" ]
+check "chat: /save and /load go on as if nothing had been" [ "$both" = "$(chat "Hello bear\n/save $dir/a.chat\n")
+$(chat "/load $dir/a.chat\nWhy is that?\n")" ]
+check "chat: no temporary file stays" [ ! -e "$dir/a.chat.part" ]
+chat "Hello bear\nWhy is that?\n/stats\n/history\n" >/dev/null
+check "chat: /stats: the beginning was in memory" grep -q "from memory, 1[0-9] new" "$dir/chat.out"
+check "chat: /history" grep -q "^user: Why is that?" "$dir/chat.out"
+chat "/help\n" --system "" >"$dir/out"
+check "chat: /help" grep -q "^/save FILE" "$dir/out"
+chat "Hello\n/frobnicate\nHello\n" >/dev/null
+check "chat: an unknown command ends a pipe" [ "$status" -eq 1 ]
+check "chat: an unknown command: message" says "^chat: unknown command '/frobnicate'"
+for file in missing.chat short.tfm text.tfm empty.tfm; do
+    chat "/load $dir/$file\n" >"$dir/out"
+    check "chat: /load $file: status" [ "$status" -eq 1 ]
+    check "chat: /load $file: message" says "^chat: $dir/$file: "
+    check "chat: /load $file: stdout" [ ! -s "$dir/out" ]
+done
+head -c 20000 "$dir/a.chat" >"$dir/b.chat"
+chat "/load $dir/b.chat\n" >/dev/null
+check "chat: a truncated conversation" says "truncated"
+{ head -c 20000 "$dir/a.chat" && printf 'XXXX' && tail -c +20005 "$dir/a.chat"; } >"$dir/b.chat"
+chat "/load $dir/b.chat\n" >/dev/null
+check "chat: a damaged conversation" says "checksum"
+chat "/load $dir/a.chat\n" --kv f32 >/dev/null
+check "chat: other keys and values" says "keys and values are f16, the session's f32"
+chat "/load $dir/a.chat\n" --type f32 --kv f16 >/dev/null
+check "chat: weights of another type" says "another model, or with weights of another type"
+rm "$dir/a.chat"
+chat "Hello\n/save $dir/no/such/a.chat\n" >/dev/null
+check "chat: a file that can't be written" says "no/such/a.chat.part"
+check "chat: nothing is left" none
+chat "Hello\n" --context 8 >/dev/null
+check "chat: no room for a message" says "^chat: the system prompt and the message take"
+chat "Hello\n" --template chatml >/dev/null
+check "chat: a template that the model has no tokens for" says "no token '<|im_start|>'"
+lines=$(yes 'And then?' | head -n 40 | build/chat $model -n 20 --context 200 2>"$dir/err" | wc -l)
+check "chat: a long conversation goes on: $lines lines" [ "$lines" -ge 40 ]
+check "chat: without an error" [ ! -s "$dir/err" ]
+fails 1 "$dir/short.tfm" build/chat "$dir/short.tfm"
 
 # ---- perplexity, quantize
 head -c 3000 README.md >"$dir/text.txt"

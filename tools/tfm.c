@@ -1014,7 +1014,7 @@ enum {
     MAX_BATCH = 4096
 };
 
-typedef enum job { JOB_PROMPT, JOB_GEN, N_JOBS } job; /* here, and in `jobs` below, is the place of an encoder's job */
+typedef enum job { JOB_PROMPT, JOB_ENCODE, JOB_GEN, N_JOBS } job;
 
 /* One job in one type. */
 typedef struct result {
@@ -1047,7 +1047,8 @@ typedef struct benchmark {
     tfm_output what;
     int32_t *tokens, *next, *work; /* [prompt + batch], [batch], [vocab_size] */
     tfm_chunk *chunks;             /* [batch] */
-    float *outputs;                /* [batch][width] */
+    tfm_text *texts;               /* [batch] */
+    float *outputs;                /* [batch][width], and for encoders [batch][prompt][d_model] */
     size_t steps, n_steps;         /* progress */
 } benchmark;
 
@@ -1076,12 +1077,30 @@ static tfm_status run_prompt(benchmark *b, tfm_session *session, size_t n, doubl
     return status;
 }
 
+/* What an encoder-decoder's sequences answer to: texts of the prompt's length. */
+static tfm_status begin_sources(benchmark *b, tfm_session *session, tfm_error *error) {
+    tfm_status status = TFM_OK;
+    tfm_text text;
+    size_t i;
+    memset(&text, 0, sizeof text);
+    text.n_tokens = b->prompt;
+    if (tfm_model_description(tfm_session_model(session))->kind == TFM_ENCODER_DECODER)
+        for (i = 0; i < b->batch && status == TFM_OK; i++) {
+            text.tokens = b->tokens + i;
+            status = tfm_set_source(session, i, &text, error);
+        }
+    return status;
+}
+
 /* Decoding, greedily: n tokens for each sequence, one after the other, after a short context that is not timed. */
 static tfm_status run_gen(benchmark *b, tfm_session *session, size_t n, double *seconds, tfm_error *error) {
-    tfm_status status = begin_sequences(b, session, b->context, 0, error);
+    tfm_status status = begin_sources(b, session, error);
     tfm_sampling greedy;
-    double start = now();
+    double start;
     size_t step, i;
+    if (status == TFM_OK)
+        status = begin_sequences(b, session, b->context, 0, error);
+    start = now();
     memset(&greedy, 0, sizeof greedy);
     for (i = 0; i < b->batch; i++) {
         b->chunks[i].tokens = b->next + i;
@@ -1098,12 +1117,32 @@ static tfm_status run_gen(benchmark *b, tfm_session *session, size_t n, double *
     return status;
 }
 
+/* Encoding: texts of n tokens. */
+static tfm_status run_encode(benchmark *b, tfm_session *session, size_t n, double *seconds, tfm_error *error) {
+    double start;
+    size_t i;
+    tfm_status status;
+    for (i = 0; i < b->batch; i++) {
+        memset(b->texts + i, 0, sizeof *b->texts);
+        b->texts[i].tokens = b->tokens + i;
+        b->texts[i].n_tokens = n;
+    }
+    start = now();
+    status = tfm_encode(session, b->texts, b->batch, TFM_HIDDEN, b->outputs, error);
+    *seconds = now() - start;
+    return status;
+}
+
+static int has_encode(const tfm_description *d) {
+    return d->kind != TFM_DECODER && d->vocab_size;
+}
+
 static int has_prompt(const tfm_description *d) {
-    return d->kind == TFM_DECODER;
+    return d->kind == TFM_DECODER && d->vocab_size;
 }
 
 static int has_gen(const tfm_description *d) {
-    return d->kind == TFM_DECODER && d->head != TFM_NO_HEAD;
+    return d->kind != TFM_ENCODER && d->head != TFM_NO_HEAD;
 }
 
 static const struct {
@@ -1113,12 +1152,13 @@ static const struct {
     size_t warm_up; /* tokens of a run that only brings memory and caches into play */
 } jobs[N_JOBS] = {
     {"prompt", has_prompt, run_prompt, 32},
+    {"encode", has_encode, run_encode, 32},
     {"gen", has_gen, run_gen, 2},
 };
 
 /* Tokens of a job for each sequence. */
 static size_t job_length(const benchmark *b, job which) {
-    return which == JOB_PROMPT ? b->prompt : b->gen;
+    return which == JOB_GEN ? b->gen : b->prompt;
 }
 
 /* ---- bench: what a job must read and calculate
@@ -1134,15 +1174,19 @@ static void count_linear(const tfm_linear *linear, double *weights, double *byte
     *bytes += linear->bias.data ? (double)tfm_tensor_bytes(&linear->bias) : 0;
 }
 
-static void count_blocks(const tfm_model *model, double *weights, double *bytes) {
+static void count_blocks(const tfm__stack *stack, double *weights, double *bytes) {
     size_t i;
     *weights = *bytes = 0;
-    for (i = 0; i < tfm_model_stack(model)->n_layers; i++) {
-        const tfm_block *block = tfm_model_block(model, i);
+    for (i = 0; i < stack->shape->n_layers; i++) {
+        const tfm_block *block = stack->blocks + i;
         count_linear(&block->attention.qkv, weights, bytes);
         count_linear(&block->attention.out, weights, bytes);
         count_linear(&block->ffn.up, weights, bytes);
         count_linear(&block->ffn.down, weights, bytes);
+        if (block->cross.q.weight.data) { /* keys and values are those of the source */
+            count_linear(&block->cross.q, weights, bytes);
+            count_linear(&block->cross.out, weights, bytes);
+        }
     }
 }
 
@@ -1165,10 +1209,13 @@ static void job_work(const benchmark *b, const tfm_model *model, job which, resu
     const tfm_description *d = tfm_model_description(model);
     double weights, bytes, head_bytes, head = d->head == TFM_NO_HEAD ? 0 : (double)d->vocab_size * (double)d->d_model;
     double batch = (double)b->batch, steps = (double)b->gen;
-    count_blocks(model, &weights, &bytes);
+    count_blocks(which == JOB_ENCODE ? &model->encoder : tfm__main_stack(model), &weights, &bytes);
     head_bytes = (double)tfm_model_bytes_per_token(model) - bytes;
     r->tokens = (double)job_length(b, which) * batch;
-    if (which == JOB_PROMPT) {
+    if (which == JOB_ENCODE) {
+        r->bytes = passes_for(b->prompt * b->batch) * bytes;
+        r->operations = 2 * weights * r->tokens;
+    } else if (which == JOB_PROMPT) {
         r->bytes = passes_for(b->prompt * b->batch) * bytes + head_passes(b) * head_bytes;
         r->operations = 2 * (weights * r->tokens + head * batch);
     } else {
@@ -1215,8 +1262,11 @@ static tfm_status prepare(benchmark *b, const tfm_model *model, tfm_error *error
     const size_t n_positions = tfm_model_stack(model)->n_positions;
     tfm_random random;
     size_t i;
+    size_t outputs, source = d->kind == TFM_ENCODER_DECODER ? d->encoder.n_positions : n_positions;
     b->context = n_positions > 2 * GEN_CONTEXT ? GEN_CONTEXT : n_positions / 2;
-    reduce("--prompt", &b->prompt, n_positions);
+    if (d->kind == TFM_ENCODER_DECODER)
+        b->context = 1;
+    reduce("--prompt", &b->prompt, source);
     reduce("--gen", &b->gen, n_positions - b->context);
     b->what = d->head == TFM_NO_HEAD ? TFM_HIDDEN : TFM_LOGITS;
     b->width = d->head == TFM_NO_HEAD ? d->d_model : d->vocab_size;
@@ -1224,8 +1274,12 @@ static tfm_status prepare(benchmark *b, const tfm_model *model, tfm_error *error
     b->next = (int32_t *)malloc(b->batch * sizeof *b->next);
     b->work = (int32_t *)malloc(d->vocab_size * sizeof *b->work);
     b->chunks = (tfm_chunk *)malloc(b->batch * sizeof *b->chunks);
-    b->outputs = (float *)malloc(b->batch * b->width * sizeof *b->outputs);
-    if (!b->tokens || !b->next || !b->work || !b->chunks || !b->outputs) {
+    outputs = b->batch * b->width;
+    if (d->kind != TFM_DECODER && outputs < b->batch * b->prompt * d->d_model)
+        outputs = b->batch * b->prompt * d->d_model;
+    b->texts = (tfm_text *)malloc(b->batch * sizeof *b->texts);
+    b->outputs = (float *)malloc(outputs * sizeof *b->outputs);
+    if (!b->texts || !b->tokens || !b->next || !b->work || !b->chunks || !b->outputs) {
         snprintf(error->message, sizeof error->message, "out of memory");
         return error->status = TFM_ERROR_MEMORY;
     }
@@ -1250,7 +1304,11 @@ static tfm_status open_variant(benchmark *b, variant *v, tfm_error *error) {
         return error->status;
     if (!b->tokens && prepare(b, v->model, error) != TFM_OK)
         return error->status;
-    options.context = b->prompt > b->context + b->gen ? b->prompt : b->context + b->gen;
+    options.context = b->context + b->gen;
+    if (tfm_model_description(v->model)->kind == TFM_ENCODER_DECODER)
+        options.source = b->prompt;
+    else if (tfm_model_description(v->model)->kind == TFM_ENCODER || options.context < b->prompt)
+        options.context = b->prompt;
     options.n_sequences = b->batch;
     options.max_rows = ROWS_PER_PASS;
     options.engine.threads = b->limits.threads;
@@ -1551,7 +1609,9 @@ static void chart_bar(FILE *file, const benchmark *b, size_t index, job which, i
 
 static void chart_heading(FILE *file, const benchmark *b, job which, int y) {
     chart_text(file, CHART_MARGIN, y, "start", "job");
-    if (which == JOB_PROMPT)
+    if (which == JOB_ENCODE)
+        fprintf(file, "Encoding<tspan class=\"small\">&#160;&#160;%lu tokens", (unsigned long)b->prompt);
+    else if (which == JOB_PROMPT)
         fprintf(file, "Prompt<tspan class=\"small\">&#160;&#160;%lu tokens", (unsigned long)b->prompt);
     else
         fprintf(file, "Generation<tspan class=\"small\">&#160;&#160;%lu tokens after %lu", (unsigned long)b->gen,
@@ -1753,6 +1813,7 @@ static int bench(int argc, char **argv) {
     free(b.limits.ends);
     free(b.outputs);
     free(b.chunks);
+    free(b.texts);
     free(b.work);
     free(b.next);
     free(b.tokens);
