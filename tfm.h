@@ -5098,7 +5098,7 @@ static tfm_status tfm__join_parts(tfm_file *file, tfm_error *error) {
 
 #ifdef TFM__BIG_ENDIAN
 /* n numbers of `size` bytes. */
-static void tfm__turn(unsigned char *data, size_t n, size_t size) {
+static void tfm__turn_numbers(unsigned char *data, size_t n, size_t size) {
     size_t i, k;
     for (i = 0; i < n; i++, data += size)
         for (k = 0; k < size / 2; k++) {
@@ -5114,10 +5114,10 @@ static void tfm__turn_tensor(const tfm_tensor *tensor, unsigned char *data) {
     const size_t element = is_plain ? tfm__dtype_sizes[tensor->dtype] : 1, size = tfm_tensor_bytes(tensor);
     size_t at;
     if (tensor->dtype != TFM_I8)
-        tfm__turn(data, size / element, element);
+        tfm__turn_numbers(data, size / element, element);
     else
         for (at = 0; at < size; at += tfm__panel_bytes(TFM_I8, tensor->shape[1]))
-            tfm__turn(data + at, TFM__PANEL, sizeof(int32_t));
+            tfm__turn_numbers(data + at, TFM__PANEL, sizeof(int32_t));
 }
 
 static tfm_status tfm__turn_file(tfm_file *file, tfm_error *error) {
@@ -5130,7 +5130,7 @@ static tfm_status tfm__turn_file(tfm_file *file, tfm_error *error) {
         tfm_meta *meta = file->meta + i;
         unsigned char *values = file->turned + ((const unsigned char *)meta->values - file->bytes.data);
         if ((size_t)meta->type < 7)
-            tfm__turn(values, meta->count, tfm__meta_sizes[meta->type]);
+            tfm__turn_numbers(values, meta->count, tfm__meta_sizes[meta->type]);
         meta->values = values;
     }
     for (i = 0; i < file->n_entries; i++) {
@@ -13559,7 +13559,7 @@ TFM_API tfm_status tfm_chat_save(const tfm_chat *chat, const char *path, tfm_err
 }
 
 TFM_API tfm_status tfm_chat_load(tfm_chat *chat, const char *path, tfm_error *error) {
-    tfm__bytes bytes;
+    tfm__bytes bytes = {NULL, 0};
     tfm_status status = tfm__map_file(path, &chat->allocator, &bytes, error);
     if (status != TFM_OK)
         return status;

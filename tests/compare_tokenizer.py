@@ -6,7 +6,7 @@ hard: all of Unicode, white space, contractions, emoji, marks, digits, added tok
 
 Compares the tokenizers of the checkpoints (Hugging Face directories), and of tokenizers that it trains itself and
 changes in ways that a checkpoint may have: merges in an odd order, missing byte tokens, every kind of added token;
-RoBERTa's; and BERT's WordPiece with every kind of normalization. Pairs of texts, token types and decoding, too.
+RoBERTa's; other patterns that cut a text, as LLaMA 3, Qwen 2 and SmolLM have them; and BERT's WordPiece with every kind of normalization. Pairs of texts, token types and decoding, too.
 Needs the Python packages tokenizers and transformers. The last line is `N passed, N failed`.
 """
 import argparse
@@ -25,6 +25,7 @@ os.environ["RUST_BACKTRACE"] = "0"  # see wanted_ids()
 
 from tokenizers import (  # noqa: E402
     AddedToken,
+    Regex,
     Tokenizer,
     decoders,
     models,
@@ -49,6 +50,8 @@ ALL = [c for c in range(0x110000) if not 0xD800 <= c < 0xE000]
 DIGITS, MARKS, LETTERS = ([chr(c) for c in ALL if unicodedata.category(chr(c)).startswith(x)] for x in "NML")
 # Marks that BERT keeps and sorts, and that it removes, to be mixed.
 KEPT_MARKS = [c for c in MARKS if unicodedata.combining(c) and ord(c) > 0x1d00] + ["\u0334", "\u0345", "\u034f", "\ufe0f"]
+# Hangul and its letters, and what is composed of parts or stands for something else.
+COMPOSING = [c for c in ALL if unicodedata.normalize("NFD", chr(c)) != chr(c)] + list(range(0x1100, 0x1200)) * 9
 PLANES = [(0, 0x7F), (0, 0x2FF), (0x300, 0x7FF), (0x800, 0xD7FF), (0xE000, 0xFFFF), (0x10000, 0x1FFFF)]
 PLANES += [(0x20000, 0x323FF), (0xE0000, 0xE01FF), (0, 0xD7FF), (0x10000, 0x10FFFF)]
 
@@ -116,6 +119,66 @@ def train(text, vocab_size, **options):
     trainer = trainers.BpeTrainer(vocab_size=vocab_size, show_progress=False, **options)
     tokenizer.train_from_iterator(text, trainer)
     return json.loads(tokenizer.to_str())["model"]
+
+
+CASED = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|%s| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+GPT4 = (
+    r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+"
+)
+
+
+def split_by(pattern, behavior="isolated", invert=False):
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    return pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(pattern), behavior, invert), byte_level])
+
+
+def split_digits():
+    return pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+
+
+# Every pattern by which byte-level BPE cuts a text, and whether the text is normalized before.
+SPLITTERS = [
+    ("llama3", split_by(CASED % r"\p{N}{1,3}"), False),
+    ("qwen2", split_by(CASED % r"\p{N}"), True),
+    ("gpt4", split_by(GPT4), False),
+    ("gpt4, inverted", split_by(CASED % r"\p{N}{1,3}", "removed", True), False),
+    ("gpt2 as a regular expression", split_by(GPT2), True),
+    ("smollm", split_digits(), False),
+]
+
+
+def by_patterns(text, rng):
+    """Tokenizers of every pattern: one with all that LLaMA 3 has, and one with added tokens of every kind."""
+    for name, splitter, composed in SPLITTERS:
+        tokenizer = Tokenizer(models.BPE())
+        tokenizer.pre_tokenizer = splitter
+        tokenizer.decoder = decoders.ByteLevel()
+        if composed:
+            tokenizer.normalizer = normalizers.NFC()
+        alphabet = pre_tokenizers.ByteLevel.alphabet()
+        trainer = trainers.BpeTrainer(vocab_size=6000, show_progress=False, initial_alphabet=alphabet)
+        tokenizer.train_from_iterator(text[:20000], trainer)
+        odd = Tokenizer.from_str(tokenizer.to_str())
+        add_random_tokens(odd, rng, 12)
+        model = json.loads(tokenizer.to_str())["model"]
+        some = [tuple(pair) for pair in model["merges"] if rng.random() < 0.9]
+        tokenizer.model = models.BPE(model["vocab"], some, ignore_merges=True)
+        tokenizer.add_special_tokens(["<|begin_of_text|>", "<|im_start|>", "<|im_end|>", "<|eot_id|>"])
+        first = tokenizer.token_to_id("<|begin_of_text|>")
+        template = processors.TemplateProcessing(
+            single="<|begin_of_text|> $A",
+            pair="<|begin_of_text|> $A $B:1",
+            special_tokens=[("<|begin_of_text|>", first)],
+        )
+        tokenizer.post_processor = processors.Sequence([processors.ByteLevel(trim_offsets=False), template])
+        yield f"pattern {name}", tokenizer
+        yield f"pattern {name}, added tokens", odd
+
 
 
 ODD_TOKENS = [
@@ -273,6 +336,7 @@ def variants(text, rng):
 
     yield "roberta", roberta(vocab, merges, rng, False)
     yield "roberta, prefix space", roberta(vocab, merges, rng, True)
+    yield from by_patterns(text, rng)
     yield from berts(text, rng)
 
     for i in range(16):
@@ -299,7 +363,14 @@ def script_word(rng):
 
 
 def part(rng, words, added):
-    kind = rng.randrange(16)
+    kind = rng.randrange(18)
+    if kind == 16:
+        s = "".join(rng.choices(" \t\r\n\u3000", k=rng.randrange(1, 5)))
+        return s + rng.choice(["", "a", "1", "12", "1234", "!", "?!\r\n", "\u0301", "'S", "\u0663"])
+    if kind == 17:
+        s = script_word(rng) + rng.choice("aeoucAEISZ") + "".join(rng.choices(MARKS, k=rng.randrange(3)))
+        s += "".join(map(chr, rng.choices(COMPOSING, k=rng.randrange(4))))
+        return unicodedata.normalize(rng.choice(["NFC", "NFD"]), s)
     if kind == 14:
         return script_word(rng) + rng.choice([" ", "", ", ", "-"])
     if kind == 15:
@@ -496,13 +567,16 @@ def main():
     parser.add_argument("--text", nargs="*", default=[], metavar="FILE", help="more text to train on and to take from")
     parser.add_argument("--tfm", default="build/tfm", help="the program")
     parser.add_argument("--convert", default="tools/convert.py", help="the converter")
+    parser.add_argument("--only", default="", metavar="WORD", help="only the tokenizers with this word in their names")
     parser.add_argument("checkpoints", nargs="*", metavar="CHECKPOINT")
     arguments = parser.parse_args()
 
     rng = random.Random(arguments.seed)
     text = training_text(arguments.text, rng)
     words = [w for line in text[:20000] for w in line.split()] or ["word"]
-    tokenizers = [(c, load_checkpoint(c)) for c in arguments.checkpoints] + list(variants(text, rng))
+    tokenizers = [(c, load_checkpoint(c)) for c in arguments.checkpoints] + [
+        variant for variant in variants(text, rng) if arguments.only in variant[0]
+    ]
     counts = Counts()
     with tempfile.TemporaryDirectory() as directory:
         for i, (name, tokenizer) in enumerate(tokenizers):
@@ -513,7 +587,7 @@ def main():
                 write_checkpoint(tokenizer, checkpoint)
             convert(arguments, checkpoint, model)
             compare(arguments, model, name, tokenizer, words, arguments.strings // len(tokenizers), rng, counts)
-            if name in (EVERY_PAIR, BERT_UNCASED):
+            if name in (EVERY_PAIR, BERT_UNCASED) or name in [f"pattern {splitter[0]}" for splitter in SPLITTERS]:
                 compare_lines(arguments, model, name, tokenizer, every_character(), False, False, counts)
             if name == EVERY_PAIR:
                 compare_round_trip(arguments, model, name, rng, counts)

@@ -999,6 +999,9 @@ def test_tokenizer_json(converter, _):
         "two pre-tokenizers": ({"pre_tokenizer": {"type": "Sequence", "pretokenizers": [
             {"type": "Digits", "individual_digits": False},
             {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}]}}, "Digits"),
+        "another pattern": ({"pre_tokenizer": {"type": "Sequence", "pretokenizers": [
+            {"type": "Split", "pattern": {"Regex": "[ab]+|x"}, "behavior": "Isolated", "invert": False},
+            {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}]}}, "[ab]+|x"),
         "no pattern": ({"pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}},
                        "splits nothing"),
         "decoder": ({"decoder": {"type": "WordPiece"}}, "WordPiece"),

@@ -310,6 +310,49 @@ static void test_without_pairs(void) {
     CHECK(n == 1 && types[0] == 0 && types[1] == 7);
 }
 
+/* The pieces that a pattern cuts a text into: each is a token, and `ignore_merges` makes it that. */
+static void check_pieces(const char *pattern, int nfc, const char *text, const char *const *pieces, size_t n) {
+    static const test_shape shape = {300, 4, 1, 1, 1, 4, 4, 4};
+    test_tfm tfm;
+    unsigned char *bytes;
+    tfm_model *model;
+    tfm_error error = {TFM_OK, ""};
+    int32_t ids[64];
+    size_t n_ids = 0, size, i;
+    memset(&tfm, 0, sizeof tfm);
+    test_put_description(&tfm, &shape);
+    test_put_weights(&tfm, &shape, 1);
+    test_put_tokenizer(&tfm, pieces, n);
+    test_put_text(&tfm, "tokenizer.pattern", pattern);
+    test_put_i64(&tfm, "tokenizer.nfc", nfc);
+    test_put_i64(&tfm, "tokenizer.ignore_merges", 1);
+    model = test_load_tfm(&tfm, &bytes);
+    if (model) {
+        CHECK_OK(tfm_tokenize(model, text, strlen(text), 0, ids, 64, &n_ids, &error), error);
+        CHECK_MSG(n_ids == n, "%s: %lu pieces, expected %lu", pattern, (unsigned long)n_ids, (unsigned long)n);
+        for (i = 0; i < n && i < n_ids; i++) {
+            const char *found = tfm_token_text(model, ids[i], &size);
+            CHECK_MSG(found && size == strlen(pieces[i]) && !memcmp(found, pieces[i], size), "%s: piece %lu is '%.*s'",
+                      pattern, (unsigned long)i, (int)size, found ? found : "");
+        }
+    }
+    tfm_free(model);
+    free(bytes);
+    test_clear(&tfm);
+}
+
+static void test_patterns(void) {
+    static const char *const llama3[] = {"It", "'S", "'\xC5\xBF", " \n\n", "\tab", "123", "45", " ?!\r\n", "  ", " x"};
+    static const char *const qwen2[] = {"(a\xC3\xA9", "1", "2", " \xEA\xB0\x81", "'lL", "  \r\n", "."};
+    static const char *const smollm[] = {"a", "  ", "1", "2", " b", "'s", "  \n", "3"};
+    check_pieces("llama3", 0, "It'S'\xC5\xBF \n\n\tab12345 ?!\r\n   x", llama3, 10);
+    check_pieces("qwen2", 1,
+                 "(ae\xCC\x81"
+                 "12 \xE1\x84\x80\xE1\x85\xA1\xE1\x86\xA8'lL  \r\n.",
+                 qwen2, 7);
+    check_pieces("smollm", 0, "a  12 b's  \n3", smollm, 8);
+}
+
 void test_tokenizer(void) {
     tfm_error error;
     tfm_file *golden = golden_open("tokenizer");
@@ -327,4 +370,5 @@ void test_tokenizer(void) {
     test_hostile_wordpiece();
     tfm_free(model);
     tfm_file_close(golden);
+    test_patterns();
 }

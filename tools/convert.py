@@ -4078,7 +4078,8 @@ def convert(args):
     pooling = read_modules(source)
     # A directory's configuration can refuse it before its weights are read; nanoGPT's comes with the weights.
     checkpoint = None if source.is_directory else read_checkpoint(source)
-    if checkpoint is not None and checkpoint.gguf is not None and not checkpoint.tensors:
+    if (checkpoint is not None and checkpoint.gguf is not None and not checkpoint.tensors
+            and "tokenizer.ggml.model" in checkpoint.gguf.values):
         return convert_tokenizer(source, checkpoint.gguf, checkpoint.label, args, started)
     if checkpoint is not None and checkpoint.gguf is not None:
         config, name, family = gguf_settings(checkpoint, args)

@@ -121,6 +121,7 @@ static int parse(int argc, char **argv, int n_paths, const char *allowed, argume
         {"--mask", &args->mask, NULL, NULL},
         {"--decoder-ids", &args->decoder_ids, NULL, NULL},
     };
+    const int has_lists = strstr(allowed, " --types --mask ") != NULL; /* dump's --types has a value */
     int i;
     size_t k;
     memset(args, 0, sizeof *args);
@@ -131,7 +132,7 @@ static int parse(int argc, char **argv, int n_paths, const char *allowed, argume
         snprintf(padded, sizeof padded, " %s ", argv[i]);
         for (k = 0; k < sizeof options / sizeof *options; k++)
             if (!strcmp(argv[i], options[k].name) && strstr(allowed, padded) &&
-                (!options[k].flag || !strstr(allowed, " --types --mask "))) /* dump's --types has a value */
+                (strcmp(argv[i], "--types") || has_lists == !options[k].flag))
                 found = options + k;
         if (!found && argv[i][0] == '-' && argv[i][1])
             return usage("unknown option ", argv[i]);
