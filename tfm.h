@@ -1818,6 +1818,12 @@ static uint32_t tfm__float_bits(float value) {
     return bits;
 }
 
+/* On the bits, since a compiler that assumes that nothing is infinite (clang keeps some of -ffast-math) leaves out x ==
+ * -INFINITY. */
+static int tfm__is_minus_infinity(float x) {
+    return tfm__float_bits(x) == 0xFF800000u;
+}
+
 /* A subnormal half counts steps of 2^-24. (As a float it is not subnormal: it survives where those become 0.) */
 static float tfm__from_f16(uint16_t half) {
     uint32_t sign = (uint32_t)(half & 0x8000) << 16, magnitude = half & 0x7FFFu;
@@ -2497,7 +2503,7 @@ static float tfm__scalar_softmax_block(tfm__softmax *softmax, float *scores, siz
         scores[i] = scores[i] * scale + (mask ? mask[i] : 0);
         max = scores[i] > max ? scores[i] : max;
     }
-    shift = max == -INFINITY ? 0 : max; /* nothing seen yet, and nothing here: -inf - -inf would be NaN */
+    shift = tfm__is_minus_infinity(max) ? 0 : max; /* nothing seen yet, and nothing here: -inf - -inf would be NaN */
     correction = softmax->max == max ? 1 : expf(softmax->max - shift);
     for (i = 0; i < n; i++)
         sum += scores[i] = expf(scores[i] - shift);
@@ -3131,7 +3137,7 @@ static TFM__TARGET float TFM__FN(softmax_block)(tfm__softmax *softmax, float *sc
         largest = TFM__FN(max16)(largest, TFM__FN(scores16)(scores + i, n - i, scale, mask ? mask + i : NULL));
     max = TFM__FN(max_lanes)(largest);
     max = softmax->max > max ? softmax->max : max;
-    shift = max == -INFINITY ? 0 : max; /* nothing seen yet, and nothing here: -inf - -inf would be NaN */
+    shift = tfm__is_minus_infinity(max) ? 0 : max; /* nothing seen yet, and nothing here: -inf - -inf would be NaN */
     for (i = 0; i < n; i += 16) {
         v16 s = TFM__FN(scores16)(scores + i, n - i, scale, mask ? mask + i : NULL);
         s = TFM__FN(exp16)(TFM__FN(sub16)(s, TFM__FN(set16)(shift)));
@@ -4029,6 +4035,9 @@ static void tfm__store(const tfm__attention_job *job, const tfm__span_view *view
         char *keys = tfm__kv_at(kv, job->layer, page, 0, head);
         char *values = tfm__kv_at(kv, job->layer, page, 1, head) + at * TFM__PANEL * size;
         keys += (at / TFM__PANEL * dim * TFM__PANEL + at % TFM__PANEL) * size;
+        if (at % TFM__PANEL == 0 &&
+            view->span->n_rows - i < TFM__PANEL) /* products read whole panels: nothing unwritten */
+            memset(keys, 0, dim * TFM__PANEL * size);
         if (kv->dtype == TFM_F16)
             tfm__store_f16(job->engine->kernels, key, value, dim, kv->page_tokens, (uint16_t *)(void *)keys,
                            (uint16_t *)(void *)values);
@@ -11395,7 +11404,7 @@ static size_t tfm__likeliest(const float *logits, size_t vocab_size) {
         lane[0] = logits[i] > lane[0] ? logits[i] : lane[0];
     for (k = 0; k < 16; k++)
         largest = lane[k] > largest ? lane[k] : largest;
-    for (i = 0; i < vocab_size && (logits[i] != largest || largest == -INFINITY); i++) {
+    for (i = 0; i < vocab_size && (logits[i] != largest || tfm__is_minus_infinity(largest)); i++) {
     }
     return i;
 }
@@ -13559,7 +13568,7 @@ TFM_API tfm_status tfm_chat_save(const tfm_chat *chat, const char *path, tfm_err
 }
 
 TFM_API tfm_status tfm_chat_load(tfm_chat *chat, const char *path, tfm_error *error) {
-    tfm__bytes bytes = {NULL, 0};
+    tfm__bytes bytes = {NULL, 0, 0};
     tfm_status status = tfm__map_file(path, &chat->allocator, &bytes, error);
     if (status != TFM_OK)
         return status;

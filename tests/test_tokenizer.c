@@ -315,7 +315,7 @@ static void check_pieces(const char *pattern, int nfc, const char *text, const c
     static const test_shape shape = {300, 4, 1, 1, 1, 4, 4, 4};
     test_tfm tfm;
     unsigned char *bytes;
-    tfm_model *model;
+    tfm_model *patterned;
     tfm_error error = {TFM_OK, ""};
     int32_t ids[64];
     size_t n_ids = 0, size, i;
@@ -326,17 +326,17 @@ static void check_pieces(const char *pattern, int nfc, const char *text, const c
     test_put_text(&tfm, "tokenizer.pattern", pattern);
     test_put_i64(&tfm, "tokenizer.nfc", nfc);
     test_put_i64(&tfm, "tokenizer.ignore_merges", 1);
-    model = test_load_tfm(&tfm, &bytes);
-    if (model) {
-        CHECK_OK(tfm_tokenize(model, text, strlen(text), 0, ids, 64, &n_ids, &error), error);
+    patterned = test_load_tfm(&tfm, &bytes);
+    if (patterned) {
+        CHECK_OK(tfm_tokenize(patterned, text, strlen(text), 0, ids, 64, &n_ids, &error), error);
         CHECK_MSG(n_ids == n, "%s: %lu pieces, expected %lu", pattern, (unsigned long)n_ids, (unsigned long)n);
         for (i = 0; i < n && i < n_ids; i++) {
-            const char *found = tfm_token_text(model, ids[i], &size);
+            const char *found = tfm_token_text(patterned, ids[i], &size);
             CHECK_MSG(found && size == strlen(pieces[i]) && !memcmp(found, pieces[i], size), "%s: piece %lu is '%.*s'",
                       pattern, (unsigned long)i, (int)size, found ? found : "");
         }
     }
-    tfm_free(model);
+    tfm_free(patterned);
     free(bytes);
     test_clear(&tfm);
 }
