@@ -129,6 +129,8 @@ for ids in 1,2,4096 -1 99999999999; do
 done
 fails 1 "expected numbers" build/tfm dump $model --ids "" -o $dir/x.npy
 fails 1 "expected numbers" build/tfm dump $model --ids 1,,2 -o $dir/x.npy
+fails 1 "decoder-ids is for models with a decoder" build/tfm dump tests/golden/encoder_mlm.tfm --ids "$(seq -s , 1 30)" \
+    --decoder-ids 0 --what hidden -o $dir/x.npy
 fails 1 "context of 513 tokens" build/tfm dump $model --ids "$(seq -s , 1 513)" -o $dir/x.npy
 fails 1 "unknown instruction set" build/tfm dump $model --ids 1 --isa 8086 -o $dir/x.npy
 export TFM_ISA=8086

@@ -2,7 +2,8 @@
  *
  *   tfm info MODEL [--verify]
  *   tfm quantize IN.tfm OUT.tfm [--type int8|f16|bf16|f32] [--threads N]
- *   tfm dump MODEL --ids 1,2,3 [--what logits|hidden] [--isa NAME] [--threads N] -o OUT.npy
+ *   tfm dump MODEL --ids 1,2,3 [--decoder-ids 0,5] [--types 0,0,1] [--mask 1,1,0] [--what logits|hidden|pooled]
+ *       [--isa NAME] [--threads N] -o OUT.npy
  *   tfm tokenize MODEL [--decode] [--special] [--whole] [--plain] [--pair] [--types] < text
  *   tfm perplexity MODEL TEXTFILE [--context N] [--stride N] [--isa NAME] [--threads N]
  *   tfm bench MODEL [--type f32,f16,int8] [--threads N] [--isa NAME] [--prompt 512] [--gen 64] [--batch 1]
@@ -47,7 +48,8 @@
 static const char usage_text[] =
     "usage: tfm info MODEL [--verify]\n"
     "       tfm quantize IN.tfm OUT.tfm [--type int8|f16|bf16|f32] [--threads N]\n"
-    "       tfm dump MODEL --ids 1,2,3 [--what logits|hidden] [--isa NAME] [--threads N] -o OUT.npy\n"
+    "       tfm dump MODEL --ids 1,2,3 [--decoder-ids 0,5] [--types 0,0,1] [--mask 1,1,0]\n"
+    "                [--what logits|hidden|pooled] [--isa NAME] [--threads N] -o OUT.npy\n"
     "       tfm tokenize MODEL [--decode] [--special] [--whole] [--plain] [--pair] [--types] < text\n"
     "       tfm perplexity MODEL TEXTFILE [--context N] [--stride N] [--isa NAME] [--threads N]\n"
     "       tfm bench MODEL [--type f32,f16,int8] [--threads N] [--isa NAME] [--prompt 512] [--gen 64] [--batch 1]\n"
@@ -436,6 +438,10 @@ static int dump_inputs(const arguments *args, dumping *d) {
 /* How many numbers will come out. A classifier's scores are the logits of a model that has no others. */
 static tfm_status dump_shape(dumping *d, const tfm_model *model, tfm_error *error) {
     const tfm_description *description = tfm_model_description(model);
+    if (description->kind == TFM_ENCODER && d->decoder_ids) {
+        snprintf(error->message, sizeof error->message, "--decoder-ids is for models with a decoder");
+        return error->status = TFM_ERROR_ARGUMENT;
+    }
     d->rows = d->decoder_ids ? d->n_decoder_ids : d->text.n_tokens;
     d->columns = d->what == TFM_LOGITS ? description->vocab_size : description->d_model;
     if (d->what == TFM_LOGITS && description->head == TFM_NO_HEAD && description->classifier) {
