@@ -1545,6 +1545,16 @@ def test_sentence_transformers(converter, _):
     check(file is not None and file["pooling"] == "max" and "pool_max_tokens" not in file.metadata,
           "modules: pooling of version 6")
     converter.convert("lower case", folder(usual, sentence_bert_config={"do_lower_case": True}), says=("lower case",))
+    converter.convert("a prompt", folder(usual, config_sentence_transformers={
+        "prompts": {"query": "query: "}, "default_prompt_name": "query"}), says=("warning", "prompt", "query"))
+    below = folder([module("Transformer", "0_Transformer"), usual[1]])  # all of the model's files are in there
+    os.mkdir(os.path.join(below, "0_Transformer"))
+    write_json(os.path.join(below, "0_Transformer", "sentence_bert_config.json"), {"max_seq_length": 7})
+    for name in os.listdir(below):
+        if name != "modules.json" and os.path.isfile(os.path.join(below, name)):
+            os.rename(os.path.join(below, name), os.path.join(below, "0_Transformer", name))
+    file = converter.convert("a model below", below)
+    check(file is not None and file["pool_max_tokens"] == 7, "modules: the limit is beside the model")
     for what, modules, pooling, says in (
             ("dense", usual + [module("Dense", "2_Dense")], None, ("Dense",)), ("nothing", [], None, ("modules.json",)),
             ("no list", {"a": 1}, None, ("modules.json",)), ("a number", [3], None, ("modules.json",)),

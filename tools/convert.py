@@ -2383,10 +2383,14 @@ def read_modules(source):
     if "Pooling" in kinds:
         name = os.path.join(modules[kinds.index("Pooling")].text("path"), "config.json")
         kind = pooling_kind(source.json(source.beside(name)))
-    settings = source.optional_json("sentence_bert_config.json")
+    prompt = source.optional_json("config_sentence_transformers.json").text("default_prompt_name", None)
+    if prompt:
+        source.notes.append("warning: config_sentence_transformers.json puts the prompt %s before every text, which is "
+                            "left to the caller" % quote(prompt))
+    source.directory = source.beside(modules[0].text("path"))
+    settings = source.optional_json("sentence_bert_config.json")  # beside the model, wherever that is
     if settings.flag("do_lower_case", False):
         source.notes.append("warning: sentence_bert_config.json asks for lower case, which is left to the caller")
-    source.directory = source.beside(modules[0].text("path"))
     max_tokens = settings.size("max_seq_length", None) or tokenizer_limit(source)
     return Pooling(kind, "Normalize" in kinds, max_tokens) if kind else None
 
