@@ -1494,6 +1494,21 @@ static void tfm__remove_file(const char *path) {
 #define tfm__remove_file (void)remove
 #endif
 
+#ifndef TFM_NO_STDIO
+/* What is written takes the place of what has its name. That may be a file, and not a device, which root would lose. */
+static tfm_status tfm__check_replaceable(const char *path, tfm_error *error) {
+#ifdef TFM__MMAP
+    struct stat status;
+    if (!stat(path, &status) && !S_ISREG(status.st_mode))
+        return tfm__fail(error, TFM_ERROR_FILE, "%.300s: not a regular file, so it can't be replaced", path);
+#else
+    (void)path;
+    (void)error;
+#endif
+    return TFM_OK;
+}
+#endif
+
 typedef struct tfm__bytes {
     const unsigned char *data;
     size_t size;
@@ -5835,6 +5850,8 @@ TFM_API tfm_status tfm_quantize(const char *in_path, const char *out_path, const
     rewrite.options = options ? options : &usual;
     if ((unsigned)rewrite.options->dtype >= TFM_DTYPE_COUNT)
         return tfm__fail(error, TFM_ERROR_UNSUPPORTED, "unknown type %d", (int)rewrite.options->dtype);
+    if (tfm__check_replaceable(out_path, error) != TFM_OK)
+        return error->status;
     rewrite.allocator = tfm__allocator(&rewrite.options->allocator);
     rewrite.threads.count = tfm__thread_count(rewrite.options->threads);
     from = tfm_file_open(in_path, &rewrite.allocator, error);
@@ -10877,7 +10894,8 @@ static tfm_status tfm__check_chunks(tfm_session *session, const tfm_chunk *chunk
     if (session->model->description.kind == TFM_ENCODER || !session->model->description.vocab_size)
         return tfm__fail(error, TFM_ERROR_UNSUPPORTED, "the model is no decoder of tokens: see tfm_encode");
     if (what != TFM_LOGITS && what != TFM_HIDDEN)
-        return tfm__fail(error, TFM_ERROR_ARGUMENT, "a decoder has no output of the kind %d", (int)what);
+        return tfm__fail(error, TFM_ERROR_ARGUMENT,
+                         "a decoder has logits and hidden states, and no output of the kind %d", (int)what);
     memset(session->in_call, 0, session->n_sequences);
     for (i = 0; i < n_chunks && status == TFM_OK; i++) {
         status = tfm__check_chunk(session, chunks + i, i, error);
@@ -13556,8 +13574,10 @@ static tfm_status tfm__chat_write_file(const tfm_chat *chat, const char *part, c
 
 TFM_API tfm_status tfm_chat_save(const tfm_chat *chat, const char *path, tfm_error *error) {
     size_t size = strlen(path) + sizeof ".part";
-    char *part = (char *)tfm__allocate(&chat->allocator, size);
-    tfm_status status;
+    tfm_status status = tfm__check_replaceable(path, error);
+    char *part = status == TFM_OK ? (char *)tfm__allocate(&chat->allocator, size) : NULL;
+    if (status != TFM_OK)
+        return status;
     if (!part)
         return tfm__fail_memory(error, size);
     strcpy(part, path);

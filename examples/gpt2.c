@@ -116,6 +116,8 @@ static int parse(int argc, char **argv, arguments *args) {
         if (k < n_options && options[k].count == &args->keep)
             args->shift = 1;
     }
+    if (args->top_p > 1 || args->min_p > 1)
+        return usage(args->top_p > 1 ? "--top-p" : "--min-p", ": expected a probability, 0 to 1");
     return args->threads > 1024 ? usage("--threads: at most 1024", "") : 0;
 }
 
@@ -243,7 +245,7 @@ int main(int argc, char **argv) {
     _setmode(1, _O_BINARY);
 #endif
     if (argc == 2 && (!strcmp(argv[1], "--help") || !strcmp(argv[1], "-h")))
-        return fputs(usage_text, stdout) < 0;
+        return fputs(usage_text, stdout) < 0 || fflush(stdout);
     status = parse(argc, argv, &args);
     if (status)
         return status;

@@ -4,7 +4,7 @@
 #include "../tfm.h"
 
 static int print(void *user, const char *text, size_t size) {
-    return fwrite(text, 1, size, (FILE *)user) != size;
+    return fwrite(text, 1, size, (FILE *)user) != size || fflush((FILE *)user);
 }
 
 int main(int argc, char **argv) {
@@ -19,5 +19,5 @@ int main(int argc, char **argv) {
         fprintf(stderr, "minimal: %s\n", error.message);
     tfm_session_free(session);
     tfm_free(model);
-    return error.status != TFM_OK;
+    return error.status != TFM_OK || ferror(stdout);
 }

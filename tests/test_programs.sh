@@ -61,6 +61,8 @@ fails 2 "unknown option" build/gpt2 --frobnicate
 fails 2 "value is missing" build/gpt2 -m
 fails 2 "expected a number" build/gpt2 -n many
 fails 2 "expected a number" build/gpt2 --temp -1
+fails 2 "top-p: expected a probability" build/gpt2 --top-p 2
+fails 2 "min-p: expected a probability" build/gpt2 --temp 1 --min-p 1.5
 fails 2 "unknown type" build/gpt2 --type f13
 run build/minimal
 check "minimal without arguments" [ "$status" -eq 2 ]
@@ -143,6 +145,22 @@ printf 'a' >"$dir/a.txt"
 fails 1 "nothing to score" build/tfm perplexity $model $dir/a.txt
 fails 1 "context" build/tfm perplexity $model $dir/a.txt --context 513
 check "errors leave nothing behind" no_output_left
+
+# ---- output that can't be written, and output that is no file
+if [ -c /dev/full ]; then
+    for command in "build/gpt2 -n 3" "build/minimal $model Once" "build/tfm info $model" "build/tfm --help" \
+        "build/gpt2 --help" "build/tfm tokenize $model" "build/tfm perplexity $model LICENSE"; do
+        echo "some text" | $command >/dev/full 2>"$dir/err"
+        check "$command: to a full disk: exit status" [ $? -eq 1 ]
+    done
+    ln -s /dev/full "$dir/full" # a link: what would replace it does no harm
+    fails 1 "No space left" build/tfm dump $model --ids 1,2 -o "$dir/full"
+    fails 1 "not a regular file" build/tfm quantize $model "$dir/full"
+    check "a device is not replaced" [ -c "$dir/full" ]
+    check "a device has no temporary file" [ ! -e "$dir/full.part" ]
+fi
+ln -s /dev/stdout "$dir/stdout"
+check "dump into a pipe" [ "$(build/tfm dump $model --ids 1,2 -o "$dir/stdout" | wc -c)" -eq 32896 ]
 
 # ---- text
 text() { # the text that gpt2 writes with these options

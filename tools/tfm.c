@@ -24,6 +24,7 @@
 #include <math.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/stat.h>
 #include <time.h>
 #ifdef _WIN32
 #include <fcntl.h>
@@ -70,6 +71,11 @@ static int fail(const char *message) {
 static int fail_system(const char *path) {
     fprintf(stderr, "tfm: %s: %s\n", path, strerror(errno));
     return 1;
+}
+
+/* The last thing that a subcommand does with its exit status: what it printed has arrived, or that is an error. */
+static int finish(int status) {
+    return (fflush(stdout) || ferror(stdout)) && !status ? fail_system("standard output") : status;
 }
 
 /* All that the subcommands take; each subcommand says which of it. */
@@ -196,13 +202,20 @@ static void show_progress(const char *what, double share) {
 
 typedef struct output {
     const char *path;
-    char *temporary; /* what it is called until it is whole */
+    char *
+        temporary; /* what it is called until it is whole; NULL: it is no file that could be replaced, as /dev/stdout */
     FILE *file;
 } output;
 
 /* 0, or the exit status after a message. */
 static int output_open(output *out, const char *path) {
+    struct stat status;
     out->path = path;
+    out->temporary = NULL;
+    if (!stat(path, &status) && !S_ISREG(status.st_mode)) {
+        out->file = fopen(path, "wb");
+        return out->file ? 0 : fail_system(path);
+    }
     out->temporary = (char *)malloc(strlen(path) + sizeof ".part");
     if (!out->temporary)
         return fail("out of memory");
@@ -219,6 +232,8 @@ static int output_open(output *out, const char *path) {
 static int output_close(output *out) {
     int bad = fflush(out->file) || ferror(out->file);
     bad = fclose(out->file) || bad;
+    if (!out->temporary)
+        return bad ? fail_system(out->path) : 0;
 #ifdef _WIN32 /* whose rename replaces nothing */
     if (!bad)
         remove(out->path);
@@ -314,7 +329,7 @@ static int info(int argc, char **argv) {
     if (!model)
         return fail(error.message);
     tfm_free(model);
-    return 0;
+    return finish(0);
 }
 
 /* ---- quantize */
@@ -679,11 +694,9 @@ static int tokenize(int argc, char **argv) {
         if (args.whole)
             break;
     }
-    if ((fflush(stdout) || ferror(stdout)) && !status)
-        status = fail_system("standard output");
     free(text);
     tfm_free(model);
-    return status;
+    return finish(status);
 }
 
 /* ---- perplexity */
@@ -785,7 +798,7 @@ static int perplexity(int argc, char **argv) {
     free(ids);
     free(text);
     tfm_free(model);
-    return status;
+    return finish(status);
 }
 
 /* ---- bench: what this machine can do at most
@@ -1815,7 +1828,7 @@ static int run_benchmark(benchmark *b) {
     if (measure_all(b, &error) != TFM_OK)
         return fail(error.message);
     print_report(b);
-    status = fflush(stdout) || ferror(stdout) ? fail_system("standard output") : 0;
+    status = finish(0);
     if (b->args->json)
         status = write_json(b, b->args->json) || status;
     if (b->args->svg)
@@ -1859,7 +1872,7 @@ int main(int argc, char **argv) {
     if (argc < 2)
         return usage("a command is missing", "");
     if (!strcmp(argv[1], "--help") || !strcmp(argv[1], "-h"))
-        return fputs(usage_text, stdout) < 0;
+        return fputs(usage_text, stdout) < 0 || fflush(stdout);
     for (i = 0; i < sizeof commands / sizeof *commands; i++)
         if (!strcmp(argv[1], commands[i].name))
             return commands[i].run(argc - 2, argv + 2);
