@@ -5604,8 +5604,15 @@ static void tfm__fold_stack(tfm__folding *folding, const tfm_file *file, const c
     size_t n_layers = TFM__MIN(tfm__stack_size(file, stack, "n_layers"), file->n_entries), layer;
     for (layer = 0; layer < n_layers; layer++) {
         tfm__foldable f = tfm__find_foldable(file, stack, layer);
-        if (tfm__foldable_fits(&f))
-            tfm__fold_block(folding, file, &f);
+        if (!tfm__foldable_fits(&f))
+            continue;
+        tfm__fold_block(folding, file, &f);
+        if (folding->floats) { /* so that a file larger than memory streams through it */
+            tfm__file_forget(file, &f.qkv[0]->tensor);
+            tfm__file_forget(file, &f.out->tensor);
+            tfm__file_forget(file, &f.up[0]->tensor);
+            tfm__file_forget(file, &f.down->tensor);
+        }
     }
 }
 
@@ -9826,8 +9833,10 @@ static void tfm__load_relative(tfm__stack_loader *from) {
     from->relative.n_buckets = tfm__read_size(&loader->reader, key, shape->causal ? 2 : 4, TFM__MAX_SIZE, -1);
     snprintf(key, sizeof key, "%s.relative_max_distance", from->prefix);
     from->relative.max_distance = tfm__read_size(&loader->reader, key, 1, TFM__MAX_SIZE, -1);
-    if (from->relative.max_distance <= from->relative.n_buckets / 2)
-        tfm__reader_fail(&loader->reader, key, "more than half the number of buckets");
+    if (from->relative.max_distance <= from->relative.n_buckets / (shape->causal ? 2 : 4))
+        tfm__reader_fail(&loader->reader, key,
+                         shape->causal ? "more than half the number of buckets"
+                                       : "more than a quarter of the number of buckets");
     snprintf(key, sizeof key, "%s.relative_bias.weight", from->prefix);
     entry = tfm__load_entry(loader, key, from->relative.n_buckets, shape->n_heads, 0);
     if (entry) { /* in fp32, by rows */

@@ -1576,6 +1576,8 @@ def test_t5_configurations(converter, _):
              ("feed_forward_proj",)),
             (dict(feed_forward_proj="gated-gelu"), ("wi_0",)), (dict(num_decoder_layers=2), ("decoder.block.1",)),
             (dict(relative_attention_num_buckets=31), ("relative_attention_bias", "[31, 3]")),
+            (dict(relative_attention_max_distance=16), ("relative_attention_max_distance", "more than 16, not 16")),
+            (dict(relative_attention_num_buckets=3), ("relative_attention_num_buckets", "at least 4, not 3")),
             (dict(architectures=["T5EncoderModel"]), ("decoder.",)), (dict(model_type="umt5"), ("umt5",)),
             (dict(decoder_start_token_id="x"), ("decoder_start_token_id",)), (dict(d_kv=6),
              ("SelfAttention.q", "[18, 12]"))):

@@ -274,6 +274,7 @@ run build/tfm perplexity $model "$dir/text.txt" --context 64 --stride 32 --threa
 check "perplexity does not depend on the threads" [ "$(tail -n 1 "$dir/out")" = "$perplexity" ]
 run build/tfm quantize $model "$dir/f32.tfm" --type f32
 check "quantize succeeds" [ "$status" -eq 0 ]
+check "quantize prints the size and the time" says "f32.tfm: [0-9]* tensors, $(wc -c <"$dir/f32.tfm") bytes, .* seconds"
 run build/tfm info "$dir/f32.tfm" --verify
 check "what it wrote is good" [ "$status" -eq 0 ]
 run build/tfm quantize "$dir/f32.tfm" "$dir/usual.tfm"

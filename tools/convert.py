@@ -1753,6 +1753,14 @@ def describe_t5(config, family, tensors):
     if head != "encoder":
         stacks["decoder"] = dataclasses.replace(
             encoder, n_layers=config.size("num_decoder_layers", n_layers, limit=MAX_LAYERS), causal=True, cross=True)
+    for stack in stacks.values():  # near distances have buckets of their own, up to where the others begin to be wider
+        least = stack.relative_buckets // (2 if stack.causal else 4)
+        if not 0 < least < stack.relative_max_distance:
+            raise ConvertError("%s: with %d 'relative_attention_num_buckets', 'relative_attention_max_distance' should be "
+                               "more than %d, not %d" % (config.where, stack.relative_buckets, least,
+                                                         stack.relative_max_distance)
+                               if least else "%s: 'relative_attention_num_buckets' should be at least %d, not %d"
+                               % (config.where, 2 if stack.causal else 4, stack.relative_buckets))
     tied = config.flag("tie_word_embeddings", True)
     model = Model(
         kind="encoder" if head == "encoder" else "encoder-decoder", vocab_size=config.size("vocab_size"),
@@ -3183,10 +3191,11 @@ def read_sentencepiece_model(source, name):
 
 def check_pieces(parsed, byte_fallback, path):
     """What SentencePiece demands of a vocabulary, too."""
-    texts = [text for text, _, _ in parsed]
-    if len(set(texts)) != len(texts):
-        twice = next(text for i, text in enumerate(texts) if text in texts[:i])
-        raise ConvertError("%s: the piece %s is there twice" % (path, quote(twice)))
+    seen = set()
+    for text, _, _ in parsed:
+        if text in seen:
+            raise ConvertError("%s: the piece %s is there twice" % (path, quote(text)))
+        seen.add(text)
     kinds = [kind for _, _, kind in parsed]
     if kinds.count(UNKNOWN) != 1:
         raise ConvertError("%s: has %d pieces for what is unknown, not one" % (path, kinds.count(UNKNOWN)))

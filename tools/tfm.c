@@ -332,6 +332,12 @@ static int info(int argc, char **argv) {
     return finish(0);
 }
 
+static double now(void) {
+    struct timespec time;
+    clock_gettime(CLOCK_MONOTONIC, &time);
+    return (double)time.tv_sec + 1e-9 * (double)time.tv_nsec;
+}
+
 /* ---- quantize */
 
 static int quantize_progress(void *user, uint64_t done, uint64_t total) {
@@ -344,7 +350,9 @@ static int quantize(int argc, char **argv) {
     arguments args;
     tfm_quantize_options options;
     tfm_error error = {TFM_OK, ""};
+    tfm_file *file;
     int status = parse(argc, argv, 2, " --type --threads ", &args);
+    double start = now();
     if (status)
         return status;
     memset(&options, 0, sizeof options);
@@ -354,6 +362,13 @@ static int quantize(int argc, char **argv) {
         return usage(error.message, "");
     if (tfm_quantize(args.paths[0], args.paths[1], &options, &error) != TFM_OK)
         return fail(error.message);
+    start = now() - start;
+    file = tfm_file_open(args.paths[1], NULL, &error);
+    if (!file)
+        return fail(error.message);
+    fprintf(stderr, "tfm: %s: %lu tensors, %llu bytes, %.2f seconds\n", args.paths[1],
+            (unsigned long)tfm_file_n_tensors(file), (unsigned long long)tfm_file_bytes(file), start);
+    tfm_file_close(file);
     return 0;
 }
 
@@ -804,12 +819,6 @@ static int perplexity(int argc, char **argv) {
 /* ---- bench: what this machine can do at most
  * The read bandwidth, and the multiply-add peaks of the instruction set in use. Each loop is handed out in small
  * pieces, as in the library, so that limits suffer from a busy neighbour no more than what is compared with them. */
-
-static double now(void) {
-    struct timespec time;
-    clock_gettime(CLOCK_MONOTONIC, &time);
-    return (double)time.tv_sec + 1e-9 * (double)time.tv_nsec;
-}
 
 enum { PEAK_ROUNDS = 5000 }; /* of a piece: some 0.03 ms */
 
