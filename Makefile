@@ -51,7 +51,7 @@ build/test_objects/%.o: tests/%.c tests/test.h tfm.h
 	$(BUILD_C) -c $< -o $@
 
 build/tests: $(TESTS:tests/%.c=build/test_objects/%.o)
-	$(CC) $(CFLAGS) $(THREADS) $^ -o $@ -lm
+	$(CC) $(CFLAGS) $(THREADS) $^ -o $@ -lm -pthread
 
 test: all build/tests
 	@sh tests/run.sh

@@ -186,6 +186,7 @@ typedef struct tfm_engine tfm_engine;
 
 /* Makes an engine; free it with tfm_engine_free. NULL on error (memory; an isa that this CPU can't run). */
 TFM_API tfm_engine *tfm_engine_create(const tfm_engine_options *options, tfm_error *error);
+/* Gives back an engine and its scratch memory. engine may be NULL. */
 TFM_API void tfm_engine_free(tfm_engine *engine);
 
 /* The instruction set that the engine uses. */
@@ -229,13 +230,15 @@ typedef struct tfm_tensor {
     const void *data;
 } tfm_tensor;
 
-/* "f32", "f16", "bf16", "i8", "parts", "q4_0", ... "q6_k"; NULL if there is no such type. tfm_dtype_from_name knows those
- * that a model can have in memory, the first four, and "int8". */
+/* "f32", "f16", "bf16", "i8", "parts", "q4_0", ... "q6_k"; NULL if there is no such type. Static. */
 TFM_API const char *tfm_dtype_name(tfm_dtype dtype);
+/* Finds the type with that name, of those that a model can have in memory: the first four, and "int8". TFM_ERROR_ARGUMENT
+ * if there is none. */
 TFM_API tfm_status tfm_dtype_from_name(const char *name, tfm_dtype *dtype, tfm_error *error);
 
-/* Tensors over the caller's own fp32 numbers: a vector [n], a matrix [out, in] in rows. */
+/* A tensor over the caller's own fp32 numbers: a vector [n]. */
 TFM_API tfm_tensor tfm_vector(const float *data, size_t n);
+/* The same: a matrix [out, in] in rows. */
 TFM_API tfm_tensor tfm_matrix(const float *data, size_t out, size_t in);
 
 /* Bytes of a tensor's data. */
@@ -247,6 +250,7 @@ TFM_API size_t tfm_tensor_bytes(const tfm_tensor *tensor);
  * s <= 17 / 16 of the group's largest |w| / 127. TFM_ERROR_ARGUMENT if a weight to be quantized is not finite. */
 TFM_API tfm_status tfm_pack(const tfm_tensor *matrix, tfm_dtype dtype, const tfm_allocator *allocator,
                             tfm_tensor *packed, tfm_error *error);
+/* Gives back what tfm_pack made, with the same allocator; `packed` is zeroed. Not for other tensors. */
 TFM_API void tfm_unpack(tfm_tensor *packed, const tfm_allocator *allocator);
 
 /* ------------------------------------------------------------------------------------------------------------- layers
@@ -373,6 +377,7 @@ typedef struct tfm_kv {
  * 11 bits, and held to +-65504. Free with tfm_kv_free and the same allocator (NULL: the default one). */
 TFM_API tfm_status tfm_kv_create(tfm_kv *kv, tfm_dtype dtype, size_t n_layers, size_t n_kv_heads, size_t head_dim,
                                  size_t capacity, const tfm_allocator *allocator, tfm_error *error);
+/* Gives back the pool of a cache, with the allocator that it was made with. */
 TFM_API void tfm_kv_free(tfm_kv *kv, const tfm_allocator *allocator);
 
 /* Consecutive rows of x that are consecutive tokens of one sequence; one step may run several spans, and tokens attend
@@ -1228,7 +1233,10 @@ static tfm_isa tfm__best_isa(void) {
 #define TFM__TEAM
 #include <omp.h>
 #if defined(__unix__) || defined(__APPLE__)
+#define TFM__APART
+#include <pthread.h>
 #include <sys/select.h>
+#include <unistd.h>
 #endif
 
 typedef struct tfm__team {
@@ -1254,7 +1262,17 @@ typedef struct tfm__threads {
     double alone_until, alone_time; /* seconds: see tfm__held_up */
     unsigned on_time;               /* passes since a thread was held up */
 #endif
+    int apart;    /* 1: threads that don't outlive the work: see tfm__work_apart */
+    long process; /* where OpenMP may have threads already: a child process has them no more */
 } tfm__threads;
+
+static long tfm__process(void) {
+#ifdef TFM__APART
+    return (long)getpid();
+#else
+    return 0;
+#endif
+}
 
 static void tfm__serial_for(void *user, size_t n, tfm_task task, void *argument) {
     size_t i;
@@ -1359,6 +1377,43 @@ static void tfm__team_for(tfm__threads *threads, size_t n, tfm_task task, void *
 }
 #endif
 
+#ifdef TFM__APART
+/* The threads that GCC's OpenMP has made stay, in the service of the thread that asked for them. A child process (fork) has
+ * that thread's notes of them but not the threads, and its first parallel region would wait for them for ever. So what
+ * works once in a while (loading) and what works in a child lets a thread of its own ask OpenMP, and both end with the
+ * work. It takes 0.1 ms. */
+typedef struct tfm__lease {
+    tfm__team *team;
+    int count;
+} tfm__lease;
+
+static void *tfm__lend(void *argument) {
+    const tfm__lease *lease = (const tfm__lease *)argument;
+#pragma omp parallel num_threads(lease->count) default(none) shared(lease)
+    tfm__team_wait(lease->team);
+    return NULL;
+}
+
+static void tfm__work_apart(tfm__threads *threads, tfm__team *team, void (*body)(void *argument), void *argument) {
+    tfm__lease lease;
+    pthread_t thread;
+    int lent;
+    lease.team = team;
+    lease.count = threads->count - 1;
+    lent = !pthread_create(&thread, NULL, tfm__lend, &lease);
+    threads->team = lent ? team : NULL;
+    body(argument);
+    threads->team = NULL;
+    __atomic_store_n(&team->over, 1, __ATOMIC_RELEASE);
+    if (lent)
+        pthread_join(thread, NULL);
+}
+
+static int tfm__is_apart(const tfm__threads *threads) {
+    return (threads->apart || threads->process != tfm__process()) && !omp_in_parallel();
+}
+#endif
+
 /* Runs body(argument) on this thread, with the other threads at hand for the tfm__parallel calls within. */
 static void tfm__with_threads(tfm__threads *threads, void (*body)(void *argument), void *argument) {
 #ifdef TFM__TEAM
@@ -1369,6 +1424,12 @@ static void tfm__with_threads(tfm__threads *threads, void (*body)(void *argument
         memset(&team, 0, sizeof team);
         team.share = 4 * (uint32_t)threads->count;
         threads->on_time++;
+#ifdef TFM__APART
+        if (tfm__is_apart(threads)) {
+            tfm__work_apart(threads, &team, body, argument);
+            return;
+        }
+#endif
 #pragma omp parallel num_threads(threads->count) default(none) shared(team, threads, body, argument, over)
         {
             if (omp_get_thread_num())
@@ -3539,6 +3600,7 @@ TFM_API tfm_engine *tfm_engine_create(const tfm_engine_options *options, tfm_err
     engine->threads.parallel_for = options->parallel_for;
     engine->threads.user = options->parallel_user;
     engine->threads.count = tfm__thread_count(options->threads);
+    engine->threads.process = tfm__process();
     engine->kernels = tfm__kernels_of(options->isa == TFM_ISA_BEST ? tfm__best_isa() : options->isa);
     return engine;
 }
@@ -5861,6 +5923,7 @@ TFM_API tfm_status tfm_quantize(const char *in_path, const char *out_path, const
         return error->status;
     rewrite.allocator = tfm__allocator(&rewrite.options->allocator);
     rewrite.threads.count = tfm__thread_count(rewrite.options->threads);
+    rewrite.threads.apart = 1;
     from = tfm_file_open(in_path, &rewrite.allocator, error);
     if (!from)
         return error->status;
@@ -9445,6 +9508,7 @@ typedef struct tfm__stack {
 
 struct tfm_model {
     tfm_allocator allocator;
+    long process; /* that loaded it: a child of it treats OpenMP with care (tfm__threads) */
     tfm_file *file;
     tfm_description description;
     tfm_tensor token_embedding;      /* [vocab_size, d_embedding] */
@@ -10176,12 +10240,24 @@ TFM_API void tfm_free(tfm_model *model) {
     tfm__release(&allocator, model);
 }
 
+typedef struct tfm__filling {
+    tfm__loader *loader;
+    tfm_model *model;
+} tfm__filling;
+
+static void tfm__fill_weights(void *argument) {
+    const tfm__filling *filling = (const tfm__filling *)argument;
+    tfm__load_weights(filling->loader, filling->model);
+}
+
 static tfm_status tfm__load_with(tfm__loader *loader, tfm_model *model, const tfm_load_options *options,
                                  tfm_error *error) {
     const tfm_description *d = &model->description;
+    tfm__filling filling;
     loader->reader.file = model->file;
     loader->reader.error = error;
     loader->threads.count = tfm__thread_count(options->threads);
+    loader->threads.apart = 1;
     loader->dtype = options->dtype || !tfm__has_blocks(model->file) ? options->dtype : TFM_I8;
     loader->copy = options->copy;
     if ((unsigned)options->dtype >= TFM_DTYPE_COUNT)
@@ -10210,7 +10286,9 @@ static tfm_status tfm__load_with(tfm__loader *loader, tfm_model *model, const tf
         tfm__advise_huge(model->weights, loader->used);
         loader->memory = (char *)model->weights;
         loader->fill = 1;
-        tfm__load_weights(loader, model);
+        filling.loader = loader;
+        filling.model = model;
+        tfm__with_threads(&loader->threads, tfm__fill_weights, &filling);
     }
     model->parameters = loader->parameters;
     model->bytes_per_token = tfm__bytes_per_token(model);
@@ -10239,6 +10317,7 @@ static tfm_model *tfm__load_from(tfm_file *file, const tfm_load_options *options
         return NULL;
     }
     model->allocator = file->allocator;
+    model->process = tfm__process();
     model->file = file;
     if (tfm__load_model(model, options, error) == TFM_OK)
         return model;
@@ -10668,6 +10747,7 @@ static tfm_status tfm__session_setup(tfm_session *session, const tfm_session_opt
     session->engine = tfm_engine_create(&options->engine, error);
     if (!session->engine)
         return error->status;
+    session->engine->threads.process = session->model->process;
     return tfm__session_scratch(session, error);
 }
 
