@@ -574,6 +574,13 @@ TFM_API uint64_t tfm_model_bytes_per_token(const tfm_model *model);
 TFM_API const tfm_stack *tfm_model_stack(const tfm_model *model);
 /* A block of that stack, 0 <= index < n_layers, to be run by tfm_block_forward. */
 TFM_API const tfm_block *tfm_model_block(const tfm_model *model, size_t index);
+/* The norm behind that stack's last block; NULL: there is none. */
+TFM_API const tfm_norm *tfm_model_final_norm(const tfm_model *model);
+/* The same of the model's encoder (which has no stack of its own in a decoder: NULL). With these a model without token
+ * embeddings, as nn.Transformer, runs on the caller's vectors: tfm_block_forward for each block, tfm_norm_forward; for an
+ * encoder-decoder then tfm_memory_forward for each of the decoder's blocks, whose spans have that memory. */
+TFM_API const tfm_block *tfm_model_encoder_block(const tfm_model *model, size_t index);
+TFM_API const tfm_norm *tfm_model_encoder_final_norm(const tfm_model *model);
 /* The name of a class, 0 <= index < n_labels, not terminated; NULL and *size = 0 if it has none. */
 TFM_API const char *tfm_model_label(const tfm_model *model, size_t index, size_t *size);
 
@@ -10362,6 +10369,19 @@ TFM_API const tfm_stack *tfm_model_stack(const tfm_model *model) {
 TFM_API const tfm_block *tfm_model_block(const tfm_model *model, size_t index) {
     const tfm__stack *stack = tfm__main_stack(model);
     return index < stack->shape->n_layers ? stack->blocks + index : NULL;
+}
+
+TFM_API const tfm_norm *tfm_model_final_norm(const tfm_model *model) {
+    const tfm__stack *stack = tfm__main_stack(model);
+    return stack->shape->final_norm ? &stack->final_norm : NULL;
+}
+
+TFM_API const tfm_block *tfm_model_encoder_block(const tfm_model *model, size_t index) {
+    return index < model->description.encoder.n_layers ? model->encoder.blocks + index : NULL;
+}
+
+TFM_API const tfm_norm *tfm_model_encoder_final_norm(const tfm_model *model) {
+    return model->description.encoder.final_norm ? &model->encoder.final_norm : NULL;
 }
 
 TFM_API const char *tfm_model_label(const tfm_model *model, size_t index, size_t *size) {

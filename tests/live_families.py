@@ -67,6 +67,7 @@ class Runtime:
 
     def __init__(self, path):
         self.file = TfmFile(path)
+        self.path = path
         self.tensors = {name: to_tensor(*entry) for name, entry in self.file.tensors.items()}
 
     def has(self, key):
@@ -840,6 +841,24 @@ def _(generator, _):
 
 # --- PyTorch's own modules ---
 
+def run_vectors(what, path, source, target):
+    """The results of tests/run_vectors.c, which is compiled when it is first needed."""
+    program = os.path.join(ROOT, "build", "run_vectors")
+    if not run_vectors.compiled:
+        os.makedirs(os.path.dirname(program), exist_ok=True)
+        subprocess.run(["cc", "-std=c99", "-O2", os.path.join(ROOT, "tests", "run_vectors.c"), "-o", program, "-lm"],
+                       check=True)
+        run_vectors.compiled = True
+    vectors = torch.cat((source, target)).numpy()
+    done = subprocess.run([program, path, str(len(source)), str(len(target))], input=vectors.tobytes(),
+                          capture_output=True)
+    test_convert.check(done.returncode == 0, "%s: %s" % (what, done.stderr.decode()))
+    return torch.from_numpy(numpy.frombuffer(bytearray(done.stdout), dtype=numpy.float32)).view(-1, source.shape[1])
+
+
+run_vectors.compiled = False
+
+
 def torch_case(name, make, settings):
     def build(generator, folder):
         heads = generator.choice([1, 3, 7])
@@ -867,16 +886,17 @@ def torch_case(name, make, settings):
             causal = nn.Transformer.generate_square_subsequent_mask(9)
             with torch.inference_mode():
                 if kind == "encoder":
-                    return check_outputs(what, {"hidden": runtime.run("encoder", source)},
-                                         {"hidden": module(source[:, None])[:, 0]})
-                if kind == "decoder":
+                    found = runtime.run("encoder", source)
+                    expected = module(source[:, None])[:, 0]
+                elif kind == "decoder":
+                    found = runtime.run("decoder", target, None, source)
                     expected = module(target[:, None], source[:, None], tgt_mask=causal)[:, 0]
-                    return check_outputs(what, {"hidden": runtime.run("decoder", target, None, source)},
-                                         {"hidden": expected})
-                memory = runtime.run("encoder", source)
-                expected = module(source[:, None], target[:, None], tgt_mask=causal)[:, 0]
-                return check_outputs(what, {"hidden": runtime.run("decoder", target, None, memory)},
-                                     {"hidden": expected})
+                else:
+                    found = runtime.run("decoder", target, None, runtime.run("encoder", source))
+                    expected = module(source[:, None], target[:, None], tgt_mask=causal)[:, 0]
+            in_c = run_vectors(what, runtime.path, source, target[:0] if kind == "encoder" else target)
+            return max(check_outputs(what, {"hidden": found}, {"hidden": expected}),
+                       check_outputs(what + ", in C", {"hidden": in_c}, {"hidden": expected}))
         return compare
 
     CASES.append((name, build))
