@@ -209,6 +209,7 @@ static int answer(tfm_session *session, const arguments *args, const batch *line
 
 static int translate(tfm_session *session, const arguments *args, tfm_error *error) {
     const int shows = isatty(STDERR_FILENO) && !isatty(STDOUT_FILENO); /* otherwise the answers show how far it is */
+    const size_t most = isatty(STDIN_FILENO) ? 1 : BATCH;              /* who types a line waits for its answer */
     char *line = NULL;
     size_t capacity = 0, size = 0, n_texts = 0;
     unsigned long number = 0;
@@ -228,7 +229,7 @@ static int translate(tfm_session *session, const arguments *args, tfm_error *err
             else
                 more = 0; /* those before it are answered */
         }
-        if (!status && lines.n && (more <= 0 || lines.n == BATCH)) {
+        if (!status && lines.n && (more <= 0 || lines.n == most)) {
             status = answer(session, args, &lines, error);
             lines.n = n_texts = 0;
             if (shows && number > BATCH)
