@@ -363,18 +363,21 @@ typedef struct tfm_block {
  * panels that the matrix kernels read. Make one with tfm_kv_create, or let a session manage them. */
 #define TFM_KV_PAGE 128
 typedef struct tfm_kv {
-    tfm_dtype dtype; /* TFM_F32 or TFM_F16 */
+    tfm_dtype dtype; /* TFM_F32, TFM_F16 or TFM_I8 */
     size_t n_layers, n_kv_heads, head_dim;
     size_t capacity;       /* tokens that there are pages for */
     size_t n_tokens;       /* tokens that are in it. The caller moves it on, after the last block of a step. */
     const uint32_t *pages; /* which page of the pool holds tokens [i * TFM_KV_PAGE, ...); NULL: page i */
     size_t n_pool_pages;
     size_t page_tokens; /* TFM_KV_PAGE; the library's own temporary caches may have one shorter page */
-    void *pool; /* [n_layers][n_pool_pages][2: keys, values][n_kv_heads][TFM_KV_PAGE * head_dim rounded up to 16] */
+    void *pool; /* [n_layers][n_pool_pages][2: keys, values][n_kv_heads][TFM_KV_PAGE * head_dim rounded up to 16], and
+                 * with TFM_I8 the scales */
 } tfm_kv;
 
-/* Makes an empty cache with its own pool. dtype TFM_F32, or TFM_F16 for half the memory: keys and values are rounded to
- * 11 bits, and held to +-65504. Free with tfm_kv_free and the same allocator (NULL: the default one). */
+/* Makes an empty cache with its own pool. dtype TFM_F32; or TFM_F16 for half the memory: keys and values are rounded to
+ * 11 bits, and held to +-65504; or TFM_I8 for about a quarter of it: integers from -127 to 127 with a scale (8 bits of
+ * mantissa, no less than largest / 127) for each 32 numbers of a head's key or value. Free with tfm_kv_free and the same
+ * allocator (NULL: the default one). */
 TFM_API tfm_status tfm_kv_create(tfm_kv *kv, tfm_dtype dtype, size_t n_layers, size_t n_kv_heads, size_t head_dim,
                                  size_t capacity, const tfm_allocator *allocator, tfm_error *error);
 /* Gives back the pool of a cache, with the allocator that it was made with. */
@@ -645,7 +648,8 @@ typedef struct tfm_session_options {
     size_t source;      /* tokens that a text for the encoder may have; 0: the encoder's n_positions */
     size_t n_sequences; /* independent sequences; 0: 1 */
     size_t max_rows;    /* tokens evaluated in one pass; longer input is cut into passes. 0: 512 */
-    tfm_dtype kv_dtype; /* of the KV cache, as in tfm_kv_create; 0: TFM_F16 if the weights are i8, else TFM_F32 */
+    tfm_dtype kv_dtype; /* of the KV cache: TFM_F32, TFM_F16, TFM_I8, as in tfm_kv_create; 0: TFM_F16 if the weights are
+                         * i8, else TFM_F32 */
     tfm_engine_options engine;
 } tfm_session_options;
 
@@ -2431,6 +2435,10 @@ typedef struct tfm__kernels {
     void (*matmul[TFM_DTYPE_COUNT])(const tfm__matmul *job);
     /* x[n] of one row -> its q, scales and offsets */
     void (*quantize)(const float *x, size_t n, const tfm__quantized *row);
+    /* The same product with an int8 cache's keys (0) or values (1) of one head in one page: see "int8 keys and values". */
+    void (*matmul_kv[2])(const tfm__matmul *job);
+    /* x[n], n <= TFM__KV_GROUP -> q[n rounded up to 16], 0 past the last, and the bits of its scale */
+    void (*quantize_kv)(const float *x, size_t n, int8_t *q, uint16_t *scale);
     void (*finish)(const tfm__finish *job);
     /* y[n] = norm(x[n]) */
     void (*norm[2])(const float *x, size_t n, const float *weight, const float *bias, float eps, float *y);
@@ -2530,6 +2538,108 @@ static void tfm__scalar_quantize(const float *x, size_t n, const tfm__quantized 
     }
 }
 
+/* ---- int8 keys and values
+ * What an int8 KV cache holds of one head in one page. A number is scale * q: q from -127 to 127, a scale for each
+ * TFM__KV_GROUP numbers of a token's key or value, in bf16. Scales stand beside the integers that they belong to:
+ *     keys     [tokens / 16] panels of  bf16 scale[groups][16]  |  int8 q[head_dim][16]      (outputs: tokens)
+ *     values   [groups] of              bf16 scale[tokens]      |  int8 q[2][tokens][16]     (outputs: dimensions)
+ * Integers become floats again in registers, scale * q, rounded nowhere (8 bits times 7): so the products have the bits that
+ * the fp32 products of those floats have, and queries and probabilities lose nothing. */
+#define TFM__KV_GROUP ((size_t)32)
+
+static size_t tfm__kv_groups(size_t head_dim) {
+    return tfm__divide_up(head_dim, TFM__KV_GROUP);
+}
+
+/* Bytes of 16 keys; and of a group of values. */
+static size_t tfm__keys_i8_bytes(size_t head_dim) {
+    return TFM__PANEL * (sizeof(uint16_t) * tfm__kv_groups(head_dim) + head_dim);
+}
+#define TFM__VALUES_I8_BYTES (TFM_KV_PAGE * (sizeof(uint16_t) + TFM__KV_GROUP))
+
+/* The integers of the panel of 16 outputs that begins with that column, and their scales: of keys [groups][16], of values
+ * [tokens]. */
+static const int8_t *tfm__keys_i8(const tfm__matmul *job, size_t column, const uint16_t **scales) {
+    const char *panel = (const char *)job->w + column / TFM__PANEL * tfm__keys_i8_bytes(job->k);
+    *scales = (const uint16_t *)(const void *)panel;
+    return (const int8_t *)(*scales + tfm__kv_groups(job->k) * TFM__PANEL);
+}
+
+static const int8_t *tfm__values_i8(const tfm__matmul *job, size_t column, const uint16_t **scales) {
+    const char *group = (const char *)job->w + column / TFM__KV_GROUP * TFM__VALUES_I8_BYTES;
+    *scales = (const uint16_t *)(const void *)group;
+    return (const int8_t *)(*scales + TFM_KV_PAGE) + TFM_KV_PAGE * (column % TFM__KV_GROUP);
+}
+
+static void tfm__scalar_matmul_keys(const tfm__matmul *job) {
+    size_t column, r, k;
+    for (column = 0; column < job->n; column++) {
+        const size_t lane = column % TFM__PANEL;
+        const uint16_t *scales;
+        const int8_t *q = tfm__keys_i8(job, column - lane, &scales);
+        for (r = 0; r < job->n_rows; r++) {
+            const float *x = job->x + r * job->x_stride;
+            float *y = job->y + r * job->y_stride + column, sum = job->add ? *y : 0;
+            for (k = 0; k < job->k; k++)
+                sum += x[k] * (tfm__from_bf16(scales[k / TFM__KV_GROUP * TFM__PANEL + lane]) *
+                               (float)q[k * TFM__PANEL + lane]);
+            *y = sum;
+        }
+    }
+}
+
+static void tfm__scalar_matmul_values(const tfm__matmul *job) {
+    size_t column, r, k;
+    for (column = 0; column < job->n; column++) {
+        const size_t lane = column % TFM__PANEL;
+        const uint16_t *scales;
+        const int8_t *q = tfm__values_i8(job, column - lane, &scales);
+        for (r = 0; r < job->n_rows; r++) {
+            const float *x = job->x + r * job->x_stride;
+            float *y = job->y + r * job->y_stride + column, sum = job->add ? *y : 0;
+            for (k = 0; k < job->k; k++)
+                sum += x[k] * (tfm__from_bf16(scales[k]) * (float)q[k * TFM__PANEL + lane]);
+            *y = sum;
+        }
+    }
+}
+
+/* The scale of numbers whose largest magnitude that is (found on the bits, as above): largest / 127 rounded up to bf16, so
+ * that no integer is beyond 127. */
+static uint16_t tfm__kv_scale(float largest, float *inverse) {
+    const float exact = largest / 127;
+    const uint32_t bits = tfm__float_bits(exact);
+    uint16_t scale;
+    *inverse = 0;
+    if (bits > 0x7F800000u)
+        return 0x7FC0;  /* NaN: so is every product */
+    if (exact < 1e-30f) /* so small that it may as well be 0 */
+        return 0;
+    scale = (uint16_t)((bits + 0xFFFF) >> 16);
+    *inverse = 1 / tfm__from_bf16(scale);
+    return scale;
+}
+
+static void tfm__scalar_quantize_kv(const float *x, size_t n, int8_t *q, uint16_t *scale) {
+    uint32_t largest = 0;
+    float inverse;
+    size_t i;
+    for (i = 0; i < n; i++)
+        largest = TFM__MAX(largest, tfm__float_bits(x[i]) & 0x7FFFFFFFu);
+    *scale = tfm__kv_scale(tfm__float_from_bits(largest), &inverse);
+    for (i = 0; i < tfm__round_up(n, TFM__PANEL); i++) {
+        float product = i < n ? x[i] * inverse : 0;
+        q[i] = (int8_t)(tfm__float_bits(product + 12582912.0f) & 255);
+    }
+}
+
+/* Panels side by side, as the tiles of the vector kernels take them. */
+typedef struct tfm__kv_panels {
+    const int8_t *q[4];
+    const uint16_t *key_scales[4];
+    float value_scales[2][TFM_KV_PAGE]; /* of two panels each */
+} tfm__kv_panels;
+
 static float tfm__scalar_activation(tfm_activation activation, float x) {
     switch (activation) {
     case TFM_RELU: return x < 0 ? 0 : x; /* NaN stays NaN */
@@ -2628,6 +2738,8 @@ static const tfm__kernels tfm__scalar_kernels = {
     TFM_ISA_SCALAR,
     {NULL, tfm__scalar_matmul_f32, tfm__scalar_matmul_f16, tfm__scalar_matmul_bf16, tfm__scalar_matmul_i8},
     tfm__scalar_quantize,
+    {tfm__scalar_matmul_keys, tfm__scalar_matmul_values},
+    tfm__scalar_quantize_kv,
     tfm__scalar_finish,
     {tfm__scalar_layer_norm, tfm__scalar_rms_norm},
     tfm__scalar_softmax_block,
@@ -3323,6 +3435,149 @@ static TFM__TARGET void TFM__FN(quantize)(const float *x, size_t n, const tfm__q
     }
 }
 
+/* ---- int8 keys and values: as the plain C ones */
+
+#if TFM__LANES == 16
+#define TFM__ROWS_KV 6 /* 24 accumulators, 4 scales, an integer, a broadcast */
+#define TFM__PANELS_KV 4
+#define vf_load_i8(p) _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)(const void *)(p))))
+#elif TFM__LANES == 8
+#define TFM__ROWS_KV 3 /* 12 accumulators */
+#define TFM__PANELS_KV 2
+#define vf_load_i8(p) _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)(const void *)(p))))
+#else
+#define TFM__ROWS_KV 3 /* 24 accumulators */
+#define TFM__PANELS_KV 2
+#define vf_load_i8 TFM__FN(load_i8)
+static TFM__TARGET TFM__INLINE float32x4_t TFM__FN(load_i8)(const int8_t *p) {
+    uint32_t four;
+    memcpy(&four, p, sizeof four);
+    return vcvtq_f32_s32(vmovl_s16(vget_low_s16(vmovl_s8(vreinterpret_s8_u32(vdup_n_u32(four))))));
+}
+#endif
+
+/* One tile: rows x (16 * panels) of y. `values`, rows and panels are constants where this is inlined. */
+static TFM__TARGET TFM__INLINE void TFM__FN(tile_kv)(const int values, const int rows, const int panels,
+                                                     const tfm__matmul *job, const tfm__kv_panels *from, const float *x,
+                                                     float *y, size_t y_stride) {
+    const int columns = panels * TFM__PARTS;
+    const size_t group = values ? job->k : TFM__KV_GROUP; /* inputs that share a scale; of values, each has its own */
+    vf sum[TFM__ROWS_KV][TFM__PANELS_KV * TFM__PARTS], scales[TFM__PANELS_KV * TFM__PARTS];
+    size_t first, k;
+    int r, c;
+    TFM__UNROLL
+    for (r = 0; r < rows; r++)
+        TFM__UNROLL
+    for (c = 0; c < columns; c++)
+        sum[r][c] = job->add ? vf_load(y + (size_t)r * y_stride + c * TFM__LANES) : vf_set1(0);
+    for (first = 0; first < job->k; first += group) {
+        const size_t end = TFM__MIN(first + group, job->k);
+        TFM__UNROLL
+        for (c = 0; c < columns; c++)
+            scales[c] = values ? vf_set1(0)
+                               : vf_load_bf16(from->key_scales[c / TFM__PARTS] + first / TFM__KV_GROUP * 16 +
+                                              (size_t)(c % TFM__PARTS * TFM__LANES));
+        for (k = first; k < end; k++) {
+            TFM__UNROLL
+            for (c = 0; c < columns; c++) {
+                const int8_t *q = from->q[c / TFM__PARTS] + k * 16 + (size_t)(c % TFM__PARTS * TFM__LANES);
+                const vf scale = values ? vf_set1(from->value_scales[c / TFM__PARTS / 2][k]) : scales[c];
+                const vf weights = vf_mul(vf_load_i8(q), scale);
+                TFM__UNROLL
+                for (r = 0; r < rows; r++)
+                    sum[r][c] = vf_fma(vf_set1(x[(size_t)r * job->x_stride + k]), weights, sum[r][c]);
+            }
+        }
+    }
+    TFM__UNROLL
+    for (r = 0; r < rows; r++)
+        TFM__UNROLL
+    for (c = 0; c < columns; c++)
+        vf_store(y + (size_t)r * y_stride + c * TFM__LANES, sum[r][c]);
+}
+
+static TFM__TARGET TFM__INLINE void TFM__FN(tile_rows_kv)(const int values, size_t rows, const int panels,
+                                                          const tfm__matmul *job, const tfm__kv_panels *from,
+                                                          const float *x, float *y, size_t y_stride) {
+    switch (rows) {
+    case 1: TFM__FN(tile_kv)(values, 1, panels, job, from, x, y, y_stride); break;
+    case 2: TFM__FN(tile_kv)(values, 2, panels, job, from, x, y, y_stride); break;
+#if TFM__ROWS_KV == 6
+    case 3: TFM__FN(tile_kv)(values, 3, panels, job, from, x, y, y_stride); break;
+    case 4: TFM__FN(tile_kv)(values, 4, panels, job, from, x, y, y_stride); break;
+    case 5: TFM__FN(tile_kv)(values, 5, panels, job, from, x, y, y_stride); break;
+#endif
+    default: TFM__FN(tile_kv)(values, TFM__ROWS_KV, panels, job, from, x, y, y_stride);
+    }
+}
+
+/* Where the panels from a column on are. The values' scales become floats, which a step of all rows shares. */
+static TFM__TARGET TFM__INLINE void TFM__FN(find_kv)(const int values, const int panels, const tfm__matmul *job,
+                                                     size_t column, tfm__kv_panels *from) {
+    const uint16_t *scales;
+    size_t k;
+    int i;
+    for (i = 0; i < panels; i++, column += 16) {
+        from->q[i] = values ? tfm__values_i8(job, column, &scales) : tfm__keys_i8(job, column, &scales);
+        from->key_scales[i] = scales;
+        if (values && i % 2 == 0)
+            for (k = 0; k < job->k; k += TFM__LANES) /* in whole vectors: a page's scales are a multiple of them */
+                vf_store(from->value_scales[i / 2] + k, vf_load_bf16(scales + k));
+    }
+}
+
+/* All rows of y in one tile's width. */
+static TFM__TARGET TFM__INLINE void TFM__FN(columns_kv)(const int values, const int panels, const tfm__matmul *job,
+                                                        size_t column) {
+    const size_t lanes = TFM__MIN(job->n - column, (size_t)panels * 16);
+    tfm__kv_panels from;
+    size_t row, r;
+    TFM__FN(find_kv)(values, panels, job, column, &from);
+    for (row = 0; row < job->n_rows; row += TFM__ROWS_KV) {
+        const size_t rows = TFM__MIN(job->n_rows - row, (size_t)TFM__ROWS_KV);
+        const float *x = job->x + row * job->x_stride;
+        float *y = job->y + row * job->y_stride + column, side[TFM__ROWS_KV * 16];
+        if (lanes == (size_t)panels * 16) {
+            TFM__FN(tile_rows_kv)(values, rows, panels, job, &from, x, y, job->y_stride);
+            continue;
+        }
+        for (r = 0; r < rows; r++) /* the last panel when n is not a multiple of 16 */
+            memcpy(side + r * 16, y + r * job->y_stride, lanes * sizeof *y);
+        TFM__FN(tile_rows_kv)(values, rows, 1, job, &from, x, side, 16);
+        for (r = 0; r < rows; r++)
+            memcpy(y + r * job->y_stride, side + r * 16, lanes * sizeof *y);
+    }
+}
+
+static TFM__TARGET TFM__INLINE void TFM__FN(matmul_kv)(const int values, const tfm__matmul *job) {
+    size_t column = 0;
+    for (; column + 16 * TFM__PANELS_KV <= job->n; column += 16 * TFM__PANELS_KV)
+        TFM__FN(columns_kv)(values, TFM__PANELS_KV, job, column);
+    for (; column < job->n; column += 16)
+        TFM__FN(columns_kv)(values, 1, job, column);
+}
+
+static TFM__TARGET void TFM__FN(matmul_keys)(const tfm__matmul *job) {
+    TFM__FN(matmul_kv)(0, job);
+}
+
+static TFM__TARGET void TFM__FN(matmul_values)(const tfm__matmul *job) {
+    TFM__FN(matmul_kv)(1, job);
+}
+
+static TFM__TARGET void TFM__FN(quantize_kv)(const float *x, size_t n, int8_t *q, uint16_t *scale) {
+    v16 largest = TFM__FN(set16)(0);
+    float inverse;
+    size_t i;
+    for (i = 0; i < n; i += 16)
+        largest = TFM__FN(max_bits16)(largest, TFM__FN(abs16)(TFM__FN(load_part)(x + i, n - i, 0)));
+    *scale = tfm__kv_scale(TFM__FN(max_bits_lanes)(largest), &inverse);
+    for (i = 0; i < n; i += 16) {
+        const v16 scaled = TFM__FN(mul16)(TFM__FN(load_part)(x + i, n - i, 0), TFM__FN(set16)(inverse));
+        TFM__FN(store_bytes)(q + i, TFM__FN(add16)(scaled, TFM__FN(set16)(12582912.0f)));
+    }
+}
+
 #endif /* what the tiers of one register have in common */
 
 /* ---- the int8 product
@@ -3501,6 +3756,8 @@ static const tfm__kernels TFM__FN(kernels) = {
     TFM__ISA,
     {NULL, TFM__BASE(matmul_f32), TFM__BASE(matmul_f16), TFM__BASE(matmul_bf16), TFM__FN(matmul_i8)},
     TFM__BASE(quantize),
+    {TFM__BASE(matmul_keys), TFM__BASE(matmul_values)},
+    TFM__BASE(quantize_kv),
     TFM__BASE(finish),
     {TFM__BASE(layer_norm), TFM__BASE(rms_norm)},
     TFM__BASE(softmax_block),
@@ -3541,6 +3798,9 @@ static const tfm__kernels TFM__FN(kernels) = {
 #undef TFM__PANELS_I8
 #undef TFM__TALL_I8
 #undef TFM__BIASED
+#undef TFM__ROWS_KV
+#undef TFM__PANELS_KV
+#undef vf_load_i8
 #undef vi
 #undef vi_load
 #undef vi_set1
@@ -3947,11 +4207,32 @@ TFM_API tfm_status tfm_activation_forward(tfm_engine *engine, tfm_activation act
 /* ---- keys and values
  * Attention multiplies twice: queries with keys, probabilities with values. Both are the matrix product of floor c when
  * keys lie in panels of 16 tokens [tokens / 16][head_dim][16] (outputs: tokens) and values in panels of 16 dimensions
- * [head_dim / 16][tokens][16] (outputs: dimensions). So that is how the cache stores them. */
+ * [head_dim / 16][tokens][16] (outputs: dimensions). So that is how the cache stores them; with int8 the scales stand
+ * between: see "int8 keys and values" in floor c. */
+
+static int tfm__is_kv_dtype(tfm_dtype dtype) {
+    return dtype == TFM_F32 || dtype == TFM_F16 || dtype == TFM_I8;
+}
+
+/* Scales of a token's key, or value, of one head. */
+static size_t tfm__kv_scales(const tfm_kv *kv) {
+    return kv->dtype == TFM_I8 ? tfm__kv_groups(kv->head_dim) : 0;
+}
 
 /* Bytes of one head's keys, or values, in one page. */
 static size_t tfm__kv_head_bytes(const tfm_kv *kv) {
-    return tfm__product(kv->page_tokens * tfm__dtype_sizes[kv->dtype], tfm__round_up(kv->head_dim, TFM__PANEL));
+    size_t numbers = tfm__product(tfm__dtype_sizes[kv->dtype], tfm__round_up(kv->head_dim, TFM__PANEL));
+    return tfm__product(kv->page_tokens, numbers + tfm__kv_scales(kv) * sizeof(uint16_t));
+}
+
+/* Bytes from one panel of keys to the next; and from one of values, with int8 from one group. */
+static size_t tfm__key_panel_bytes(const tfm_kv *kv) {
+    return kv->dtype == TFM_I8 ? tfm__keys_i8_bytes(kv->head_dim)
+                               : TFM__PANEL * kv->head_dim * tfm__dtype_sizes[kv->dtype];
+}
+
+static size_t tfm__value_panel_bytes(const tfm_kv *kv) {
+    return kv->dtype == TFM_I8 ? TFM__VALUES_I8_BYTES : TFM__PANEL * kv->page_tokens * tfm__dtype_sizes[kv->dtype];
 }
 
 static size_t tfm__kv_bytes(const tfm_kv *kv, size_t n_pages) {
@@ -3965,13 +4246,33 @@ static char *tfm__kv_at(const tfm_kv *kv, size_t layer, size_t page, size_t what
            (((layer * kv->n_pool_pages + in_pool) * 2 + what) * kv->n_kv_heads + head) * tfm__kv_head_bytes(kv);
 }
 
+/* Where in a head's keys or values of one page the numbers [d, ...) of its token `at` begin, d a multiple of 16: keys have
+ * them 16 apart, values side by side. */
+static size_t tfm__kv_number(const tfm_kv *kv, size_t what, size_t at, size_t d) {
+    const size_t size = tfm__dtype_sizes[kv->dtype];
+    if (!what)
+        return at / TFM__PANEL * tfm__key_panel_bytes(kv) + TFM__PANEL * sizeof(uint16_t) * tfm__kv_scales(kv) +
+               (d * TFM__PANEL + at % TFM__PANEL) * size;
+    if (kv->dtype == TFM_I8)
+        return d / TFM__KV_GROUP * TFM__VALUES_I8_BYTES + TFM_KV_PAGE * (sizeof(uint16_t) + d % TFM__KV_GROUP) +
+               at * TFM__PANEL;
+    return (d * kv->page_tokens + at * TFM__PANEL) * size;
+}
+
+/* And the scale of a group, with int8. */
+static size_t tfm__kv_scale_at(const tfm_kv *kv, size_t what, size_t at, size_t group) {
+    return what
+               ? group * TFM__VALUES_I8_BYTES + at * sizeof(uint16_t)
+               : at / TFM__PANEL * tfm__key_panel_bytes(kv) + (group * TFM__PANEL + at % TFM__PANEL) * sizeof(uint16_t);
+}
+
 TFM_API tfm_status tfm_kv_create(tfm_kv *kv, tfm_dtype dtype, size_t n_layers, size_t n_kv_heads, size_t head_dim,
                                  size_t capacity, const tfm_allocator *allocator, tfm_error *error) {
     tfm_allocator memory = tfm__allocator(allocator);
     size_t size;
     memset(kv, 0, sizeof *kv);
-    if (dtype != TFM_F32 && dtype != TFM_F16)
-        return tfm__fail(error, TFM_ERROR_ARGUMENT, "tfm_kv_create: keys and values can be f32 or f16");
+    if (!tfm__is_kv_dtype(dtype))
+        return tfm__fail(error, TFM_ERROR_ARGUMENT, "tfm_kv_create: keys and values can be f32, f16 or int8");
     kv->dtype = dtype;
     kv->n_layers = n_layers;
     kv->n_kv_heads = n_kv_heads;
@@ -4107,21 +4408,43 @@ static void tfm__store_f16(const tfm__kernels *kernels, const float *key, const 
     }
 }
 
+static void tfm__store_i8(const tfm__kernels *kernels, const tfm_kv *kv, const float *key, const float *value,
+                          size_t at, char *keys, char *values) {
+    int8_t q[TFM__KV_GROUP];
+    size_t d, i, n;
+    for (d = 0; d < kv->head_dim; d += n) {
+        uint16_t *key_scale = (uint16_t *)(void *)(keys + tfm__kv_scale_at(kv, 0, at, d / TFM__KV_GROUP));
+        uint16_t *value_scale = (uint16_t *)(void *)(values + tfm__kv_scale_at(kv, 1, at, d / TFM__KV_GROUP));
+        char *to = keys + tfm__kv_number(kv, 0, at, d);
+        n = TFM__MIN(TFM__KV_GROUP, kv->head_dim - d);
+        kernels->quantize_kv(key + d, n, q, key_scale);
+        for (i = 0; i < n; i++)
+            to[i * TFM__PANEL] = (char)q[i];
+        kernels->quantize_kv(value + d, n, q, value_scale);
+        for (i = 0; i < n; i += TFM__PANEL)
+            memcpy(values + tfm__kv_number(kv, 1, at, d + i), q + i, TFM__PANEL);
+    }
+}
+
 /* One head's keys and values of one span go into its cache. */
 static void tfm__store(const tfm__attention_job *job, const tfm__span_view *view, size_t head) {
     const tfm_attention *attention = job->attention;
     const tfm_kv *kv = view->kv;
-    size_t dim = attention->head_dim, size = tfm__dtype_sizes[kv->dtype], i;
+    size_t dim = attention->head_dim, i;
     for (i = 0; i < view->span->n_rows; i++) {
         const float *key = job->keys + (view->row + i) * job->key_stride + head * dim;
         const float *value = key + attention->n_kv_heads * dim;
         size_t page = (view->past + i) / TFM_KV_PAGE, at = (view->past + i) % TFM_KV_PAGE;
-        char *keys = tfm__kv_at(kv, job->layer, page, 0, head);
-        char *values = tfm__kv_at(kv, job->layer, page, 1, head) + at * TFM__PANEL * size;
-        keys += (at / TFM__PANEL * dim * TFM__PANEL + at % TFM__PANEL) * size;
+        char *keys = tfm__kv_at(kv, job->layer, page, 0, head), *values = tfm__kv_at(kv, job->layer, page, 1, head);
         if (at % TFM__PANEL == 0 &&
             view->span->n_rows - i < TFM__PANEL) /* products read whole panels: nothing unwritten */
-            memset(keys, 0, dim * TFM__PANEL * size);
+            memset(keys + at / TFM__PANEL * tfm__key_panel_bytes(kv), 0, tfm__key_panel_bytes(kv));
+        if (kv->dtype == TFM_I8) {
+            tfm__store_i8(job->engine->kernels, kv, key, value, at, keys, values);
+            continue;
+        }
+        keys += tfm__kv_number(kv, 0, at, 0);
+        values += tfm__kv_number(kv, 1, at, 0);
         if (kv->dtype == TFM_F16)
             tfm__store_f16(job->engine->kernels, key, value, dim, kv->page_tokens, (uint16_t *)(void *)keys,
                            (uint16_t *)(void *)values);
@@ -4218,6 +4541,11 @@ static float tfm__weigh(const tfm__attention_job *job, const tfm__span_view *vie
     return correction;
 }
 
+/* The product of attention with keys (what = 0) or values (1) of that type. */
+static void tfm__matmul_kv(const tfm__kernels *kernels, tfm_dtype dtype, size_t what, const tfm__matmul *product) {
+    (dtype == TFM_I8 ? kernels->matmul_kv[what] : kernels->matmul[dtype])(product);
+}
+
 /* softmax(q k^T scale + mask) v, page by page with a running softmax, in the same order for every query whatever
  * queries stand beside it. */
 static void tfm__attend(const tfm__attention_job *job, const tfm__span_view *view, const tfm__queries *queries) {
@@ -4240,13 +4568,13 @@ static void tfm__attend(const tfm__attention_job *job, const tfm__span_view *vie
         product.x = queries->query; /* scores [n][keys] = queries [n][head_dim] keys^T */
         product.x_stride = queries->query_stride;
         product.w = tfm__kv_at(view->kv, job->layer, start / TFM_KV_PAGE, 0, queries->kv_head);
-        product.panel_bytes = TFM__PANEL * dim * tfm__dtype_sizes[dtype];
+        product.panel_bytes = tfm__key_panel_bytes(view->kv);
         product.n = tfm__round_up(keys, TFM__PANEL); /* the scores past the last key are not looked at */
         product.k = dim;
         product.y = scores;
         product.y_stride = TFM_KV_PAGE;
         product.add = 0;
-        kernels->matmul[dtype](&product);
+        tfm__matmul_kv(kernels, dtype, 0, &product);
         for (i = 0; i < queries->n; i++) {
             float correction = tfm__weigh(job, view, queries, i, start, keys, softmax + i, scores + i * TFM_KV_PAGE);
             if (start > begin && correction != 1)
@@ -4255,13 +4583,13 @@ static void tfm__attend(const tfm__attention_job *job, const tfm__span_view *vie
         product.x = scores; /* context [n][head_dim] += probabilities [n][keys] values */
         product.x_stride = TFM_KV_PAGE;
         product.w = tfm__kv_at(view->kv, job->layer, start / TFM_KV_PAGE, 1, queries->kv_head);
-        product.panel_bytes = TFM__PANEL * view->kv->page_tokens * tfm__dtype_sizes[dtype];
+        product.panel_bytes = tfm__value_panel_bytes(view->kv);
         product.n = dim;
         product.k = keys;
         product.y = queries->context;
         product.y_stride = queries->context_stride;
         product.add = start > begin;
-        kernels->matmul[dtype](&product);
+        tfm__matmul_kv(kernels, dtype, 1, &product);
     }
     for (i = 0; i < queries->n; i++) {
         float *context = queries->context + i * queries->context_stride;
@@ -4567,8 +4895,8 @@ static tfm_status tfm__check_attention(const tfm_attention *attention, const cha
 
 static tfm_status tfm__check_kv(const tfm_kv *kv, const tfm_attention *attention, size_t layer, size_t span,
                                 tfm_error *error) {
-    if ((kv->dtype == TFM_F32 || kv->dtype == TFM_F16) && kv->n_kv_heads == attention->n_kv_heads &&
-        kv->head_dim == attention->head_dim && layer < kv->n_layers && kv->page_tokens == TFM_KV_PAGE)
+    if (tfm__is_kv_dtype(kv->dtype) && kv->n_kv_heads == attention->n_kv_heads && kv->head_dim == attention->head_dim &&
+        layer < kv->n_layers && kv->page_tokens == TFM_KV_PAGE)
         return TFM_OK;
     return tfm__fail(error, TFM_ERROR_ARGUMENT, "the cache of span %lu was made for other layers", (unsigned long)span);
 }
@@ -10743,8 +11071,8 @@ static tfm_status tfm__session_sizes(tfm_session *session, const tfm_session_opt
     if (!session->kv_dtype)
         session->kv_dtype =
             stack->shape->n_layers && stack->blocks->attention.qkv.weight.dtype == TFM_I8 ? TFM_F16 : TFM_F32;
-    if (session->kv_dtype != TFM_F32 && session->kv_dtype != TFM_F16)
-        return tfm__fail(error, TFM_ERROR_ARGUMENT, "the KV cache can be f32 or f16");
+    if (!tfm__is_kv_dtype(session->kv_dtype))
+        return tfm__fail(error, TFM_ERROR_ARGUMENT, "the KV cache can be f32, f16 or int8");
     session->n_pages = tfm__kv_pages(TFM__MAX(session->context, session->source));
     if (session->n_sequences > (size_t)TFM__MAX_SIZE / session->n_pages)
         return tfm__fail(error, TFM_ERROR_ARGUMENT, "%lu sequences are too many", (unsigned long)session->n_sequences);
@@ -12341,14 +12669,17 @@ static void tfm__copy_page_layer(void *argument, size_t layer) {
     const tfm__page_copy *copy = (const tfm__page_copy *)argument;
     const tfm_kv *kv = &copy->kv;
     const size_t size = tfm__dtype_sizes[kv->dtype] * TFM__PANEL, dim = kv->head_dim;
-    size_t head, d;
+    size_t head, d, group;
     for (head = 0; head < kv->n_kv_heads; head++) {
         const char *values = tfm__kv_at(kv, layer, copy->from, 1, head);
         char *to = tfm__kv_at(kv, layer, copy->to, 1, head);
         memcpy(tfm__kv_at(kv, layer, copy->to, 0, head), tfm__kv_at(kv, layer, copy->from, 0, head),
-               tfm__divide_up(copy->n_tokens, TFM__PANEL) * dim * size);
-        for (d = 0; d < tfm__divide_up(dim, TFM__PANEL); d++)
-            memcpy(to + d * kv->page_tokens * size, values + d * kv->page_tokens * size, copy->n_tokens * size);
+               tfm__divide_up(copy->n_tokens, TFM__PANEL) * tfm__key_panel_bytes(kv));
+        for (d = 0; d < dim; d += TFM__PANEL)
+            memcpy(to + tfm__kv_number(kv, 1, 0, d), values + tfm__kv_number(kv, 1, 0, d), copy->n_tokens * size);
+        for (group = 0; group < tfm__kv_scales(kv); group++)
+            memcpy(to + tfm__kv_scale_at(kv, 1, 0, group), values + tfm__kv_scale_at(kv, 1, 0, group),
+                   copy->n_tokens * sizeof(uint16_t));
     }
 }
 
@@ -13328,7 +13659,8 @@ TFM_API tfm_status tfm_chat_ids(tfm_chat *chat, int answer, int32_t *ids, size_t
  *                    two) | u64 number of tokens in the cache | u64 turns dropped | u64 0
  * turns:             u32 role | u32 1 for an answer of the model | u64 bytes of text | u64 number of ids | u64 bytes of
  *                    text that the ids stand for | i32[] ids | text
- * cache:             i32[] tokens | for each layer the keys, then the values: [n_kv_heads][tokens][head_dim]
+ * cache:             i32[] tokens | for each layer the keys, then the values: [n_kv_heads][tokens] of [head_dim] numbers,
+ *                    with int8 followed by the scales of their groups
  * end:               u32 CRC-32 of all before it */
 
 #define TFM__CHAT_HEADER ((size_t)64)
@@ -13388,23 +13720,13 @@ static void tfm__chat_put_turn(tfm__chat_writer *writer, const tfm__turn *turn) 
     tfm__chat_put(writer, turn->text, turn->size);
 }
 
-/* Bytes of a token's keys, or values, of one head. */
-static size_t tfm__kv_row_bytes(const tfm_kv *kv) {
-    return kv->head_dim * tfm__dtype_sizes[kv->dtype];
-}
-
-/* One token's keys or values of a head, between their panels and a row [head_dim]: `to_row`, or back. Rows are cut into
- * pieces of 16: [first, first + n). */
-static void tfm__kv_piece(const tfm_kv *kv, size_t layer, size_t what, size_t head, size_t token, size_t first,
-                          size_t n, unsigned char *row, int to_row) {
-    const size_t size = tfm__dtype_sizes[kv->dtype], at = token % TFM_KV_PAGE;
-    const size_t step = what ? size : TFM__PANEL * size; /* from one number of the row to the next */
-    char *from = tfm__kv_at(kv, layer, token / TFM_KV_PAGE, what, head);
+/* n numbers of a token's key or value of a head, from `first` on (a multiple of 16), between a page and a row: to the row, or
+ * back. */
+static void tfm__kv_piece(const tfm_kv *kv, size_t what, char *page, size_t at, size_t first, size_t n,
+                          unsigned char *row, int to_row) {
+    const size_t size = tfm__dtype_sizes[kv->dtype], step = what ? size : TFM__PANEL * size;
+    char *from = page + tfm__kv_number(kv, what, at, first);
     size_t i;
-    if (what)
-        from += (first * kv->page_tokens + at * TFM__PANEL) * size;
-    else
-        from += (at / TFM__PANEL * kv->head_dim * TFM__PANEL + first * TFM__PANEL + at % TFM__PANEL) * size;
     for (i = 0; i < n; i++)
         memcpy(to_row ? (char *)row + i * size : from + i * step, to_row ? from + i * step : (char *)row + i * size,
                size);
@@ -13415,29 +13737,45 @@ typedef struct tfm__kv_copy {
     const unsigned char *from; /* or they come from here */
 } tfm__kv_copy;
 
+/* One token's key or value of a head. */
+static void tfm__kv_transfer_token(const tfm_kv *kv, size_t what, char *page, size_t at, tfm__kv_copy *copy) {
+    unsigned char row[TFM__PANEL * sizeof(float)];
+    size_t first, group;
+    for (first = 0; first < kv->head_dim; first += TFM__PANEL) {
+        size_t n = TFM__MIN(TFM__PANEL, kv->head_dim - first), size = n * tfm__dtype_sizes[kv->dtype];
+        if (!copy->writer)
+            memcpy(row, copy->from, size);
+        tfm__kv_piece(kv, what, page, at, first, n, row, copy->writer != NULL);
+        if (copy->writer)
+            tfm__chat_put(copy->writer, row, size);
+        else
+            copy->from += size;
+    }
+    for (group = 0; group < tfm__kv_scales(kv); group++) {
+        char *scale = page + tfm__kv_scale_at(kv, what, at, group);
+        if (copy->writer)
+            tfm__chat_put(copy->writer, scale, sizeof(uint16_t));
+        else {
+            memcpy(scale, copy->from, sizeof(uint16_t));
+            copy->from += sizeof(uint16_t);
+        }
+    }
+}
+
 /* The first n tokens of all layers and heads. */
 static void tfm__kv_transfer(const tfm_kv *kv, size_t n, tfm__kv_copy copy) {
-    const size_t size = tfm__dtype_sizes[kv->dtype];
-    unsigned char row[TFM__PANEL * sizeof(float)];
-    size_t series, token, first;
+    size_t series, token;
     for (series = 0; series < kv->n_layers * 2 * kv->n_kv_heads; series++) {
         size_t head = series % kv->n_kv_heads, what = series / kv->n_kv_heads % 2, layer = series / kv->n_kv_heads / 2;
         for (token = 0; token < n; token++)
-            for (first = 0; first < kv->head_dim; first += TFM__PANEL) {
-                size_t part = TFM__MIN(TFM__PANEL, kv->head_dim - first);
-                if (!copy.writer)
-                    memcpy(row, copy.from, part * size);
-                tfm__kv_piece(kv, layer, what, head, token, first, part, row, copy.writer != NULL);
-                if (copy.writer)
-                    tfm__chat_put(copy.writer, row, part * size);
-                else
-                    copy.from += part * size;
-            }
+            tfm__kv_transfer_token(kv, what, tfm__kv_at(kv, layer, token / TFM_KV_PAGE, what, head),
+                                   token % TFM_KV_PAGE, &copy);
     }
 }
 
 static size_t tfm__kv_token_bytes(const tfm_kv *kv) {
-    return kv->n_layers * 2 * kv->n_kv_heads * tfm__kv_row_bytes(kv);
+    return kv->n_layers * 2 * kv->n_kv_heads *
+           (kv->head_dim * tfm__dtype_sizes[kv->dtype] + tfm__kv_scales(kv) * sizeof(uint16_t));
 }
 
 static uint64_t tfm__chat_bytes(const tfm_chat *chat) {
@@ -13531,9 +13869,8 @@ static tfm_status tfm__chat_read_header(tfm__chat_reader *reader, const tfm_chat
     if (tfm__u32(p + 12) != (uint32_t)kv->dtype)
         return tfm__fail(reader->error, TFM_ERROR_ARGUMENT,
                          "%.300s: the conversation's keys and values are %s, the session's %s", reader->name,
-                         tfm__u32(p + 12) == TFM_F32   ? "f32"
-                         : tfm__u32(p + 12) == TFM_F16 ? "f16"
-                                                       : "of another type",
+                         tfm__is_kv_dtype((tfm_dtype)tfm__u32(p + 12)) ? tfm_dtype_name((tfm_dtype)tfm__u32(p + 12))
+                                                                       : "of another type",
                          tfm_dtype_name(kv->dtype));
     if (tfm__u64(p + 40) > chat->session->context)
         return tfm__fail(reader->error, TFM_ERROR_CONTEXT_FULL,

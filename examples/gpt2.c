@@ -1,7 +1,8 @@
 /* gpt2 - writes text with a GPT-2: streams it to stdout, and statistics to stderr
  *
  *   gpt2 [-m MODEL] [-p PROMPT] [-n TOKENS] [--temp T] [--top-k K] [--top-p P] [--min-p P] [--repeat-penalty R]
- *        [--seed S] [--stop TEXT]... [--threads N] [--isa NAME] [--type f32|f16|bf16] [--keep N] [--ignore-eos] [--ids]
+ *        [--seed S] [--stop TEXT]... [--threads N] [--isa NAME] [--type f32|f16|bf16|int8] [--kv f32|f16|int8]
+ *        [--keep N] [--ignore-eos] [--ids]
  *
  * Only the continuation is printed, not the prompt. --temp 0 (the default) always takes the likeliest token. -n 0 writes
  * until the model ends its text. --keep N: when the context is full, keep the first N tokens and the most recent half and
@@ -28,10 +29,11 @@
 static const char usage_text[] =
     "usage: gpt2 [-m MODEL] [-p PROMPT] [-n TOKENS] [--temp T] [--top-k K] [--top-p P] [--min-p P]\n"
     "            [--repeat-penalty R] [--seed S] [--stop TEXT]... [--threads N] [--isa NAME]\n"
-    "            [--type f32|f16|bf16] [--keep N] [--special] [--ignore-eos] [--ids] [--prompt-ids 1,2,3]\n";
+    "            [--type f32|f16|bf16|int8] [--kv f32|f16|int8] [--keep N] [--special] [--ignore-eos] [--ids] "
+    "[--prompt-ids 1,2,3]\n";
 
 typedef struct arguments {
-    const char *model, *prompt, *prompt_ids, *type, *isa;
+    const char *model, *prompt, *prompt_ids, *type, *kv, *isa;
     const char *stops[MAX_STOPS];
     size_t n_stops;
     double temperature, top_p, min_p, repeat_penalty;
@@ -75,6 +77,7 @@ static int parse(int argc, char **argv, arguments *args) {
         {"-p", &args->prompt, NULL, NULL, NULL},
         {"--prompt-ids", &args->prompt_ids, NULL, NULL, NULL},
         {"--type", &args->type, NULL, NULL, NULL},
+        {"--kv", &args->kv, NULL, NULL, NULL},
         {"--isa", &args->isa, NULL, NULL, NULL},
         {"--temp", NULL, &args->temperature, NULL, NULL},
         {"--top-p", NULL, &args->top_p, NULL, NULL},
@@ -251,7 +254,8 @@ int main(int argc, char **argv) {
         return status;
     w.print_ids = args.ids;
     load.threads = session_options.engine.threads = (int)args.threads;
-    if (args.type && tfm_dtype_from_name(args.type, &load.dtype, &error) != TFM_OK)
+    if ((args.type && tfm_dtype_from_name(args.type, &load.dtype, &error) != TFM_OK) ||
+        (args.kv && tfm_dtype_from_name(args.kv, &session_options.kv_dtype, &error) != TFM_OK))
         return usage(error.message, "");
     if (tfm_isa_from_name(args.isa, &session_options.engine.isa, &error) == TFM_OK)
         model = tfm_load(args.model, &load, &error);

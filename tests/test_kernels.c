@@ -1081,6 +1081,158 @@ static void test_narrowing(const tfm__kernels *kernels) {
     CHECK_MSG(!wrong, "%s: to_f16, %lu are wrong", name_of(kernels), (unsigned long)wrong);
 }
 
+/* ---- int8 keys and values */
+
+#define KV_DIM 150 /* at most; more than a page has tokens */
+
+/* Integers and scale as the definition says; the same for every instruction set. */
+static void check_quantize_kv(const tfm__kernels *kernels, const float *x, size_t n) {
+    int8_t q[34], plain[34];
+    uint16_t scale, plain_scale;
+    float largest = 0, s;
+    size_t i, wrong = 0;
+    memset(q, 0x5A, sizeof q);
+    memset(plain, 0x5A, sizeof plain);
+    kernels->quantize_kv(x, n, q + 1, &scale);
+    tfm__scalar_kernels.quantize_kv(x, n, plain + 1, &plain_scale);
+    CHECK_MSG(scale == plain_scale && !memcmp(q, plain, sizeof q), "%s: quantize_kv of %lu differs from plain C",
+              name_of(kernels), (unsigned long)n);
+    for (i = 0; i < n; i++)
+        largest = fmaxf(largest, fabsf(x[i]));
+    s = tfm__from_bf16(scale);
+    for (i = 0; i < n; i++)
+        wrong += !(fabs((double)x[i] - (double)s * q[1 + i]) <= s * 0.5001);
+    for (; i < tfm__round_up(n, 16); i++)
+        wrong += q[1 + i] != 0;
+    wrong +=
+        q[0] != 0x5A || q[1 + i] != 0x5A || (double)s > largest / 127 * 1.0079 || (double)s * 127 < largest * 0.9999;
+    CHECK_MSG(!wrong, "%s: quantize_kv of %lu: %lu are wrong", name_of(kernels), (unsigned long)n,
+              (unsigned long)wrong);
+}
+
+static void test_quantize_kv(const tfm__kernels *kernels) {
+    float x[32];
+    int8_t q[32];
+    uint16_t scale;
+    size_t n, i;
+    for (n = 1; n <= 32; n++)
+        for (i = 0; i < 20; i++) {
+            size_t k;
+            test_fill(x, n, 100 * n + i);
+            for (k = 0; k < n; k++)
+                x[k] = ldexpf(x[k], (int)i * 4 - 40);
+            check_quantize_kv(kernels, x, n);
+        }
+    memset(x, 0, sizeof x);
+    kernels->quantize_kv(x, 32, q, &scale);
+    CHECK(scale == 0 && q[0] == 0 && q[31] == 0);
+    x[5] = NAN;
+    kernels->quantize_kv(x, 32, q, &scale);
+    CHECK_MSG(isnan(tfm__from_bf16(scale)), "%s: the scale of NaN", name_of(kernels));
+    x[5] = -INFINITY;
+    kernels->quantize_kv(x, 32, q, &scale);
+    CHECK_MSG(scale == 0x7F80, "%s: the scale of infinity", name_of(kernels));
+}
+
+/* A page of one head: int8, and the same numbers as floats, each in the panels of its type. */
+typedef struct kv_page {
+    tfm_kv kv, floats;
+    char *keys, *values;
+    float *float_keys, *float_values;
+    float x[24 * KV_DIM], y[24 * (KV_DIM + TFM_KV_PAGE) + 2 * GUARD], expected[24 * (KV_DIM + TFM_KV_PAGE)];
+} kv_page;
+
+static void fill_page(kv_page *p, const tfm__kernels *kernels, size_t dim, size_t tokens) {
+    float key[KV_DIM], value[KV_DIM];
+    size_t at, d;
+    tfm_error error;
+    CHECK_OK(tfm_kv_create(&p->kv, TFM_I8, 1, 1, dim, TFM_KV_PAGE, NULL, &error), error);
+    CHECK_OK(tfm_kv_create(&p->floats, TFM_F32, 1, 1, dim, TFM_KV_PAGE, NULL, &error), error);
+    p->keys = tfm__kv_at(&p->kv, 0, 0, 0, 0);
+    p->values = tfm__kv_at(&p->kv, 0, 0, 1, 0);
+    p->float_keys = (float *)(void *)tfm__kv_at(&p->floats, 0, 0, 0, 0);
+    p->float_values = (float *)(void *)tfm__kv_at(&p->floats, 0, 0, 1, 0);
+    memset(p->keys, 0, tfm__kv_head_bytes(&p->kv));
+    memset(p->values, 0, tfm__kv_head_bytes(&p->kv));
+    memset(p->float_keys, 0, tfm__kv_head_bytes(&p->floats));
+    memset(p->float_values, 0, tfm__kv_head_bytes(&p->floats));
+    for (at = 0; at < tokens; at++) {
+        test_fill(key, dim, 7 * at + 1);
+        test_fill(value, dim, 7 * at + 2);
+        for (d = 0; d < dim; d++)
+            value[d] *= (float)(1 + at % 5 * (d / 32 + 1)); /* scales that differ */
+        tfm__store_i8(kernels, &p->kv, key, value, at, p->keys, p->values);
+        for (d = 0; d < dim; d++) { /* read back, by the definition of the layout */
+            const size_t panel = at / 16 * 16 * (dim + 2 * ((dim + 31) / 32)), group = d / 32 * TFM_KV_PAGE * 34;
+            uint16_t scale;
+            float error_of, *k = p->float_keys + (at / 16 * dim + d) * 16 + at % 16;
+            float *v = p->float_values + (d / 16 * TFM_KV_PAGE + at) * 16 + d % 16;
+            memcpy(&scale, p->keys + panel + (d / 32 * 16 + at % 16) * 2, 2);
+            *k = from_bits((uint32_t)scale << 16) *
+                 (float)(int8_t)p->keys[panel + 32 * ((dim + 31) / 32) + d * 16 + at % 16];
+            memcpy(&scale, p->values + group + at * 2, 2);
+            *v = from_bits((uint32_t)scale << 16) *
+                 (float)(int8_t)p->values[group + TFM_KV_PAGE * 2 + d / 16 % 2 * TFM_KV_PAGE * 16 + at * 16 + d % 16];
+            error_of = fmaxf(fabsf(*k - key[d]) * 250, fabsf(*v - value[d]) / (float)(1 + at % 5 * (d / 32 + 1)) * 250);
+            CHECK_MSG(error_of <= 1, "int8 cache: number %lu of token %lu of %lu is off", (unsigned long)d,
+                      (unsigned long)at, (unsigned long)dim);
+        }
+    }
+}
+
+/* The product with keys (what = 0) or values has the bits of the fp32 product with the floats that they stand for. */
+static void check_kv_product(const tfm__kernels *kernels, kv_page *p, size_t what, size_t rows, size_t tokens,
+                             int add) {
+    const size_t dim = p->kv.head_dim, n = what ? dim : tfm__round_up(tokens, 16), stride = n + 3;
+    tfm__matmul job;
+    size_t r, i;
+    memset(&job, 0, sizeof job);
+    test_fill(p->x, sizeof p->x / sizeof *p->x, rows + tokens);
+    test_fill(p->expected, sizeof p->expected / sizeof *p->expected, rows);
+    for (i = 0; i < sizeof p->y / sizeof *p->y; i++)
+        p->y[i] = SENTINEL;
+    for (r = 0; r < rows; r++)
+        memcpy(p->y + GUARD + r * stride, p->expected + r * stride, n * sizeof(float));
+    job.x = p->x;
+    job.n_rows = rows;
+    job.n = n;
+    job.k = what ? tokens : dim;
+    job.x_stride = job.k;
+    job.y_stride = stride;
+    job.add = add;
+    job.w = what ? p->float_values : p->float_keys;
+    job.panel_bytes = 16 * sizeof(float) * (what ? (size_t)TFM_KV_PAGE : dim);
+    job.y = p->expected;
+    kernels->matmul[TFM_F32](&job);
+    job.w = what ? p->values : p->keys;
+    job.panel_bytes = what ? tfm__value_panel_bytes(&p->kv) : tfm__key_panel_bytes(&p->kv);
+    job.y = p->y + GUARD;
+    kernels->matmul_kv[what](&job);
+    for (r = 0; r < rows; r++)
+        CHECK_MSG(same_bits(p->y + GUARD + r * stride, p->expected + r * stride, n) &&
+                      p->y[GUARD + r * stride + n] == SENTINEL,
+                  "%s: int8 %s, %lu tokens of %lu, row %lu of %lu, add %d", name_of(kernels), what ? "values" : "keys",
+                  (unsigned long)tokens, (unsigned long)dim, (unsigned long)r, (unsigned long)rows, add);
+    CHECK(p->y[GUARD - 1] == SENTINEL);
+}
+
+static void test_kv_products(const tfm__kernels *kernels) {
+    static const size_t dims[] = {1, 5, 16, 17, 31, 32, 33, 48, 64, 80, 96, 128, KV_DIM};
+    static const size_t tokens[] = {1, 15, 16, 17, 100, 127, 128};
+    kv_page *p = (kv_page *)test_allocate(sizeof *p);
+    size_t d, t, rows, what;
+    for (d = 0; d < sizeof dims / sizeof *dims; d++)
+        for (t = 0; t < sizeof tokens / sizeof *tokens; t++) {
+            fill_page(p, kernels, dims[d], tokens[t]);
+            for (rows = 1; rows <= 24; rows += rows < 8 ? 1 : 8)
+                for (what = 0; what < 2; what++)
+                    check_kv_product(kernels, p, what, rows, tokens[t], rows % 2 == what);
+            tfm_kv_free(&p->kv, NULL);
+            tfm_kv_free(&p->floats, NULL);
+        }
+    free(p);
+}
+
 /* The vector kernels are the same operations in the same order: where two instruction sets run, the bits are the
  * same. */
 static void check_agreement(const tfm__kernels *a, const tfm__kernels *b) {
@@ -1157,6 +1309,8 @@ void test_kernels(void) {
         test_softmax_nan(kernels, -INFINITY);
         test_scale_and_multiply(kernels);
         test_narrowing(kernels);
+        test_quantize_kv(kernels);
+        test_kv_products(kernels);
     }
     test_i8();
     test_agreement();

@@ -339,12 +339,15 @@ static void test_near(subject *other, const subject *s, const char *what, float 
     free(other->logits);
 }
 
-/* Keys and values in 16 bits. */
-static void test_half_cache(const subject *s) {
+/* Keys and values in 16 and in 8 bits. */
+static void test_small_caches(const subject *s) {
     subject other = *s;
+    if (s->n == 1) /* of one token alone the cache has nothing that counts */
+        return;
     other.kv_dtype = TFM_F16;
-    if (s->n > 1) /* of one token alone the cache has nothing that counts */
-        test_near(&other, s, "f16 cache", 2e-3f);
+    test_near(&other, s, "f16 cache", 2e-3f);
+    other.kv_dtype = TFM_I8;
+    test_near(&other, s, "int8 cache", 3e-2f);
 }
 
 static void test_i8(const subject *s, const char *path) {
@@ -373,7 +376,7 @@ static void test_on(subject *s, const char *path, tfm_isa isa) {
     test_rounded(s, path, TFM_F16);
     test_rounded(s, path, TFM_BF16);
     test_bits(s);
-    test_half_cache(s);
+    test_small_caches(s);
     test_i8(s, path);
     free(s->logits);
 }

@@ -50,11 +50,12 @@ static const char usage_text[] =
     "usage: tfm info MODEL [--verify]\n"
     "       tfm quantize IN.tfm OUT.tfm [--type int8|f16|bf16|f32] [--threads N]\n"
     "       tfm dump MODEL --ids 1,2,3 [--decoder-ids 0,5] [--types 0,0,1] [--mask 1,1,0]\n"
-    "                [--what logits|hidden|pooled] [--isa NAME] [--threads N] -o OUT.npy\n"
+    "                [--what logits|hidden|pooled] [--kv f32|f16|int8] [--isa NAME] [--threads N] -o OUT.npy\n"
     "       tfm tokenize MODEL [--decode] [--special] [--whole] [--plain] [--pair] [--types] < text\n"
-    "       tfm perplexity MODEL TEXTFILE [--context N] [--stride N] [--isa NAME] [--threads N]\n"
+    "       tfm perplexity MODEL TEXTFILE [--context N] [--stride N] [--kv f32|f16|int8] [--isa NAME]\n"
+    "                      [--threads N]\n"
     "       tfm bench MODEL [--type f32,f16,int8] [--threads N] [--isa NAME] [--prompt 512] [--gen 64] [--batch 1]\n"
-    "                 [--json FILE] [--svg FILE]\n";
+    "                 [--kv f32|f16|int8] [--json FILE] [--svg FILE]\n";
 
 /* ---- errors, the command line */
 
@@ -82,8 +83,9 @@ static int finish(int status) {
 typedef struct arguments {
     const char *paths[2];
     int n_paths;
-    const char *ids, *decoder_ids, *type_ids, *mask, *what, *isa, *output, *type, *json, *svg;
+    const char *ids, *decoder_ids, *type_ids, *mask, *what, *isa, *output, *type, *kv, *json, *svg;
     int verify, decode, special, whole, plain, pair, types;
+    tfm_dtype kv_dtype; /* what kv names */
     long threads, context, stride, prompt, gen, batch;
 } arguments;
 
@@ -105,31 +107,21 @@ static int parse_number(const char *text, long *number) {
 /* 0, or the exit status of wrong usage. `allowed` are the names of the subcommand's options, separated by spaces. */
 static int parse(int argc, char **argv, int n_paths, const char *allowed, arguments *args) {
     const option options[] = {
-        {"--ids", &args->ids, NULL, NULL},
-        {"--what", &args->what, NULL, NULL},
-        {"--isa", &args->isa, NULL, NULL},
-        {"-o", &args->output, NULL, NULL},
-        {"--type", &args->type, NULL, NULL},
-        {"--threads", NULL, &args->threads, NULL},
-        {"--context", NULL, &args->context, NULL},
-        {"--stride", NULL, &args->stride, NULL},
-        {"--verify", NULL, NULL, &args->verify},
-        {"--decode", NULL, NULL, &args->decode},
-        {"--special", NULL, NULL, &args->special},
-        {"--whole", NULL, NULL, &args->whole},
-        {"--plain", NULL, NULL, &args->plain},
-        {"--json", &args->json, NULL, NULL},
-        {"--svg", &args->svg, NULL, NULL},
-        {"--prompt", NULL, &args->prompt, NULL},
-        {"--gen", NULL, &args->gen, NULL},
-        {"--batch", NULL, &args->batch, NULL},
-        {"--pair", NULL, NULL, &args->pair},
-        {"--types", NULL, NULL, &args->types},
-        {"--types", &args->type_ids, NULL, NULL},
-        {"--mask", &args->mask, NULL, NULL},
-        {"--decoder-ids", &args->decoder_ids, NULL, NULL},
+        {"--ids", &args->ids, NULL, NULL},         {"--what", &args->what, NULL, NULL},
+        {"--isa", &args->isa, NULL, NULL},         {"-o", &args->output, NULL, NULL},
+        {"--type", &args->type, NULL, NULL},       {"--kv", &args->kv, NULL, NULL},
+        {"--threads", NULL, &args->threads, NULL}, {"--context", NULL, &args->context, NULL},
+        {"--stride", NULL, &args->stride, NULL},   {"--verify", NULL, NULL, &args->verify},
+        {"--decode", NULL, NULL, &args->decode},   {"--special", NULL, NULL, &args->special},
+        {"--whole", NULL, NULL, &args->whole},     {"--plain", NULL, NULL, &args->plain},
+        {"--json", &args->json, NULL, NULL},       {"--svg", &args->svg, NULL, NULL},
+        {"--prompt", NULL, &args->prompt, NULL},   {"--gen", NULL, &args->gen, NULL},
+        {"--batch", NULL, &args->batch, NULL},     {"--pair", NULL, NULL, &args->pair},
+        {"--types", NULL, NULL, &args->types},     {"--types", &args->type_ids, NULL, NULL},
+        {"--mask", &args->mask, NULL, NULL},       {"--decoder-ids", &args->decoder_ids, NULL, NULL},
     };
     const int has_lists = strstr(allowed, " --types --mask ") != NULL; /* dump's --types has a value */
+    tfm_error error = {TFM_OK, ""};
     int i;
     size_t k;
     memset(args, 0, sizeof *args);
@@ -157,6 +149,8 @@ static int parse(int argc, char **argv, int n_paths, const char *allowed, argume
         else if (!parse_number(argv[i], found->number))
             return usage("expected a number greater than 0, found ", argv[i]);
     }
+    if (args->kv && tfm_dtype_from_name(args->kv, &args->kv_dtype, &error) != TFM_OK)
+        return usage("--kv: ", error.message);
     return args->n_paths < n_paths ? usage("an argument is missing", "") : 0;
 }
 
@@ -168,6 +162,7 @@ static tfm_session *create_session_of(const tfm_model *model, const arguments *a
     options.context = context;
     options.source = source;
     options.engine.threads = (int)args->threads;
+    options.kv_dtype = args->kv_dtype;
     if (tfm_isa_from_name(args->isa, &options.engine.isa, error) != TFM_OK)
         return NULL;
     return tfm_session_create(model, &options, error);
@@ -526,7 +521,7 @@ static int dump(int argc, char **argv) {
     tfm_model *model = NULL;
     tfm_session *session = NULL;
     dumping d;
-    int status = parse(argc, argv, 1, " --ids --decoder-ids --types --mask --what --isa --threads -o ", &args);
+    int status = parse(argc, argv, 1, " --ids --decoder-ids --types --mask --what --kv --isa --threads -o ", &args);
     if (status)
         return status;
     memset(&d, 0, sizeof d);
@@ -796,7 +791,7 @@ static int perplexity(int argc, char **argv) {
     FILE *file;
     char *text;
     int32_t *ids = NULL;
-    int status = parse(argc, argv, 2, " --context --stride --isa --threads ", &args);
+    int status = parse(argc, argv, 2, " --context --stride --kv --isa --threads ", &args);
     if (status)
         return status;
     file = fopen(args.paths[1], "rb");
@@ -1358,6 +1353,7 @@ static tfm_status open_variant(benchmark *b, variant *v, tfm_error *error) {
     options.max_rows = ROWS_PER_PASS;
     options.engine.threads = b->limits.threads;
     options.engine.isa = b->isa;
+    options.kv_dtype = b->args->kv_dtype;
     v->session = tfm_session_create(v->model, &options, error);
     return v->session ? TFM_OK : error->status;
 }
@@ -1848,7 +1844,7 @@ static int run_benchmark(benchmark *b) {
 static int bench(int argc, char **argv) {
     arguments args;
     benchmark b;
-    int status = parse(argc, argv, 1, " --type --threads --isa --prompt --gen --batch --json --svg ", &args);
+    int status = parse(argc, argv, 1, " --type --kv --threads --isa --prompt --gen --batch --json --svg ", &args);
     memset(&b, 0, sizeof b);
     if (!status)
         status = configure(&b, &args);
