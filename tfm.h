@@ -65,6 +65,16 @@
  *
  *   The library prints nothing, never exits or aborts, keeps no global state, and trusts nothing that stands in a file.
  *
+ * THREADS, PROCESSES
+ *
+ *   Functions that take a const object (tfm_model, tfm_file, tfm_description, tensors, blocks) may be called by any number
+ *   of threads at once, as long as nobody frees it. A tfm_session, what is inside it (tfm_session_engine, tfm_chat) and a
+ *   tfm_engine belong to one thread at a time; sessions of one model don't disturb each other. Functions without objects
+ *   may be called by any thread. After fork a child may go on with a model, and with sessions that no thread of the parent
+ *   was in the middle of using; it gets OpenMP threads of its own. (A child that loads the model itself while its parent's
+ *   same thread has generated with GCC's OpenMP must keep to threads = 1: that OpenMP can't be used on both sides of a
+ *   fork.)
+ *
  * BUILD OPTIONS (define them before the include that has TFM_IMPLEMENTATION)
  *
  *   -fopenmp                  several threads (or give tfm_session_options.parallel_for your own thread pool)
@@ -457,19 +467,25 @@ typedef struct tfm_entry {
 /* An open .tfm file. Reading from it is safe from many threads. */
 typedef struct tfm_file tfm_file;
 
+#ifndef TFM_NO_STDIO
 /* Opens and validates a file: header, checksum, metadata, directory. The tensors' own checksums are left to
  * tfm_file_verify. NULL on error. Close with tfm_file_close; entries and metadata point into the file. */
-#ifndef TFM_NO_STDIO
 TFM_API tfm_file *tfm_file_open(const char *path, const tfm_allocator *allocator, tfm_error *error);
 #endif
 /* The same for a file in memory (8-byte aligned), which must outlive the tfm_file. `name` is for error messages. */
 TFM_API tfm_file *tfm_file_open_memory(const void *data, size_t size, const char *name, const tfm_allocator *allocator,
                                        tfm_error *error);
+/* Closes a file; what pointed into it is no longer valid. file may be NULL. */
 TFM_API void tfm_file_close(tfm_file *file);
+/* Bytes of the whole file. */
 TFM_API size_t tfm_file_bytes(const tfm_file *file);
+/* How many entries its metadata has. */
 TFM_API size_t tfm_file_n_meta(const tfm_file *file);
+/* A metadata entry, in the file's order; NULL past the end. The file's own. */
 TFM_API const tfm_meta *tfm_file_meta(const tfm_file *file, size_t index);
+/* How many tensors it has. */
 TFM_API size_t tfm_file_n_tensors(const tfm_file *file);
+/* A tensor, in the file's order; NULL past the end. The file's own. */
 TFM_API const tfm_entry *tfm_file_entry(const tfm_file *file, size_t index);
 /* The entry with that name, or NULL. A matrix that is in the file in parts (NAME#0, NAME#1, ...) is found under its own
  * name, too: its type is TFM_PARTS then. */
@@ -558,16 +574,18 @@ typedef struct tfm_load_options {
     tfm_allocator allocator;
 } tfm_load_options;
 
+#ifndef TFM_NO_STDIO
 /* Loads a model. Matrices that the file holds in panels of the wanted dtype are used where they lie, in the mapped file;
  * others are packed into memory. A file may hold a tokenizer alone, for tfm_tokenize and its like; then there are no sessions,
  * and the description is empty but for vocab_size. options NULL: the usual. Free with tfm_free. NULL on error. */
-#ifndef TFM_NO_STDIO
 TFM_API tfm_model *tfm_load(const char *path, const tfm_load_options *options, tfm_error *error);
 #endif
 /* The same from memory (8-byte aligned), which must outlive the model. */
 TFM_API tfm_model *tfm_load_memory(const void *data, size_t size, const tfm_load_options *options, tfm_error *error);
+/* Gives back a model and closes its file. Its sessions must be gone before. model may be NULL. */
 TFM_API void tfm_free(tfm_model *model);
 
+/* What the model is. The model's own. */
 TFM_API const tfm_description *tfm_model_description(const tfm_model *model);
 /* Number of weights, a tied head counted once. */
 TFM_API uint64_t tfm_model_parameters(const tfm_model *model);
@@ -657,8 +675,11 @@ typedef struct tfm_session tfm_session;
 
 /* Makes a session with all its memory. The model must outlive it. Free with tfm_session_free. NULL on error. */
 TFM_API tfm_session *tfm_session_create(const tfm_model *model, const tfm_session_options *options, tfm_error *error);
+/* Gives back a session; what came from it (chats, results) must not be used any more. session may be NULL. */
 TFM_API void tfm_session_free(tfm_session *session);
+/* The model that it was made for. */
 TFM_API const tfm_model *tfm_session_model(const tfm_session *session);
+/* The engine inside, for layers that are run by hand between two calls of the session. The session's own. */
 TFM_API tfm_engine *tfm_session_engine(tfm_session *session);
 /* Tokens that each sequence may have. */
 TFM_API size_t tfm_session_context(const tfm_session *session);
@@ -742,6 +763,7 @@ typedef struct tfm_sampling {
 typedef struct tfm_random {
     uint64_t state;
 } tfm_random;
+/* Begins the sequence of numbers that belongs to a seed. */
 TFM_API void tfm_random_seed(tfm_random *random, uint64_t seed);
 /* Uniform in [0, 1). */
 TFM_API double tfm_random_uniform(tfm_random *random);
@@ -911,6 +933,7 @@ typedef struct tfm_chat tfm_chat;
  * error: memory; no tokenizer; a template that is unknown, or whose special tokens the tokenizer does not have; a model
  * that is no decoder. */
 TFM_API tfm_chat *tfm_chat_create(tfm_session *session, const tfm_chat_options *options, tfm_error *error);
+/* Gives back a conversation; the session stays as it is. chat may be NULL. */
 TFM_API void tfm_chat_free(tfm_chat *chat);
 
 /* The user says something (terminated; never parsed for special tokens), and the model answers: as tfm_generate, with
@@ -930,29 +953,31 @@ TFM_API tfm_status tfm_chat_add(tfm_chat *chat, tfm_role role, const char *text,
 /* Forgets all turns and the summary; the system prompt stays. */
 TFM_API void tfm_chat_reset(tfm_chat *chat);
 
-/* The turns that the conversation has, the oldest first; without the system prompt. Past the end: an empty turn. */
+/* How many turns the conversation has, without the system prompt. */
 TFM_API size_t tfm_chat_n_turns(const tfm_chat *chat);
+/* One of them, 0 being the oldest. Past the end: an empty turn. */
 TFM_API tfm_turn tfm_chat_turn(const tfm_chat *chat, size_t index);
-/* The system prompt, and the summary of what was dropped; size 0: there is none. */
+/* The system prompt; size 0: there is none. */
 TFM_API tfm_turn tfm_chat_system(const tfm_chat *chat);
+/* The summary of what was dropped; size 0: there is none. */
 TFM_API tfm_turn tfm_chat_summary(const tfm_chat *chat);
 /* Turns that were dropped since the conversation began. */
 TFM_API size_t tfm_chat_n_dropped(const tfm_chat *chat);
 /* The template's name. Static. */
 TFM_API const char *tfm_chat_template(const tfm_chat *chat);
 
-/* The context as text, special tokens written out, or as token ids; with `answer`, up to where the model is to answer. Like
- * snprintf: *size or *n_ids is how much there is, of which at most `capacity` is written (NULL: none); not terminated. An
- * answer that the model gave has the ids that it gave. Nothing is dropped for it. */
+/* The context as text, special tokens written out; with `answer`, up to where the model is to answer. Like snprintf: *size
+ * is how many bytes there are, of which at most `capacity` are written (text may be NULL if that is 0); not terminated.
+ * Nothing is dropped for it. */
 TFM_API tfm_status tfm_chat_render(tfm_chat *chat, int answer, char *text, size_t capacity, size_t *size,
                                    tfm_error *error);
+/* The same as token ids; an answer that the model gave has the ids that it gave. */
 TFM_API tfm_status tfm_chat_ids(tfm_chat *chat, int answer, int32_t *ids, size_t capacity, size_t *n_ids,
                                 tfm_error *error);
 
 /* Saves the conversation (system prompt, summary, turns) with the tokens of its sequence and their keys and values, so that
  * it goes on without evaluating anything again: 2 n_layers n_kv_heads head_dim numbers of the KV cache's type a token.
- * tfm_chat_save_memory is like snprintf: *size is how many bytes that takes, which are written if `capacity` is enough.
- * tfm_chat_save writes to PATH.part and renames that: the file is there as a whole or not at all. */
+ * Like snprintf: *size is how many bytes that takes, which are written if `capacity` is enough. */
 TFM_API tfm_status tfm_chat_save_memory(const tfm_chat *chat, void *data, size_t capacity, size_t *size,
                                         tfm_error *error);
 
@@ -961,7 +986,9 @@ TFM_API tfm_status tfm_chat_save_memory(const tfm_chat *chat, void *data, size_t
  * tokens than it has room for, is an error, and the chat stays as it was. */
 TFM_API tfm_status tfm_chat_load_memory(tfm_chat *chat, const void *data, size_t size, tfm_error *error);
 #ifndef TFM_NO_STDIO
+/* tfm_chat_save_memory into a file: written as PATH.part and renamed, so that it is there as a whole or not at all. */
 TFM_API tfm_status tfm_chat_save(const tfm_chat *chat, const char *path, tfm_error *error);
+/* tfm_chat_load_memory from a file. */
 TFM_API tfm_status tfm_chat_load(tfm_chat *chat, const char *path, tfm_error *error);
 #endif
 

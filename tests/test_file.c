@@ -1404,7 +1404,46 @@ static void test_quantize_errors(void) {
     CHECK(!exists("tests.part"));
 }
 
+/* Names of types and instruction sets, both ways, and what a model says about itself. */
+static void test_names(void) {
+    static const char *const unknown[] = {"f64", "F32", "f32 ", "parts", "q4_0"};
+    tfm_dtype dtype = TFM_NO_DTYPE;
+    tfm_isa isa = TFM_ISA_COUNT;
+    tfm_error error;
+    tfm_model *model;
+    size_t i, labels;
+    int value;
+    for (value = TFM_F32; value < TFM_DTYPE_COUNT; value++) {
+        CHECK(tfm_dtype_from_name(tfm_dtype_name((tfm_dtype)value), &dtype, &error) == TFM_OK);
+        CHECK((int)dtype == value);
+    }
+    CHECK(tfm_dtype_from_name("int8", &dtype, NULL) == TFM_OK && dtype == TFM_I8);
+    for (i = 0; i < sizeof unknown / sizeof *unknown; i++) {
+        CHECK_MSG(tfm_dtype_from_name(unknown[i], &dtype, &error) == TFM_ERROR_ARGUMENT, "%s", unknown[i]);
+        CHECK_MSG(strstr(error.message, unknown[i]) != NULL, "%s: %s", unknown[i], error.message);
+    }
+    for (value = TFM_ISA_BEST; value < TFM_ISA_COUNT; value++) {
+        CHECK(tfm_isa_from_name(tfm_isa_name((tfm_isa)value), &isa, &error) == TFM_OK);
+        CHECK((int)isa == value);
+    }
+    CHECK(tfm_isa_from_name(NULL, &isa, NULL) == TFM_OK && isa == TFM_ISA_BEST);
+    CHECK(tfm_isa_from_name("", &isa, NULL) == TFM_OK && isa == TFM_ISA_BEST);
+    CHECK(tfm_isa_from_name("avx1024", &isa, &error) == TFM_ERROR_ARGUMENT && strstr(error.message, "avx1024"));
+    CHECK(!tfm_isa_name((tfm_isa)-1) && !tfm_isa_name(TFM_ISA_COUNT));
+    model = tfm_load(TEST_MODEL, NULL, &error);
+    if (!CHECK_MSG(model != NULL, "%s", error.message))
+        return;
+    {
+        const tfm_description *d = tfm_model_description(model);
+        CHECK(tfm_model_parameters(model) > d->vocab_size * d->d_model);
+        CHECK(!tfm_is_special_token(model, -1) && !tfm_is_special_token(model, (int32_t)d->vocab_size));
+        CHECK(!tfm_model_label(model, 0, &labels) && !labels);
+    }
+    tfm_free(model);
+}
+
 void test_file(void) {
+    test_names();
     int dtype;
     test_truncation();
     test_header();
