@@ -601,6 +601,7 @@ TFM_API const tfm_norm *tfm_model_final_norm(const tfm_model *model);
  * embeddings, as nn.Transformer, runs on the caller's vectors: tfm_block_forward for each block, tfm_norm_forward; for an
  * encoder-decoder then tfm_memory_forward for each of the decoder's blocks, whose spans have that memory. */
 TFM_API const tfm_block *tfm_model_encoder_block(const tfm_model *model, size_t index);
+/* The norm behind the encoder's last block; NULL: there is none. */
 TFM_API const tfm_norm *tfm_model_encoder_final_norm(const tfm_model *model);
 /* The name of a class, 0 <= index < n_labels, not terminated; NULL and *size = 0 if it has none. */
 TFM_API const char *tfm_model_label(const tfm_model *model, size_t index, size_t *size);

@@ -1442,8 +1442,29 @@ static void test_names(void) {
     tfm_free(model);
 }
 
+/* The blocks and norms of both stacks, or of the one that there is. */
+static void test_stacks(void) {
+    tfm_error error;
+    tfm_model *both = tfm_load("tests/golden/beams_t5.tfm", NULL, &error),
+              *decoder = tfm_load(TEST_MODEL, NULL, &error);
+    if (CHECK_MSG(both && decoder, "%s", error.message)) {
+        const tfm_description *d = tfm_model_description(both);
+        CHECK(tfm_model_encoder_block(both, 0) && tfm_model_encoder_block(both, 0) != tfm_model_block(both, 0));
+        CHECK(tfm_model_encoder_block(both, d->encoder.n_layers - 1) &&
+              !tfm_model_encoder_block(both, d->encoder.n_layers));
+        CHECK(tfm_model_encoder_final_norm(both) && tfm_model_encoder_final_norm(both)->weight.shape[0] == d->d_model &&
+              tfm_model_final_norm(both) && tfm_model_final_norm(both) != tfm_model_encoder_final_norm(both));
+        CHECK(!tfm_model_encoder_block(decoder, 0) && !tfm_model_encoder_final_norm(decoder));
+        CHECK(tfm_model_final_norm(decoder) &&
+              tfm_model_final_norm(decoder)->weight.shape[0] == tfm_model_description(decoder)->d_model);
+    }
+    tfm_free(both);
+    tfm_free(decoder);
+}
+
 void test_file(void) {
     test_names();
+    test_stacks();
     int dtype;
     test_truncation();
     test_header();
