@@ -289,6 +289,69 @@ check "quantize onto itself" [ "$status" -eq 0 ]
 run build/tfm info "$dir/f32.tfm" --verify
 check "that is good, too" [ "$status" -eq 0 ]
 check "no temporary file stays" [ ! -e "$dir/f32.tfm.part" ]
+build/tfm quantize $model "$dir/f16.tfm" --type f16 2>"$dir/err"
+check "quantize onto itself writes what it writes elsewhere" [ "$(build/tfm info "$dir/f32.tfm" | tail -n +2)" = \
+    "$(build/tfm info "$dir/f16.tfm" | tail -n +2)" ]
+
+# ---- quantize on a full disk, and killed: the output is there as a whole or not at all, what was there stays. A limit on
+# the size of files stands in for the disk: 2000 blocks of 512 or 1024 bytes, where the output has 11 MB.
+build/tfm quantize $model "$dir/f32.tfm" --type f32 2>"$dir/err"
+cp "$dir/f32.tfm" "$dir/before.tfm"
+limited() { # limited OUT: ends with quantize's status
+    (
+        ulimit -f 2000
+        exec build/tfm quantize "$dir/f32.tfm" "$1" --type f16
+    ) >"$dir/out" 2>"$dir/err"
+}
+for out in "$dir/x.tfm" "$dir/f32.tfm"; do
+    (
+        trap '' XFSZ # so that writing fails, instead of ending the program
+        limited "$out"
+    )
+    check "quantize to $out on a full disk: status" [ $? -eq 1 ]
+    check "quantize to $out on a full disk: message" says "^tfm: $out.part: can't be written: "
+    check "quantize to $out on a full disk: leaves nothing" no_output_left
+    check "quantize to $out on a full disk: nothing there, either" [ ! -e "$out.part" ]
+    check "quantize to $out on a full disk: the input" cmp -s "$dir/f32.tfm" "$dir/before.tfm"
+    (limited "$out") 2>"$dir/shell"
+    check "quantize to $out, ended by the limit: status" [ $? -gt 128 ]
+    check "quantize to $out, ended by the limit: it had begun" [ -s "$out.part" ]
+    check "quantize to $out, ended by the limit: no output" [ ! -e "$dir/x.tfm" ]
+    check "quantize to $out, ended by the limit: the input" cmp -s "$dir/f32.tfm" "$dir/before.tfm"
+    rm -f "$out.part"
+done
+killed=0
+for round in 1 2 3 4; do
+    for out in "$dir/x.tfm" "$dir/f32.tfm"; do
+        rm -f "$out.part" "$dir/x.tfm"
+        {
+            build/tfm quantize "$dir/f32.tfm" "$out" --type int8 --threads 1 2>"$dir/err" &
+            pid=$!
+            while [ ! -s "$out.part" ] && kill -0 $pid; do :; done # something is written
+            kill -9 $pid
+            wait $pid
+        } 2>"$dir/shell"
+        status=$?
+        if [ $status -gt 128 ] && [ -s "$out.part" ]; then
+            killed=$((killed + 1))
+            check "quantize to $out, killed: no output" [ ! -e "$dir/x.tfm" ]
+            check "quantize to $out, killed: the input" cmp -s "$dir/f32.tfm" "$dir/before.tfm"
+        else # it was faster
+            check "quantize to $out, finished: status $status" [ $status -eq 0 ]
+            run build/tfm info "$out" --verify
+            check "quantize to $out, finished: what it wrote is good" [ "$status" -eq 0 ]
+            cp "$dir/before.tfm" "$dir/f32.tfm"
+        fi
+    done
+done
+check "quantize was killed in the middle $killed times of 8" [ $killed -gt 0 ]
+: >"$dir/f32.tfm.part" # what was left is no obstacle
+run build/tfm quantize "$dir/f32.tfm" "$dir/f32.tfm"
+check "quantize after a killed one" [ "$status" -eq 0 ]
+run build/tfm info "$dir/f32.tfm" --verify
+check "quantize after a killed one: what it wrote is good" [ "$status" -eq 0 ]
+check "quantize after a killed one: no temporary file stays" [ ! -e "$dir/f32.tfm.part" ]
+rm -f "$dir/before.tfm" "$dir/x.tfm" "$dir/x.tfm.part"
 
 # ---- translate
 t5=tests/golden/beams_t5.tfm
