@@ -84,6 +84,8 @@ static tfm_model *random_model(unsigned char **bytes) {
     return model;
 }
 
+static tfm_dtype kv_dtype; /* of the sessions that are made */
+
 static tfm_session *make_session(const tfm_model *model, size_t context, size_t n_sequences, size_t max_rows) {
     tfm_session_options options;
     tfm_error error = {TFM_OK, ""};
@@ -92,6 +94,7 @@ static tfm_session *make_session(const tfm_model *model, size_t context, size_t 
     options.context = context;
     options.n_sequences = n_sequences;
     options.max_rows = max_rows;
+    options.kv_dtype = kv_dtype;
     options.engine.threads = 1;
     session = tfm_session_create(model, &options, &error);
     CHECK_MSG(session != NULL, "%s", error.message);
@@ -1083,18 +1086,21 @@ static void test_random_model(void) {
     size_t size = 0, i;
     for (i = 0; i < 8; i++)
         size += (size_t)bytes[16 + i] << 8 * i;
-    test_pieces(model);
-    test_sequences(model);
     test_hidden(model, bytes, size);
     test_eval_errors(model);
     test_session_errors(model);
-    test_shift(model);
-    test_shifting_generation(model, 24, 0);
-    test_shifting_generation(model, 24, 5);
-    test_shifting_generation(model, 11, 9);
-    test_shifting_generation(model, 5, 1);
-    test_reuse(model);
-    test_append(model);
+    for (kv_dtype = TFM_NO_DTYPE, i = 0; i < 2; kv_dtype = TFM_I8, i++) {
+        test_pieces(model);
+        test_sequences(model);
+        test_shift(model);
+        test_shifting_generation(model, 24, 0);
+        test_shifting_generation(model, 24, 5);
+        test_shifting_generation(model, 11, 9);
+        test_shifting_generation(model, 5, 1);
+        test_reuse(model);
+        test_append(model);
+    }
+    kv_dtype = TFM_NO_DTYPE;
     tfm_free(model);
     free(bytes);
 }
