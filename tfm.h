@@ -7342,6 +7342,8 @@ typedef struct tfm__tokenizer_source {
     size_t n_sorted;
     const unsigned char *charsmap; /* what sentencepiece calls the precompiled charsmap; NULL: there is none */
     size_t charsmap_size;
+    const unsigned char *unk_surface; /* what unk_id is decoded to; NULL: its piece */
+    size_t unk_surface_size;
     tfm__spm_rules rules;
 } tfm__tokenizer_source;
 
@@ -9526,7 +9528,7 @@ typedef struct tfm__decoder {
 } tfm__decoder;
 
 /* What of a token's text is shown: not all of the spaces that were put in front of a text, and nothing of a control
-   piece. */
+   piece. What is unknown keeps the spaces that sentencepiece writes around it. */
 static const unsigned char *tfm__spm_decode(const tfm__tokenizer *tokenizer, int32_t id, tfm__decoder *decoder,
                                             size_t *size) {
     const tfm__decode_lead lead = tokenizer->source.rules.decode_lead;
@@ -9534,6 +9536,10 @@ static const unsigned char *tfm__spm_decode(const tfm__tokenizer *tokenizer, int
     int32_t type = tokenizer->source.types[id];
     if (type == TFM__PIECE_CONTROL)
         *size = 0;
+    if (id == tokenizer->source.unk_id && tokenizer->source.unk_surface) {
+        *size = tokenizer->source.unk_surface_size;
+        return tokenizer->source.unk_surface;
+    }
     if (decoder->size > 0 || decoder->dropped || *size == 0 || type == TFM__PIECE_BYTE)
         return text;
     if (lead == TFM__LEAD_TOKEN && decoder->n_ids == 0) {
@@ -10534,6 +10540,7 @@ static void tfm__read_spm_rules(tfm__reader *reader, tfm__spm_rules *rules) {
 static void tfm__read_spm(tfm__reader *reader, tfm__tokenizer_source *source) {
     const tfm_meta *scores = tfm_file_find_meta(reader->file, "tokenizer.scores");
     const tfm_meta *charsmap = tfm__read_meta(reader, "tokenizer.charsmap", TFM_META_BYTES, 0, "bytes");
+    const tfm_meta *unk_surface = tfm__read_meta(reader, "tokenizer.unk_surface", TFM_META_BYTES, 0, "bytes");
     size_t n;
     source->types = tfm__read_ids(reader, "tokenizer.types", &n);
     if (!source->types || n != source->n_tokens)
@@ -10551,6 +10558,8 @@ static void tfm__read_spm(tfm__reader *reader, tfm__tokenizer_source *source) {
     source->sorted = tfm__read_ids(reader, "tokenizer.sorted", &source->n_sorted);
     source->charsmap = charsmap ? (const unsigned char *)charsmap->values : NULL;
     source->charsmap_size = charsmap ? charsmap->count : 0;
+    source->unk_surface = unk_surface ? (const unsigned char *)unk_surface->values : NULL;
+    source->unk_surface_size = unk_surface ? unk_surface->count : 0;
     source->fuse_unk = tfm__read_flag(reader, "tokenizer.fuse_unk", 0);
     tfm__read_spm_rules(reader, &source->rules);
 }
@@ -10852,9 +10861,9 @@ TFM_API int32_t tfm_mask_token(const tfm_model *model) {
     return model->has_tokenizer ? model->mask_id : -1;
 }
 
-/* Bytes of the longest token. */
+/* Bytes of the longest token, and of what an unknown one is written as. */
 static size_t tfm__longest_token(const tfm_model *model) {
-    size_t longest = 0, size, i;
+    size_t longest = model->tokenizer.source.unk_surface_size, size, i;
     for (i = 0; model->has_tokenizer && i < model->description.vocab_size; i++) {
         tfm__token_text(&model->tokenizer, (int32_t)i, &size);
         longest = TFM__MAX(longest, size);

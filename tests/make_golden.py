@@ -1138,7 +1138,7 @@ def put_pieces(out, name, ids, decoded):
 
 def definite(text):
     """The decoded text, or None if it has what stands for something else, or is too long to be kept."""
-    return None if "\ufffd" in text or "\u2047" in text or len(text) > 100 else text
+    return None if "\ufffd" in text or len(text) > 100 else text
 
 
 def write_sentencepiece(directory):

@@ -1270,6 +1270,11 @@ def test_sentencepiece(converter, _):
         check_equal(file.metadata["tokenizer.types"], [3, 3, 2, 1, 1, 1, 1] + [0] * 100, "T5: types")
         check_equal(file.metadata["tokenizer.sorted"], [4, 6, 5, 3], "T5: sorted")
         check_equal(dict(zip(*[iter(file.metadata["tokenizer.added"])] * 2))[106], 1, "T5: <extra_id_0>")
+    for what, options, surface in (("usual", {}, " \u2047 "), ("its own", dict(unk_surface=" <?>"), " <?>"),
+                                   ("nothing", dict(unk_surface=""), "")):
+        file = converter.convert("unknown: " + what, sentencepiece_folder(
+            converter, "spiece.model", sentencepiece_model(pieces=T5_PIECES, unk_id=2, **options)))
+        file and check_equal(file.metadata["tokenizer.unk_surface"], surface.encode(), "unknown: " + what)
     llama = sentencepiece_model("bpe", LLAMA_PIECES, remove_extra_whitespaces=False, unk_id=0)
     for name, config, prefix in (("LLaMA", {}, [1]), ("Gemma", dict(tokenizer_class="GemmaTokenizer"), [1]),
                                  ("no <s>", dict(tokenizer_class="LlamaTokenizer", add_bos_token=False), [])):

@@ -144,6 +144,30 @@ static void test_small(void) {
     test_clear(&tfm);
 }
 
+/* What is unknown is written as the file says, with its spaces; without a word there, as the piece. */
+static void test_unknown(void) {
+    static const int32_t ids[] = {1, 0, 8, 0, 4};
+    static const char *const surfaces[] = {NULL, " \xE2\x81\x87 ", "", " what has no piece, longer than any of them "};
+    static const char *const texts[] = {"<unk> a<unk>b", " \xE2\x81\x87  a \xE2\x81\x87 b", "ab",
+                                        " what has no piece, longer than any of them  a"
+                                        " what has no piece, longer than any of them b"};
+    unsigned char *bytes;
+    size_t i, size;
+    for (i = 0; i < sizeof texts / sizeof *texts; i++) {
+        test_tfm tfm;
+        tfm_model *model;
+        put_pieces(&tfm, 1);
+        if (surfaces[i])
+            test_put(&tfm, "tokenizer.unk_surface", TFM_META_BYTES, surfaces[i], strlen(surfaces[i]));
+        model = test_load_tfm(&tfm, &bytes);
+        check_decoded(model, ids, 5, (const unsigned char *)texts[i], strlen(texts[i]), "what is unknown");
+        CHECK(!memcmp(tfm_token_text(model, 0, &size), "<unk>", 5) && size == 5);
+        tfm_free(model);
+        free(bytes);
+        test_clear(&tfm);
+    }
+}
+
 /* ---- files that are not what they should be */
 
 static void check_refused(const test_tfm *tfm, const char *needle) {
@@ -391,6 +415,7 @@ void test_sentencepiece(void) {
     }
     tfm_file_close(golden);
     test_small();
+    test_unknown();
     test_bad_pieces();
     test_bad_charsmap();
     test_long();

@@ -3052,6 +3052,7 @@ SENTENCEPIECE_FILES = ("spiece.model", "tokenizer.model", "sentencepiece.bpe.mod
 SPACE_PIECE = "\u2581"
 # Types of pieces, as the model file has them; NONE is for tokens that aren't pieces of the model.
 NONE, NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(7)
+UNKNOWN_SURFACE = " \u2047 ".encode()  # unless the model file has its own
 METASPACE = ("", "never", "first", "always")
 LEAD_KEPT, LEAD_DROPPED, LEADS_DROPPED, LEAD_TOKEN = range(4)  # what decoding drops at the beginning of a text
 
@@ -3066,6 +3067,9 @@ class SentencePiece(Bpe):
     rules: Dict[str, int] = dataclasses.field(default_factory=dict)  # what the metadata of these names say
     charsmap: bytes = b""
     unk_id: int = 0
+    # What unk_id is decoded to; None: its piece. Only sentencepiece's decoder puts a text of its own there; that of
+    # tokenizers, whose rules a tokenizer.json follows, writes the piece.
+    unk_surface: Optional[bytes] = None
 
 
 def read_sentencepiece(source):
@@ -3095,7 +3099,7 @@ VARINT, FIXED64, BYTES, FIXED32 = 0, 1, 2, 5
 MODEL_FIELDS = {1: ("pieces", BYTES), 2: ("trainer", BYTES), 3: ("normalizer", BYTES)}
 PIECE_FIELDS = {1: ("piece", BYTES), 2: ("score", FIXED32), 3: ("type", VARINT)}
 TRAINER_FIELDS = {3: ("model_type", VARINT), 24: ("treat_whitespace_as_suffix", VARINT), 35: ("byte_fallback", VARINT),
-                  41: ("bos_id", VARINT), 42: ("eos_id", VARINT), 43: ("pad_id", VARINT)}
+                  41: ("bos_id", VARINT), 42: ("eos_id", VARINT), 43: ("pad_id", VARINT), 44: ("unk_surface", BYTES)}
 NORMALIZER_FIELDS = {2: ("precompiled_charsmap", BYTES), 3: ("add_dummy_prefix", VARINT),
                      4: ("remove_extra_whitespaces", VARINT), 5: ("escape_whitespaces", VARINT)}
 
@@ -3179,6 +3183,7 @@ def read_sentencepiece_model(source, name):
     pieces.scores = [score for _, score, _ in parsed]
     pieces.types = [kind for _, _, kind in parsed]
     pieces.unk_id = pieces.types.index(UNKNOWN)
+    pieces.unk_surface = data[slice(*trainer["unk_surface"])] if "unk_surface" in trainer else UNKNOWN_SURFACE
     pieces.charsmap = data[slice(*normalizer["precompiled_charsmap"])]
     dummy, extra = bool(normalizer["add_dummy_prefix"]), bool(normalizer["remove_extra_whitespaces"])
     pieces.rules = {"byte_fallback": bool(trainer["byte_fallback"]),
@@ -3766,6 +3771,8 @@ def put_sentencepiece(metadata, pieces):
     for key, value in sorted(pieces.rules.items()):
         metadata.i64("tokenizer." + key, value)
     metadata.i64("tokenizer.unk_id", pieces.unk_id)
+    if pieces.unk_surface is not None:
+        metadata.bytes("tokenizer.unk_surface", pieces.unk_surface)
     put_around(metadata, pieces)
 
 
