@@ -56,7 +56,7 @@ build/tests: $(TESTS:tests/%.c=build/test_objects/%.o)
 test: all build/tests
 	@sh tests/run.sh
 
-# make fuzz SECONDS=60: each of five jobs for so long, two at a time. Needs clang.
+# make fuzz SECONDS=60: each job for so long, two at a time. Needs clang; uses AFL++ if it is there.
 SECONDS ?= 60
 fuzz:
 	@sh tests/fuzz/run.sh $(SECONDS)

@@ -13179,6 +13179,8 @@ static tfm_status tfm__put_form(tfm_chat *chat, const char *text, tfm_error *err
 static tfm_status tfm__put_written(tfm_chat *chat, const char *text, size_t size, int joined, tfm_error *error) {
     tfm_status status;
     size_t done = 0, i;
+    if (!size)
+        return TFM_OK; /* text may be NULL */
     if (chat->form->flags & TFM__FORM_TRIM) {
         const char *start = text;
         tfm__trim(&text, &size);
@@ -13915,6 +13917,8 @@ static tfm_status tfm__chat_read_header(tfm__chat_reader *reader, const tfm_chat
                          reader->name, (unsigned long long)tfm__u64(p + 40), (unsigned long)chat->session->context);
     if (tfm__u64(p + 32) < 2 || tfm__u64(p + 32) > size / TFM__CHAT_TURN || tfm__u64(p + 48) > SIZE_MAX / 2)
         return tfm__chat_damaged(reader, "the number of turns is impossible");
+    if (tfm__u32(p + 28) || tfm__u64(p + 56))
+        return tfm__chat_damaged(reader, "what its header keeps free is not zero");
     reader->n_turns = (size_t)tfm__u64(p + 32) - 2;
     reader->n_tokens = (size_t)tfm__u64(p + 40);
     reader->into->n_dropped = (size_t)tfm__u64(p + 48);

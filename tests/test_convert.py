@@ -1445,6 +1445,8 @@ def test_configurations(converter, _):
         (dict(n_inner=95), ("mlp.c_fc",)), (dict(n_inner="x"), ("n_inner",)),
         (dict(activation_function="mish"), ("mish", "gelu_new")), (dict(activation_function=1), ("activation",)),
         (dict(layer_norm_epsilon="1e-5"), ("layer_norm_epsilon",)),
+        (dict(layer_norm_epsilon=-1e-5), ("layer_norm_epsilon", "negative")),
+        (dict(layer_norm_epsilon=1e299), ("layer_norm_epsilon",)),
         (dict(layer_norm_epsilon=math.nan), ("layer_norm_epsilon",)), (dict(add_cross_attention=True), ("cross",)),
         (dict(scale_attn_weights="yes"), ("scale_attn_weights",)), (dict(scale_attn_weights=1), ("scale_attn",)),
         (dict(tie_word_embeddings=0), ("tie_word_embeddings",)), (dict(eos_token_id={}), ("eos_token_id",)),

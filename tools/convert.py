@@ -241,6 +241,14 @@ class Fields:
                                % (self.where, self.spelling(keys), quote(value)))
         return float(value)
 
+    def epsilon(self, keys, default=REQUIRED):
+        """What a norm adds to the variance."""
+        value = self.number(keys, default)
+        if not 0 <= value < 1e30:
+            raise ConvertError("%s: %s should be a small number that is not negative, not %g"
+                               % (self.where, self.spelling(keys), value))
+        return value
+
     def flag(self, keys, default=REQUIRED):
         return self.get(keys, bool, "true or false", default)
 
@@ -1462,7 +1470,7 @@ def describe_gpt2(config, family, tensors):
         d_ff=config.size("n_inner", None) or 4 * d_model,
         n_positions=config.size(("n_positions", "max_position_embeddings", "block_size")),
         causal=True, cross=False, norm="layer", norm_place="pre", final_norm=True,
-        norm_eps=config.number("layer_norm_epsilon", 1e-5), positions="learned",
+        norm_eps=config.epsilon("layer_norm_epsilon", 1e-5), positions="learned",
         attention_scale=[scale / (layer + 1) for layer in range(n_layers)] if by_layer else [scale],
         ffn="plain", activation=activation(config, "activation_function", family.defaults["activation_function"]))
     return Model(
@@ -1567,7 +1575,7 @@ def describe_bert(config, family, tensors):
     stack = Stack(
         n_layers=config.size(("num_hidden_layers", "n_layers"), limit=MAX_LAYERS), n_heads=n_heads, n_kv_heads=n_heads,
         head_dim=head_dim, d_ff=config.size(("intermediate_size", "hidden_dim")), n_positions=rows - offset,
-        causal=False, cross=False, norm="layer", norm_place="post", norm_eps=config.number("layer_norm_eps", 1e-12),
+        causal=False, cross=False, norm="layer", norm_place="post", norm_eps=config.epsilon("layer_norm_eps", 1e-12),
         final_norm=False, positions="learned", attention_scale=[head_dim ** -0.5], ffn="plain", activation=function,
         embedding_norm=True, position_offset=offset or None)
     head = head_kind(config, family, tensors)
@@ -1742,7 +1750,7 @@ def describe_t5(config, family, tensors):
     encoder = Stack(
         n_layers=n_layers, n_heads=n_heads, n_kv_heads=n_heads, head_dim=config.size("d_kv"), d_ff=config.size("d_ff"),
         n_positions=config.size("n_positions", 512), causal=False, cross=False, norm="rms", norm_place="pre",
-        norm_eps=config.number("layer_norm_epsilon", 1e-6), final_norm=True, positions="relative",
+        norm_eps=config.epsilon("layer_norm_epsilon", 1e-6), final_norm=True, positions="relative",
         attention_scale=[1.0], ffn="gated" if gate else "plain", activation=known_activation(config, function),
         relative_buckets=config.size("relative_attention_num_buckets", 32),
         relative_max_distance=config.size("relative_attention_max_distance", 128))
@@ -1835,7 +1843,7 @@ def describe_llama(config, family, tensors):
     stack = Stack(
         n_layers=n_layers, n_heads=n_heads, n_kv_heads=kv_heads(config, n_heads, defaults.get("n_kv_heads")),
         head_dim=head_dim, d_ff=config.size("intermediate_size"), n_positions=n_positions, causal=True, cross=False,
-        norm="rms", norm_place=defaults.get("norm_place", "pre"), norm_eps=config.number("rms_norm_eps", 1e-6),
+        norm="rms", norm_place=defaults.get("norm_place", "pre"), norm_eps=config.epsilon("rms_norm_eps", 1e-6),
         final_norm=True, positions="rotary", attention_scale=[head_dim ** -0.5], ffn="gated",
         activation=activation(config, defaults.get("activation_key", "hidden_act"), defaults.get("activation", "silu")),
         rotary_frequencies=rope.frequencies, rotary_scale=rope.scale, sliding_window=windows(config, family, n_layers))
@@ -2015,7 +2023,7 @@ def describe_phi(config, family, tensors):
     stack = Stack(
         n_layers=config.size("num_hidden_layers", limit=MAX_LAYERS), n_heads=n_heads, n_kv_heads=n_kv_heads,
         head_dim=head_dim, d_ff=config.size("intermediate_size"), n_positions=n_positions, causal=True, cross=False,
-        norm="layer", norm_place="pre", norm_eps=config.number("layer_norm_eps", 1e-5), final_norm=True,
+        norm="layer", norm_place="pre", norm_eps=config.epsilon("layer_norm_eps", 1e-5), final_norm=True,
         positions="rotary", attention_scale=[head_dim ** -0.5], ffn="plain",
         activation=activation(config, "hidden_act", defaults["activation"]),
         parallel=config.flag("use_parallel_residual", True) or None,
@@ -2121,7 +2129,7 @@ def describe_torch(config, family, tensors):
             head_dim=head_dim, d_ff=config.size("dim_feedforward", weight.shape[0]),
             n_positions=config.size("n_positions", 4096), causal=config.flag("causal", True) and name == "decoder",
             cross=name == "decoder", norm="layer", norm_place="pre" if config.flag("norm_first", False) else "post",
-            norm_eps=config.number("layer_norm_eps", 1e-5), final_norm=name + ".norm.weight" in tensors,
+            norm_eps=config.epsilon("layer_norm_eps", 1e-5), final_norm=name + ".norm.weight" in tensors,
             positions="none", attention_scale=[head_dim ** -0.5], ffn="plain",
             activation=activation(config, "activation", "relu"))
     kind = "encoder-decoder" if len(stacks) > 1 else next(iter(stacks))
@@ -2212,7 +2220,7 @@ def describe_gguf(config, family, tensors):
         n_layers=n_layers, n_heads=n_heads, n_kv_heads=n_kv_heads, head_dim=head_dim,
         d_ff=config.size(key("feed_forward_length")), n_positions=n_positions, causal=True, cross=False,
         norm=settings["norm"], norm_place=settings.get("norm_place", "pre"), final_norm=True,
-        norm_eps=config.number(key("attention.layer_norm_rms_epsilon" if is_rms else "attention.layer_norm_epsilon")),
+        norm_eps=config.epsilon(key("attention.layer_norm_rms_epsilon" if is_rms else "attention.layer_norm_epsilon")),
         positions=settings.get("positions", "rotary"), attention_scale=[head_dim ** -0.5],
         ffn="gated" if is_rms else "plain", activation=settings["activation"],
         parallel=config.flag(key("use_parallel_residual"), parallel) and parallel or None)

@@ -1,6 +1,6 @@
 #!/usr/bin/env python3
 """Seeds for the fuzzer: seeds.py DIRECTORY makes a subdirectory for each kind of tokenizer, with small models in it that
-have one, each with a text behind it. They come from the golden files; the two kinds that none of those has, byte-level
+have one, each with a text behind it; models/ for the targets that use a model as it is; generate/ with options. They come from the golden files; the two kinds that none of those has, byte-level
 BPE and WordPiece, are written here."""
 import os
 import struct
@@ -78,6 +78,16 @@ def wordpiece():
             ("tokenizer.mask_id", 1, struct.pack("<q", 4))]
 
 
+def letters():
+    """For a vocabulary of 41: the special tokens, letters at a word's beginning and within it."""
+    tokens = [b"[PAD]", b"[UNK]", b"[CLS]", b"[SEP]", b"[MASK]"]
+    tokens += [prefix + bytes([c]) for prefix in (b"", b"##") for c in range(97, 115)]
+    return [("tokenizer.kind", 3, b"wordpiece"), ("tokenizer.tokens", 4, b"".join(tokens)),
+            ("tokenizer.token_sizes", 5, ints([len(t) for t in tokens])),
+            ("tokenizer.continuing_prefix", 3, b"##"), ("tokenizer.unk_id", 1, struct.pack("<q", 1)),
+            ("generation.eos_ids", 5, ints([3]))]
+
+
 def golden_file(name):
     with open(os.path.join(golden, name + ".tfm"), "rb") as file:
         return file.read()
@@ -91,12 +101,22 @@ def main():
              "wordpiece": {"lower": with_metadata(base, bare + wordpiece())},
              "unigram": {name: golden_file("pieces_" + name) for name in ("t5", "unigram", "unigram_bytes")},
              "spm_bpe": {name: golden_file("pieces_" + name) for name in ("llama", "bpe", "bpe_bytes")}}
+    decoder = golden_file("beams_gpt2")
+    models = {"decoder": with_metadata(decoder, without_tokenizer(metadata(decoder)) + letters()),
+              "encoder_decoder": golden_file("beams_t5")}
+    options = {"zeros": bytes(64), "counting": bytes(range(128)), "sampling": bytes([1, 20, 0, 9, 5, 1, 0, 2, 2] * 9)}
     for kind, files in seeds.items():
         directory = os.path.join(sys.argv[1], kind)
         os.makedirs(directory, exist_ok=True)
         for name, data in files.items():
             with open(os.path.join(directory, name), "wb") as file:
                 file.write(data + TEXT)
+    for kind, files in (("models", models), ("generate", options), ("chat", {})):
+        directory = os.path.join(sys.argv[1], kind)
+        os.makedirs(directory, exist_ok=True)
+        for name, data in files.items():
+            with open(os.path.join(directory, name), "wb") as file:
+                file.write(data)
 
 
 if __name__ == "__main__":
