@@ -816,7 +816,7 @@ static void exact_softmax(softmaxing *s, size_t n, float scale, int has_mask) {
         max = fmax(max, s->exact[i]);
     }
     for (i = 0; i < n; i++)
-        sum += s->exact[i] = isinf(max) ? 0 : exp(s->exact[i] - max);
+        sum += s->exact[i] = fabs(max) > DBL_MAX ? 0 : exp(s->exact[i] - max); /* mingw's isinf is for floats */
     for (i = 0; i < n; i++)
         s->exact[i] /= sum > 0 ? sum : 1;
 }
