@@ -75,6 +75,26 @@
  *   same thread has generated with GCC's OpenMP must keep to threads = 1: that OpenMP can't be used on both sides of a
  *   fork.)
  *
+ * ODD NUMBERS
+ *
+ *   NaN and infinity     in weights: loaded as they are in f32, f16 and bf16; what has to be quantized is refused with the
+ *                        tensor's name (TFM_ERROR_FORMAT for a file, TFM_ERROR_ARGUMENT for tfm_pack). In activations: a
+ *                        product with one is NaN or infinite, as in IEEE 754 and PyTorch; int8 makes a row that has one
+ *                        NaN. It stays in its own sequence, and goes from a token only to those that see it: the tokens
+ *                        before it (with causal attention), other sequences, and whatever follows once it is forgotten
+ *                        (tfm_truncate) have the bits that they have without it.
+ *   logits that are NaN  are never chosen. If none is left that is a number above -infinity, sampling and generating are
+ *                        TFM_ERROR_ARGUMENT, "no token can be chosen". An infinite logit leaves nothing to the others.
+ *                        Beam search, which needs probabilities, takes nothing from a row in which one logit is NaN.
+ *   equal logits         greedy: the lowest id. Sampling: equal chances; top_k keeps all that equal the k-th. Beam search:
+ *                        the lower beam, then the lower token.
+ *   nothing as input     generating from an empty prompt, a chunk or an encoder's text without tokens are
+ *                        TFM_ERROR_ARGUMENT; the empty text tokenizes to what the tokenizer adds to every text, and no ids
+ *                        decode to the empty text.
+ *   a vocabulary of 1    works: that token is always chosen. Beam search needs two tokens, and one more than end a text.
+ *   a row masked wholly  a token that sees nothing gets zeros from attention (so the output layer's bias). A text with a
+ *                        mask that hides all its tokens pools (CLS, mean, maximum) to zeros, normalized or not.
+ *
  * BUILD OPTIONS (define them before the include that has TFM_IMPLEMENTATION)
  *
  *   -fopenmp                  several threads (or give tfm_session_options.parallel_for your own thread pool)
@@ -4574,6 +4594,14 @@ static void tfm__matmul_kv(const tfm__kernels *kernels, tfm_dtype dtype, size_t 
     (dtype == TFM_I8 ? kernels->matmul_kv[what] : kernels->matmul[dtype])(product);
 }
 
+static int tfm__has_nan(const float *x, size_t n) {
+    size_t i;
+    int any = 0;
+    for (i = 0; i < n; i++)
+        any |= x[i] != x[i];
+    return any;
+}
+
 /* softmax(q k^T scale + mask) v, page by page with a running softmax, in the same order for every query whatever
  * queries stand beside it. */
 static void tfm__attend(const tfm__attention_job *job, const tfm__span_view *view, const tfm__queries *queries) {
@@ -4625,6 +4653,15 @@ static void tfm__attend(const tfm__attention_job *job, const tfm__span_view *vie
             memset(context, 0, dim * sizeof *context);
         else
             kernels->scale(context, dim, 1 / softmax[i].sum);
+        if (tfm__sight_of(job, view, queries, i).high < end && tfm__has_nan(context, dim)) {
+            tfm__queries alone = *queries; /* 0 times a value that is not finite, of a token that it does not see */
+            alone.n = 1;
+            alone.query += i * alone.query_stride;
+            alone.head += i * alone.head_step;
+            alone.first += i * alone.step;
+            alone.context = context;
+            tfm__attend(job, view, &alone);
+        }
     }
 }
 

@@ -304,6 +304,31 @@ static void test_decoder(void) {
     tfm_free(model);
 }
 
+/* A text of which no token is seen: numbers for each token, and zeros where they are pooled. */
+static void test_hidden_text(const subject *s) {
+    static const int32_t ids[4] = {5, 6, 7, 5}, mask[4] = {0, 0, 0, 0};
+    const size_t width = s->d->d_model;
+    float *y = (float *)test_allocate(4 * width * sizeof *y);
+    tfm_session *session = tfm_session_create(s->model, NULL, NULL);
+    tfm_text text = text_of(ids, NULL, 4);
+    tfm_error error;
+    size_t i, wrong = 0;
+    int pooling, normalize;
+    text.mask = mask;
+    CHECK_OK(tfm_encode(session, &text, 1, TFM_HIDDEN, y, &error), error);
+    for (i = 0; i < 4 * width; i++)
+        wrong += !(fabsf(y[i]) < 1e6f);
+    for (pooling = TFM_POOL_CLS; pooling <= TFM_POOL_MAX; pooling++)
+        for (normalize = 0; normalize < 2; normalize++) {
+            CHECK_OK(tfm_embed(session, &text, 1, (tfm_pooling)pooling, normalize, y, &error), error);
+            for (i = 0; i < width; i++)
+                wrong += y[i] != 0;
+        }
+    CHECK_MSG(!wrong, "%s: a text of which nothing is seen: %lu numbers are wrong", s->name, (unsigned long)wrong);
+    tfm_session_free(session);
+    free(y);
+}
+
 /* ---- */
 
 static void read_texts(subject *s) {
@@ -366,6 +391,7 @@ static void test_model(const char *name) {
         test_i8(&s);
     }
     test_refused(&s);
+    test_hidden_text(&s);
     tfm_free(s.model);
 }
 

@@ -1080,6 +1080,255 @@ static void test_threads(void) {
     tfm_free(model);
 }
 
+/* ---- odd numbers: what the manual says under that name */
+
+/* A model whose token 7 has that number in the middle of its embedding; the head is another table, without it. */
+static tfm_model *spoiled_model(float number, tfm_dtype dtype, unsigned char **bytes) {
+    const size_t width = random_shape.d_model;
+    float *embedding = zeroed(VOCAB * width), *head = zeroed(VOCAB * width);
+    test_tfm tfm;
+    tfm_load_options options;
+    tfm_error error;
+    tfm_model *model;
+    size_t size;
+    memset(&tfm, 0, sizeof tfm);
+    memset(&options, 0, sizeof options);
+    options.dtype = dtype;
+    test_put_description(&tfm, &random_shape);
+    test_put_text(&tfm, "head", "own");
+    test_put_weights(&tfm, &random_shape, 77);
+    test_fill(embedding, VOCAB * width, 1);
+    test_fill(head, VOCAB * width, 2);
+    embedding[7 * width + width / 2] = number;
+    test_put_tensor(&tfm, "token_embedding.weight", VOCAB, width, embedding);
+    test_put_tensor(&tfm, "head.weight", VOCAB, width, head);
+    *bytes = test_write_tfm(&tfm, &size);
+    model = tfm_load_memory(*bytes, size, &options, &error);
+    if (!model)
+        test_fatal("%s", error.message);
+    test_clear(&tfm);
+    free(embedding);
+    free(head);
+    return model;
+}
+
+static size_t count_nans(const float *x, size_t n) {
+    size_t i, nans = 0;
+    for (i = 0; i < n; i++)
+        nans += isnan(x[i]) ? 1 : 0;
+    return nans;
+}
+
+/* A token whose embedding is no number: its logits are NaN, and those of the tokens behind it, which see it. The tokens
+ * before it, another sequence in the same pass, and what comes when it is forgotten have the bits that they have without. */
+static void test_spoiled_token(const tfm_model *good, const tfm_model *model, tfm_isa isa, const char *what) {
+    static const int32_t ids[9] = {65, 300, 0, 12, 99, 7, 31, 1, 250}, others[3] = {5, 6, 8};
+    static float expected[12 * VOCAB], found[12 * VOCAB];
+    enum { AT = 5, N = 9 };
+    tfm_session_options options;
+    tfm_session *clean, *session;
+    tfm_generate_options generate;
+    tfm_chunk chunks[2] = {{0, ids, N, N}, {1, others, 3, 3}};
+    tfm_error error;
+    memset(&options, 0, sizeof options);
+    memset(&generate, 0, sizeof generate);
+    options.kv_dtype = kv_dtype;
+    options.n_sequences = 2;
+    options.engine.threads = 1;
+    options.engine.isa = isa;
+    clean = tfm_session_create(good, &options, &error);
+    session = tfm_session_create(model, &options, &error);
+    if (!clean || !session)
+        test_fatal("%s", error.message);
+    CHECK_OK(tfm_eval(clean, chunks, 2, TFM_LOGITS, expected, &error), error);
+    CHECK_OK(tfm_eval(session, chunks, 2, TFM_LOGITS, found, &error), error);
+    CHECK(!count_nans(expected, 12 * VOCAB));
+    CHECK_SAME(found, expected, AT * VOCAB, test_text("%s: before it", what));
+    CHECK_SAME(found + N * VOCAB, expected + N * VOCAB, 3 * VOCAB, test_text("%s: beside it", what));
+    CHECK_MSG(count_nans(found + AT * VOCAB, (N - AT) * VOCAB) == (N - AT) * VOCAB, "%s: %lu NaNs from it on", what,
+              (unsigned long)count_nans(found + AT * VOCAB, (N - AT) * VOCAB));
+    generate.max_tokens = 1;
+    error.status = TFM_OK;
+    CHECK(tfm_generate_ids(session, ids, N, &generate, NULL, NULL, &error) == TFM_ERROR_ARGUMENT);
+    CHECK_MSG(strstr(error.message, "no token can be chosen") != NULL, "%s: '%s'", what, error.message);
+    CHECK_OK(tfm_truncate(session, 0, AT, &error), error); /* its keys and values are still in the cache's page */
+    CHECK_OK(tfm_truncate(clean, 0, AT, &error), error);
+    CHECK(eval(clean, 0, others, 3, 3, expected, NULL) == TFM_OK &&
+          eval(session, 0, others, 3, 3, found, NULL) == TFM_OK);
+    CHECK_SAME(found, expected, 3 * VOCAB, test_text("%s: forgotten", what));
+    tfm_session_free(clean);
+    tfm_session_free(session);
+}
+
+static void test_spoiled_tokens(void) {
+    static const float spoilt[] = {NAN, INFINITY, -INFINITY};
+    static const tfm_dtype caches[] = {TFM_F32, TFM_F16, TFM_I8};
+    tfm_isa isas[TFM_ISA_COUNT];
+    size_t n_isas = test_isas(isas), i, k, isa;
+    for (i = 0; i < 3; i++) {
+        unsigned char *good_bytes, *bytes;
+        tfm_model *good = spoiled_model(0, TFM_F32, &good_bytes), *model = spoiled_model(spoilt[i], TFM_F32, &bytes);
+        for (k = 0; k < 3; k++)
+            for (isa = 0; isa < n_isas; isa++) {
+                kv_dtype = caches[k];
+                test_spoiled_token(good, model, isas[isa],
+                                   test_text("%g, %s cache, %s", (double)spoilt[i], tfm_dtype_name(caches[k]),
+                                             tfm_isa_name(isas[isa])));
+            }
+        tfm_free(good);
+        tfm_free(model);
+        free(good_bytes);
+        free(bytes);
+    }
+    kv_dtype = TFM_NO_DTYPE;
+}
+
+/* The logits of one token are NaN, or all are the same. */
+static void test_odd_logits(float letter, float all, const char *greedy, int beams) {
+    float *table = zeroed(POSITIONS * VOCAB);
+    unsigned char *bytes;
+    tfm_model *model;
+    tfm_session *session;
+    tfm_generate_options options;
+    tfm_beam_options search;
+    const tfm_prompt prompt = {numbers, 2};
+    tfm_result results[3];
+    tfm_error error;
+    result r;
+    size_t i, k;
+    int seen['Z' + 1] = {0}, n_seen = 0;
+    for (i = 0; i < POSITIONS; i++)
+        for (k = 0; k < VOCAB; k++)
+            table[i * VOCAB + k] = k == 'A' ? letter : k == 'B' || k == 'C' ? 1 : all;
+    model = table_model(table, NULL, 0, &bytes);
+    session = make_session(model, 0, 3, 0);
+    memset(&options, 0, sizeof options);
+    memset(&search, 0, sizeof search);
+    memset(&r, 0, sizeof r);
+    options.max_tokens = 4;
+    options.ignore_end = 1;
+    run_ids(session, numbers, 2, &options, &r);
+    CHECK(r.status == TFM_OK && r.n_tokens == 4);
+    for (i = 0; i < 4; i++)
+        CHECK(r.tokens[i] == (greedy ? greedy[i] : 0)); /* the lowest id among equals */
+    options.max_tokens = 40;
+    options.sampling.temperature = 1;
+    options.sampling.top_k = greedy ? 2 : 1; /* those that are equal to the k-th stay */
+    run_ids(session, numbers, 2, &options, &r);
+    CHECK(r.status == TFM_OK && r.n_tokens == 40);
+    for (i = 0; i < r.n_tokens; i++)
+        if (greedy)
+            CHECK(r.tokens[i] == 'B' || r.tokens[i] == 'C');
+        else if (r.tokens[i] <= 'Z')
+            n_seen += !seen[r.tokens[i]]++;
+    CHECK(greedy || n_seen > 4);
+    search.beams = search.n_best = 3;
+    search.max_tokens = 2;
+    if (beams) {
+        CHECK_OK(tfm_beam_search(session, &prompt, 1, &search, results, &error), error);
+        for (i = 0; i < 3; i++) { /* the lower beam, then the lower token */
+            CHECK(results[i].n_tokens == 2 && results[i].tokens[0] == 0 && results[i].tokens[1] == (int32_t)i);
+            CHECK(fabs((double)results[i].score + log((double)VOCAB)) < 1e-4);
+        }
+    } else {
+        error.status = TFM_OK;
+        CHECK(tfm_beam_search(session, &prompt, 1, &search, results, &error) == TFM_ERROR_ARGUMENT);
+        CHECK(strstr(error.message, "no token can be chosen") != NULL);
+    }
+    tfm_session_free(session);
+    tfm_free(model);
+    free(bytes);
+    free(table);
+}
+
+static void test_vocabulary_of_one(void) {
+    const test_shape shape = {1, 8, 1, 2, 2, 4, 8, 12};
+    const int32_t prompt_ids[3] = {0, 0, 0};
+    const tfm_prompt prompt = {prompt_ids, 3};
+    unsigned char *bytes;
+    test_tfm tfm;
+    tfm_model *model;
+    tfm_session *session;
+    tfm_generate_options options;
+    tfm_beam_options search;
+    tfm_result results[2];
+    tfm_error error;
+    result r;
+    memset(&tfm, 0, sizeof tfm);
+    memset(&options, 0, sizeof options);
+    memset(&search, 0, sizeof search);
+    memset(&r, 0, sizeof r);
+    test_put_description(&tfm, &shape);
+    test_put_weights(&tfm, &shape, 9);
+    model = test_load_tfm(&tfm, &bytes);
+    session = make_session(model, 0, 4, 0);
+    options.max_tokens = 5;
+    run_ids(session, prompt_ids, 3, &options, &r);
+    CHECK(r.status == TFM_OK && r.n_tokens == 5 && !memcmp(r.tokens, "\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0", 20));
+    options.sampling.temperature = 0.7f;
+    options.sampling.top_k = 9;
+    options.sampling.top_p = 0.5f;
+    options.sampling.min_p = 0.5f;
+    options.sampling.repeat_penalty = 1.3f;
+    run_ids(session, prompt_ids, 3, &options, &r);
+    CHECK(r.status == TFM_OK && r.n_tokens == 5 && r.tokens[0] == 0 && r.tokens[4] == 0);
+    run_ids(session, numbers, 3, &options, &r);
+    CHECK(r.status == TFM_ERROR_ARGUMENT && strstr(r.error.message, "token id 7"));
+    search.beams = search.n_best = 2;
+    search.max_tokens = 3;
+    error.status = TFM_OK;
+    CHECK(tfm_beam_search(session, &prompt, 1, &search, results, &error) == TFM_ERROR_ARGUMENT);
+    CHECK(strstr(error.message, "a vocabulary of 1 tokens is too small") != NULL);
+    tfm_session_free(session);
+    tfm_free(model);
+    free(bytes);
+    test_clear(&tfm);
+}
+
+/* A weight that is no number: every result is NaN; it can't be quantized, and the tensor is named. */
+static void test_spoiled_weight(void) {
+    static const char *const name = "decoder.blocks.1.ffn.up.weight";
+    static float logits[3 * VOCAB], weights[48 * 32];
+    tfm_load_options options;
+    tfm_error error = {TFM_OK, ""};
+    tfm_model *model;
+    tfm_session *session;
+    unsigned char *bytes;
+    test_tfm tfm;
+    size_t size;
+    memset(&tfm, 0, sizeof tfm);
+    memset(&options, 0, sizeof options);
+    test_put_description(&tfm, &random_shape);
+    test_put_weights(&tfm, &random_shape, 77);
+    test_fill(weights, 48 * 32, 3);
+    weights[777] = NAN;
+    test_put_tensor(&tfm, name, random_shape.d_ff, random_shape.d_model, weights);
+    bytes = test_write_tfm(&tfm, &size);
+    options.dtype = TFM_I8;
+    CHECK(!tfm_load_memory(bytes, size, &options, &error) && error.status == TFM_ERROR_FORMAT);
+    CHECK_MSG(strstr(error.message, name) && strstr(error.message, "not finite"), "%s", error.message);
+    for (options.dtype = TFM_F32; options.dtype <= TFM_BF16; options.dtype = (tfm_dtype)(options.dtype + 1)) {
+        model = tfm_load_memory(bytes, size, &options, &error);
+        if (!CHECK_MSG(model != NULL, "%s", error.message))
+            continue;
+        session = make_session(model, 0, 1, 0);
+        CHECK(eval(session, 0, numbers, 3, 3, logits, NULL) == TFM_OK);
+        CHECK(count_nans(logits, 3 * VOCAB) == 3 * VOCAB);
+        tfm_session_free(session);
+        tfm_free(model);
+    }
+    free(bytes);
+    test_clear(&tfm);
+}
+
+static void test_odd_numbers(void) {
+    test_spoiled_weight();
+    test_spoiled_tokens();
+    test_odd_logits(NAN, 0, "BBBB", 0);
+    test_odd_logits(1, 1, NULL, 1);
+    test_vocabulary_of_one();
+}
+
 static void test_random_model(void) {
     unsigned char *bytes;
     tfm_model *model = random_model(&bytes);
@@ -1116,6 +1365,7 @@ void test_generate(void) {
     test_bad_options();
     test_bias_and_penalty();
     test_random_model();
+    test_odd_numbers();
     test_no_head();
     test_threads();
 }
