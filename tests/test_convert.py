@@ -2299,6 +2299,15 @@ def test_full_disk(converter, _):
     check_sentence(result.stderr, "full disk")
     check("out.tfm: can't be written" in result.stderr, "full disk: the error names the file: " + result.stderr)
     check_equal(os.listdir(os.path.dirname(out)), [], "full disk: nothing is left")
+    with open(out, "wb") as file:
+        file.write(b"what was there")
+    for action in (signal.SIG_IGN, signal.SIG_DFL):  # Python ignores the signal, however it was called
+        result = subprocess.run([*converter.command, folder, out], capture_output=True, text=True, preexec_fn=lambda action=action: (
+            signal.signal(signal.SIGXFSZ, action), resource.setrlimit(resource.RLIMIT_FSIZE, (200000, 200000))))
+        check_equal(result.returncode, 1, "full disk, over a file: exit status")
+        with open(out, "rb") as file:
+            check_equal(file.read(), b"what was there", "full disk: the file that was there")
+        check_equal(os.listdir(os.path.dirname(out)), ["out.tfm"], "full disk: nothing else is left")
 
 
 def test_signals(converter, _):
@@ -2310,6 +2319,7 @@ def test_signals(converter, _):
     state["transformer.wte.weight"] = torch.zeros(words, width, dtype=torch.float64)  # 1.2 GB: seconds of work
     safetensors.torch.save_file(state, os.path.join(folder, "model.safetensors"))
     save_config(model, folder, vocab_size=words)
+    original = os.stat(os.path.join(folder, "model.safetensors"))
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         out = converter.path("out.tfm")
         process = subprocess.Popen([*converter.command, folder, out], stderr=subprocess.PIPE, text=True)
@@ -2321,6 +2331,23 @@ def test_signals(converter, _):
         check_equal(process.returncode, 128 + number, "signal %d: exit status" % number)
         check_sentence(stderr, "signal %d" % number)
         check_equal(os.listdir(os.path.dirname(out)), [], "signal %d: nothing is left" % number)
+    for before in (None, b"what was there"):  # SIGKILL leaves the temporary file; the output is what it was
+        out = converter.path("out.tfm")
+        if before:
+            with open(out, "wb") as file:
+                file.write(before)
+        process = subprocess.Popen([*converter.command, folder, out], stderr=subprocess.DEVNULL)
+        deadline = time.monotonic() + 30
+        while not set(os.listdir(os.path.dirname(out))) - {"out.tfm"} and time.monotonic() < deadline:
+            time.sleep(0.005)
+        process.kill()
+        check_equal(process.wait(), -signal.SIGKILL, "SIGKILL in the middle: exit status")
+        check_equal(os.path.exists(out), before is not None, "SIGKILL: an output")
+        if before:
+            with open(out, "rb") as file:
+                check_equal(file.read(), before, "SIGKILL: the file that was there")
+    now = os.stat(os.path.join(folder, "model.safetensors"))
+    check_equal((now.st_size, now.st_mtime_ns), (original.st_size, original.st_mtime_ns), "SIGKILL: the checkpoint")
 
 
 def test_memory(converter, _):
