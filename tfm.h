@@ -4598,7 +4598,7 @@ static int tfm__has_nan(const float *x, size_t n) {
     size_t i;
     int any = 0;
     for (i = 0; i < n; i++)
-        any |= x[i] != x[i];
+        any |= (tfm__float_bits(x[i]) & 0x7FFFFFFFu) > 0x7F800000u;
     return any;
 }
 
