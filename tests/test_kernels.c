@@ -15,9 +15,9 @@
 #include <math.h>
 
 #define PANEL 16
-#define GUARD 24         /* floats before and behind what a kernel may write */
-#define SENTINEL 1e30f   /* what they hold */
-#define EPS 5.9604645e-8 /* 2^-24: half a unit in the last place of 1 */
+#define GUARD 24               /* floats before and behind what a kernel may write */
+#define SENTINEL ((float)1e30) /* what they hold; the cast: x87 would keep more bits of 1e30f */
+#define EPS 5.9604645e-8       /* 2^-24: half a unit in the last place of 1 */
 
 /* Every table of kernels that runs here, the plain C one first. */
 static const tfm__kernels *kernels_here[TFM_ISA_COUNT];
@@ -33,6 +33,15 @@ static void find_kernels(void) {
 
 static const char *name_of(const tfm__kernels *kernels) {
     return tfm_isa_name(kernels->isa);
+}
+
+/* For who runs the tests on another CPU, or an emulated one: which kernels it has. */
+static void print_kernels(void) {
+    size_t i;
+    printf("kernels of:");
+    for (i = 0; i < n_kernels_here; i++)
+        printf(" %s", name_of(kernels_here[i]));
+    putchar('\n');
 }
 
 static int same_bits(const void *a, const void *b, size_t n) {
@@ -915,6 +924,7 @@ static void test_softmax_nan(const tfm__kernels *kernels, float other) {
 /* ---- the rest */
 
 static void test_scale_and_multiply(const tfm__kernels *kernels) {
+    const float factor = 0.3f; /* x87 keeps more bits of the constant itself */
     float x[MAX_N + 2 * GUARD], up[MAX_N], expected[MAX_N + 2 * GUARD];
     size_t n, i;
     for (n = 0; n <= MAX_N; n++) {
@@ -925,8 +935,8 @@ static void test_scale_and_multiply(const tfm__kernels *kernels) {
         test_fill(up, MAX_N, n + 1);
         memcpy(x, expected, sizeof x);
         for (i = 0; i < n; i++)
-            expected[at + i] *= 0.3f;
-        kernels->scale(x + at, n, 0.3f);
+            expected[at + i] *= factor;
+        kernels->scale(x + at, n, factor);
         CHECK_MSG(same_bits(x, expected, MAX_N + 2 * GUARD), "%s: scale, %lu numbers", name_of(kernels),
                   (unsigned long)n);
         for (i = 0; i < n; i++)
@@ -1314,4 +1324,5 @@ void test_kernels(void) {
     }
     test_i8();
     test_agreement();
+    print_kernels(); /* at the end: these really ran */
 }
