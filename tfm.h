@@ -13210,22 +13210,43 @@ static tfm_status tfm__put_form(tfm_chat *chat, const char *text, tfm_error *err
     return status;
 }
 
+/* White space for templates: Unicode's, and the four separators, as for Python's strip(). */
+static int tfm__is_stripped(unsigned kind, char c) {
+    return (kind & TFM__SPACE) || (c >= 0x1C && c <= 0x1F);
+}
+
+static void tfm__strip_begin(const char **text, size_t *size) {
+    size_t used;
+    while (*size && tfm__is_stripped(tfm__class_at((const unsigned char *)*text, *size, &used), **text)) {
+        *text += used;
+        *size -= used;
+    }
+}
+
+static void tfm__strip_end(const char *text, size_t *size) {
+    size_t used;
+    while (*size && tfm__is_stripped(tfm__class_before((const unsigned char *)text, *size, &used), text[*size - 1]))
+        *size -= used;
+}
+
+enum { TFM__STRIP_BEGIN = 1, TFM__STRIP_END = 2, TFM__STRIP_BOTH = 3 };
+
 /* A text that somebody wrote. Special tokens in it are plain text to the tokenizer anyway; but some files have a template's
  * tokens among those that are found in any text (SentencePiece's user-defined pieces): those are cut after their first
- * byte. `joined`: it goes on from a text, and keeps its first white space. */
-static tfm_status tfm__put_written(tfm_chat *chat, const char *text, size_t size, int joined, tfm_error *error) {
+ * byte. `strip`: where it loses its white space, if the form says so. */
+static tfm_status tfm__put_written(tfm_chat *chat, const char *text, size_t size, unsigned strip, tfm_error *error) {
     tfm_status status;
     size_t done = 0, i;
     if (!size)
-        return TFM_OK; /* text may be NULL */
-    if (chat->form->flags & TFM__FORM_TRIM) {
-        const char *start = text;
-        tfm__trim(&text, &size);
-        if (joined) {
-            size += (size_t)(text - start);
-            text = start;
-        }
-    }
+        text = ""; /* it may be NULL */
+    if (!(chat->form->flags & TFM__FORM_TRIM))
+        strip = 0;
+    if (strip & TFM__STRIP_BEGIN)
+        tfm__strip_begin(&text, &size);
+    if (strip & TFM__STRIP_END)
+        tfm__strip_end(text, &size);
+    if (strip == TFM__STRIP_END && !size) /* its beginning stands before it: that is where it ends now */
+        tfm__strip_end(chat->text, &chat->text_size);
     for (i = 0; i < size; i++) {
         size_t token = tfm__form_token(chat->form, text + i, size - i);
         if (token == TFM__FORM_TOKENS || tfm_is_special_token(chat->session->model, chat->token_ids[token]))
@@ -13245,13 +13266,16 @@ static int tfm__has_system(const tfm_chat *chat) {
 }
 
 static tfm_status tfm__put_system(tfm_chat *chat, tfm_error *error) {
+    /* Inside a turn, and between marks, it stands as it was written. */
+    const int inside = (chat->form->flags & TFM__FORM_SYSTEM_INSIDE) && *chat->form->before[TFM_SYSTEM];
+    const unsigned strip = inside ? 0 : TFM__STRIP_BOTH;
     tfm_status status = tfm__put_form(chat, chat->form->before[TFM_SYSTEM], error);
     if (status == TFM_OK)
-        status = tfm__put_written(chat, chat->system.text, chat->system.size, 0, error);
+        status = tfm__put_written(chat, chat->system.text, chat->system.size, strip, error);
     if (status == TFM_OK && chat->system.size && chat->summary.size)
         status = tfm__put_text(chat, "\n\n", 2, error);
     if (status == TFM_OK)
-        status = tfm__put_written(chat, chat->summary.text, chat->summary.size, 0, error);
+        status = tfm__put_written(chat, chat->summary.text, chat->summary.size, strip, error);
     return status == TFM_OK ? tfm__put_form(chat, chat->form->after[TFM_SYSTEM], error) : status;
 }
 
@@ -13265,7 +13289,9 @@ static tfm_status tfm__put_content(tfm_chat *chat, const tfm__turn *turn, int jo
     }
     if (turn->role == TFM_ASSISTANT)
         status = tfm__put_form(chat, chat->form->lead, error);
-    return status == TFM_OK ? tfm__put_written(chat, turn->text, turn->size, joined, error) : status;
+    return status == TFM_OK
+               ? tfm__put_written(chat, turn->text, turn->size, joined ? TFM__STRIP_END : TFM__STRIP_BOTH, error)
+               : status;
 }
 
 /* Renders the conversation from a turn on. */

@@ -90,6 +90,9 @@ CONVERSATIONS = [
     [("system", "You are a bear.\n\nBears growl."), ("user", "  a  b  "), ("assistant", "Grr.\n"), ("user", "1 + 1 = ?\n"),
      ("assistant", "\u00e9\u4e2d\U0001f43b"), ("user", "")],
     [("user", "x" * 300 + " \t y"), ("assistant", "['INST', <, >, <|im, [/INS]"), ("user", "it's\r\nso")],
+    # White space that is not ASCII, around everything; a first message that is nothing else.
+    [("system", "\u00a0 s\n"), ("user", "\u2003\u00a0 u \u3000\x1f"), ("assistant", "\x85\u1680a\u2028"), ("user", "\u200bu\x1c")],
+    [("system", "s "), ("user", "\t\u202f\n"), ("assistant", "\u205f"), ("user", "u")],
 ]
 
 

@@ -167,6 +167,34 @@ static void test_templates(void) {
     }
 }
 
+/* Llama 2's template strips messages, as Python does, but not the system prompt, which stands inside one; what is nothing
+ * but white space leaves none behind either. (The texts: Python's strip() in tests/live_chat.py.) */
+static void test_white_space(void) {
+    unsigned char *bytes;
+    tfm_model *model = chat_model(llama2_tokens, 2, 1, "llama2", 1, &bytes);
+    tfm_session *session = make_session(model, 0, TFM_NO_DTYPE, NULL);
+    tfm_chat *chat = make_chat(session, "\xC2\xA0s ", NULL, 0, 0);
+    tfm_error error;
+    CHECK_OK(tfm_chat_add(chat, TFM_USER, "\xE2\x80\x83 u\x1F\xE3\x80\x80", &error), error);
+    CHECK_OK(tfm_chat_add(chat, TFM_ASSISTANT,
+                          "\xC2\x85\xE1\x9A\x80"
+                          "a\xE2\x80\xA8",
+                          &error),
+             error);
+    CHECK_OK(tfm_chat_add(chat, TFM_USER, "\xE2\x80\x8Bu\x1C", &error), error); /* U+200B is no white space */
+    check_context(
+        chat, model,
+        "<s>[INST] <<SYS>>\n\xC2\xA0s \n<</SYS>>\n\n\xE2\x80\x83 u [/INST] a </s><s>[INST] \xE2\x80\x8Bu [/INST]",
+        "white space");
+    tfm_chat_reset(chat);
+    CHECK_OK(tfm_chat_add(chat, TFM_USER, "\t\xE2\x80\xAF\n", &error), error);
+    check_context(chat, model, "<s>[INST] <<SYS>>\n\xC2\xA0s \n<</SYS>> [/INST]", "white space alone");
+    tfm_chat_free(chat);
+    tfm_session_free(session);
+    tfm_free(model);
+    free(bytes);
+}
+
 /* How many ids from 256 on the context has. */
 static size_t count_special(tfm_chat *chat) {
     static int32_t ids[MAX_TEXT];
@@ -701,6 +729,7 @@ void test_chat(void) {
     if (!model)
         test_fatal("%s", error.message);
     test_templates();
+    test_white_space();
     test_injection();
     test_no_chat();
     test_reuse(model, 0, TFM_NO_DTYPE);
