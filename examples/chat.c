@@ -6,8 +6,9 @@
  * Each line of stdin is a turn, and its answer goes to stdout as it is written; a line that begins with / is a command
  * (/help names them). Only what is new in a turn is evaluated. When the conversation outgrows the context (--context; at
  * most 4096 tokens unless it says more) the oldest turns are forgotten. -n 0 (the default) lets the model end its answers
- * itself. Ctrl-C stops an answer; at the prompt it ends the program. When stdin is no terminal nothing but the answers is
- * printed, and the first error ends the program. Exit status: 0, 1 for errors, 2 for wrong usage.
+ * itself. Ctrl-C stops an answer, or drops what is typed, and not the program: /quit or Ctrl-D end it. When stdin is no
+ * terminal nothing but the answers is printed, and the first error ends the program, as does a Ctrl-C between answers.
+ * Exit status: 0, 1 for errors, 2 for wrong usage.
  */
 #define _POSIX_C_SOURCE 200809L
 #define TFM_IMPLEMENTATION
@@ -236,13 +237,21 @@ static tfm_status command(program *p, const char *line, tfm_error *error) {
 
 /* ---- the program */
 
-/* Reads a line without its end; 0 at the end of the input, or if Ctrl-C came. */
+/* Reads a line without its end; 0 at the end of the input. Ctrl-C: what was typed is dropped, and the terminal asks again;
+ * another input ends. */
 static int read_line(const program *p, char **line, size_t *capacity) {
     ssize_t size;
-    if (p->terminal)
-        printf("> ");
-    fflush(stdout);
-    size = getline(line, capacity, stdin);
+    do {
+        if (interrupted) {
+            printf("\n(/quit or Ctrl-D ends)\n");
+            clearerr(stdin);
+        }
+        interrupted = 0;
+        if (p->terminal)
+            printf("> ");
+        fflush(stdout);
+        size = getline(line, capacity, stdin);
+    } while (interrupted && p->terminal);
     if (size < 0 || interrupted)
         return 0;
     while (size > 0 && ((*line)[size - 1] == '\n' || (*line)[size - 1] == '\r'))
