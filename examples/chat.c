@@ -251,8 +251,8 @@ static int read_line(const program *p, char **line, size_t *capacity) {
             printf("> ");
         fflush(stdout);
         size = getline(line, capacity, stdin);
-    } while (interrupted && p->terminal);
-    if (size < 0 || interrupted)
+    } while (size < 0 && interrupted && p->terminal);
+    if (size < 0)
         return 0;
     while (size > 0 && ((*line)[size - 1] == '\n' || (*line)[size - 1] == '\r'))
         (*line)[--size] = 0;

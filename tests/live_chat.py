@@ -1,7 +1,7 @@
 """Compares the chat templates of tfm.h with transformers' apply_chat_template, for the Jinja texts of the families as
 their model cards and documentation give them. Needs torch, transformers, jinja2 and a C compiler.
 
-usage: tests/live_chat.py [--cc CC]
+usage: tests/live_chat.py [--cc CC] [--chat build/chat]
 
 For each a small model with a tokenizer is saved by transformers, converted by convert.py (which has to find out what kind
 of template it is), and asked for the ids of a few conversations by a small program around tfm_chat_ids.
@@ -9,9 +9,12 @@ of template it is), and asked for the ids of a few conversations by a small prog
 
 import argparse
 import os
+import pty
+import select
 import subprocess
 import sys
 import tempfile
+import time
 
 import tokenizers
 import transformers
@@ -135,11 +138,45 @@ def check_family(family, program, folder):
     return passed, failures
 
 
+def read_until(terminal, end, seconds=20):
+    """What comes from a terminal, up to this text or the program's end."""
+    text = b""
+    try:
+        while end not in text and select.select([terminal], [], [], seconds)[0]:
+            text += os.read(terminal, 1)
+    except OSError:
+        pass
+    return text
+
+
+def check_terminal(chat):
+    """The chat program at a terminal: Ctrl-C ends an answer or drops a typed line, Ctrl-D ends the program.
+
+    As check_family."""
+    process, terminal = pty.fork()
+    if process == 0:
+        os.execv(chat, [chat, os.path.join(ROOT, "examples", "models", "stories.tfm"), "-n", "0", "--threads", "1"])
+    passed, failures = 0, []
+    for typed, expected in ((b"", b"> "), (b"Once upon a time\n", b" of the"), (b"\x03", b"\n> "),
+                            (b"half a line", b"line"), (b"\x03", b"\n> "), (b"\x03", b"\n> "), (b"/history\n", b"assistant: "),
+                            (b"/frobnicate\n", b"unknown command"), (b"\x04", b"\n")):
+        time.sleep(0.1)  # it waits for a line before it gets one
+        os.write(terminal, typed)
+        found = read_until(terminal, expected)
+        if found.endswith(expected):
+            passed += 1
+        else:
+            failures.append("chat at a terminal: %r: %r, expected %r" % (typed, found, expected))
+    _, status = os.waitpid(process, 0)
+    return (passed + 1, failures) if status == 0 else (passed, failures + ["chat at a terminal: status %d" % status])
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cc", default="cc")
+    parser.add_argument("--chat", default=os.path.join(ROOT, "build", "chat"))
     args = parser.parse_args()
-    passed, failures = 0, []
+    passed, failures = check_terminal(args.chat)
     with tempfile.TemporaryDirectory() as folder:
         source, program = os.path.join(folder, "ids.c"), os.path.join(folder, "ids")
         with open(source, "w", encoding="utf-8") as file:
