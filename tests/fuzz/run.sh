@@ -8,29 +8,33 @@ status=0
 mkdir -p $dir
 flags="-std=c99 -O1 -g -DTFM_NO_SIMD"
 export TFM_FUZZ_MODELS=$dir/seeds/models
+build_afl() { # and, as a library, what adds checksums to the inputs that AFL++ makes
+    afl-clang-fast $flags -fsanitize=address tests/fuzz/fuzz.c /usr/lib/afl/libAFLDriver.a -o $dir/fuzz-afl -lm &&
+        clang $flags -DFUZZ_AFL_MUTATOR -shared -fPIC tests/fuzz/fuzz.c -o $dir/mutator.so -lm
+}
+
+rm -f $dir/*.log
+jobs="model byte_bpe wordpiece unigram spm_bpe chat generate convert"
+if command -v afl-fuzz >/dev/null; then
+    jobs="$jobs afl-files afl-chat afl-generate"
+    build_afl >$dir/afl-build.txt 2>&1 &
+else
+    echo "AFL++ is not here: without it"
+    : &
+fi
 clang $flags -fsanitize=fuzzer,address,undefined -fno-sanitize-recover=undefined tests/fuzz/fuzz.c -o $dir/fuzz -lm &&
     python3 tests/fuzz/seeds.py $dir/seeds &&
     TFM_FUZZ=chat TFM_FUZZ_SEED=$dir/seeds/chat/said $dir/fuzz -runs=0 >/dev/null 2>&1 || exit 1
-rm -f $dir/*.log
-jobs="model byte_bpe wordpiece unigram spm_bpe chat generate"
-[ ! -e tests/fuzz/fuzz_convert.py ] || jobs="$jobs convert"
-if command -v afl-fuzz >/dev/null; then # the mutator: what adds checksums
-    afl-clang-fast $flags -fsanitize=address tests/fuzz/fuzz.c /usr/lib/afl/libAFLDriver.a -o $dir/fuzz-afl -lm \
-        >$dir/afl-build.txt 2>&1 &&
-        clang $flags -DFUZZ_AFL_MUTATOR -shared -fPIC tests/fuzz/fuzz.c -o $dir/mutator.so -lm || {
-        cat $dir/afl-build.txt
-        exit 1
-    }
-    mkdir -p $dir/seeds/files
-    for kind in model byte_bpe wordpiece unigram spm_bpe; do
-        for seed in $dir/seeds/$kind/*; do
-            cp "$seed" "$dir/seeds/files/$kind-${seed##*/}"
-        done
+wait $! || {
+    cat $dir/afl-build.txt
+    exit 1
+}
+mkdir -p $dir/seeds/files
+for kind in model byte_bpe wordpiece unigram spm_bpe; do
+    for seed in $dir/seeds/$kind/*; do
+        cp "$seed" "$dir/seeds/files/$kind-${seed##*/}"
     done
-    jobs="$jobs afl-files afl-chat afl-generate"
-else
-    echo "AFL++ is not here: without it"
-fi
+done
 
 fuzz() { # fuzz KIND
     mkdir -p "$dir/$1"
