@@ -2389,6 +2389,8 @@ def main():
     parser.add_argument("--checkpoint")
     parser.add_argument("--tfm")
     args = parser.parse_args()
+    for number in (signal.SIGINT, signal.SIGHUP):  # ignored under nohup or in the background, and what we start would, too
+        signal.signal(number, signal.SIG_DFL)
     random.seed(args.seed)
     torch.manual_seed(args.seed)
     torch.set_num_threads(1)
