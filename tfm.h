@@ -1953,10 +1953,14 @@ static uint32_t tfm__float_bits(float value) {
     return bits;
 }
 
-/* On the bits, since a compiler that assumes that nothing is infinite (clang keeps some of -ffast-math) leaves out x ==
- * -INFINITY. */
+/* On the bits, since a compiler that assumes that nothing is infinite or NaN (some of -ffast-math stays, with clang and,
+ * in vectorized loops, with GCC) leaves out x == -INFINITY and the like. */
 static int tfm__is_minus_infinity(float x) {
     return tfm__float_bits(x) == 0xFF800000u;
+}
+
+static int tfm__is_finite(float x) {
+    return (tfm__float_bits(x) & 0x7F800000u) != 0x7F800000u;
 }
 
 /* A subnormal half counts steps of 2^-24. (As a float it is not subnormal: it survives where those become 0.) */
@@ -2304,7 +2308,7 @@ static void tfm__quantize_bases(const tfm__pack_job *job, size_t panel, int32_t 
         for (i = 0; i < n * TFM__PANEL; i++) {
             float size = fabsf(part[i]);
             largest[i % TFM__PANEL] = size > largest[i % TFM__PANEL] ? size : largest[i % TFM__PANEL];
-            not_finite |= (uint32_t) !(size <= FLT_MAX) << i % TFM__PANEL;
+            not_finite |= (uint32_t)!tfm__is_finite(part[i]) << i % TFM__PANEL;
         }
     }
     for (i = 0; i < TFM__PANEL; i++) {
@@ -5976,13 +5980,13 @@ static void tfm__balance(float *activations, float *weights, size_t n) {
     size_t counted = 0, i;
     for (i = 0; i < n; i++) {
         float ratio = weights[i] > 0 && activations[i] > 0 ? activations[i] / weights[i] : 0;
-        weights[i] = ratio > 0 && ratio <= FLT_MAX ? log2f(ratio) / 4 : NAN; /* of c, which is sqrt(sqrt(ratio)) */
-        if (!isnan(weights[i]))
+        weights[i] = ratio > 0 && tfm__is_finite(ratio) ? log2f(ratio) / 4 : NAN; /* of c: sqrt(sqrt(ratio)) */
+        if (tfm__is_finite(weights[i]))
             mean += weights[i], counted++;
     }
     mean /= (float)TFM__MAX(counted, 1);
     for (i = 0; i < n; i++) {
-        float exponent = isnan(weights[i]) ? 0 : rintf(weights[i] - mean);
+        float exponent = tfm__is_finite(weights[i]) ? rintf(weights[i] - mean) : 0;
         exponent = TFM__MAX(-16, TFM__MIN(16, exponent));
         weights[i] = ldexpf(1, (int)exponent);
         activations[i] = ldexpf(1, -(int)exponent);
