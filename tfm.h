@@ -12638,14 +12638,15 @@ static void tfm__offer_row(void *argument, size_t row) {
     const tfm__group *group = search->groups + (sequence - search->options.sequence) / search->options.beams;
     float *logits = search->logits + row * vocab_size;
     tfm__offer *offers = search->offers + row * search->keep;
-    float log_sum = tfm__log_sum(session->engine->kernels, logits, vocab_size);
+    const float log_sum = tfm__log_sum(session->engine->kernels, logits, vocab_size);
+    const int spoiled = tfm__has_nan(logits, vocab_size) || tfm__has_nan(&log_sum, 1);
     size_t n_history, i, n;
     const int32_t *history = tfm_sequence_tokens(session, sequence, &n_history);
     if (search->options.no_repeat_ngram && search->options.no_repeat_ngram <= n_history)
         tfm__forbid_repeats(search->options.no_repeat_ngram, logits, vocab_size, history, n_history);
     for (i = 0; group->n_new < search->options.min_tokens && i < model->n_end_ids; i++)
         logits[model->end_ids[i]] = -INFINITY;
-    n = log_sum == log_sum ? tfm__largest(logits, vocab_size, search->keep, offers) : 0;
+    n = spoiled ? 0 : tfm__largest(logits, vocab_size, search->keep, offers);
     for (i = 0; i < n; i++)
         offers[i].score -= log_sum;
     search->n_offers[row] = n;
