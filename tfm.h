@@ -1963,6 +1963,17 @@ static int tfm__is_finite(float x) {
     return (tfm__float_bits(x) & 0x7F800000u) != 0x7F800000u;
 }
 
+static int tfm__is_between(float x, float low, float high) {
+    return tfm__is_finite(x) && x >= low && x <= high;
+}
+
+static int tfm__is_finite_double(double x) {
+    const uint64_t exponent = (uint64_t)0x7FF << 52;
+    uint64_t bits;
+    memcpy(&bits, &x, sizeof bits);
+    return (bits & exponent) != exponent;
+}
+
 /* A subnormal half counts steps of 2^-24. (As a float it is not subnormal: it survives where those become 0.) */
 static float tfm__from_f16(uint16_t half) {
     uint32_t sign = (uint32_t)(half & 0x8000) << 16, magnitude = half & 0x7FFFu;
@@ -4944,8 +4955,8 @@ static tfm_status tfm__check_attention(const tfm_attention *attention, const cha
                          "%s: n_heads must be a multiple of n_kv_heads, and they and head_dim greater than 0", name);
     if (heads > SIZE_MAX / 8 / dim || kv_heads > SIZE_MAX / 8 / dim)
         return tfm__fail(error, TFM_ERROR_ARGUMENT, "%s: too many heads", name);
-    if (!(attention->scale > 0))
-        return tfm__fail(error, TFM_ERROR_ARGUMENT, "%s: the scale must be greater than 0", name);
+    if (!tfm__is_finite(attention->scale) || attention->scale <= 0)
+        return tfm__fail(error, TFM_ERROR_ARGUMENT, "%s: the scale must be a number greater than 0", name);
     if (attention->rotary.n_pairs && (attention->rotary.n_pairs > dim / 2 || !attention->rotary.frequencies))
         return tfm__fail(error, TFM_ERROR_ARGUMENT, "%s: rotary positions need frequencies, at most head_dim / 2",
                          name);
@@ -8698,7 +8709,7 @@ static tfm_status tfm__spm_check_pieces(tfm__tokenizer *tokenizer, tfm_error *er
         double score = source->double_scores ? source->double_scores[i] : source->scores ? source->scores[i] : 0;
         if (type < 0 || type >= TFM__PIECE_TYPES)
             return tfm__fail(error, TFM_ERROR_FORMAT, "tokenizer: token %zu has the type %ld", i, (long)type);
-        if (!(fabs(score) <= DBL_MAX))
+        if (!tfm__is_finite_double(score))
             return tfm__fail(error, TFM_ERROR_FORMAT, "tokenizer: the score of token %zu is not a number", i);
         if (type == TFM__PIECE_BYTE) {
             int byte = tfm__piece_byte(piece, size);
@@ -9979,9 +9990,9 @@ static size_t tfm__read_size(tfm__reader *reader, const char *key, int64_t low, 
     return value < low || value > high ? (size_t)low : (size_t)value;
 }
 
-/* The number at `index` of n, or one number that stands for all; finite. Not there: `usual`, or an error if that is NaN. */
+/* The number at `index` of n, or one number that stands for all; finite. Not there: `usual`, or an error if that is -1. */
 static float tfm__read_float(tfm__reader *reader, const char *key, size_t index, size_t n, float usual) {
-    const tfm_meta *meta = tfm__read_meta(reader, key, TFM_META_F64, usual != usual, "a number");
+    const tfm_meta *meta = tfm__read_meta(reader, key, TFM_META_F64, usual < 0, "a number");
     double value = usual;
     if (meta) {
         if (meta->count != 1 && meta->count != n) {
@@ -9989,7 +10000,7 @@ static float tfm__read_float(tfm__reader *reader, const char *key, size_t index,
             return 0;
         }
         value = ((const double *)meta->values)[meta->count == 1 ? 0 : index];
-        if (!(fabs(value) <= FLT_MAX))
+        if (!tfm__is_finite_double(value) || fabs(value) > FLT_MAX)
             tfm__reader_fail(reader, key, "a finite number");
     }
     return (float)value;
@@ -10044,7 +10055,7 @@ static void tfm__read_stack(tfm__reader *reader, const char *prefix, tfm_stack *
     stack->final_norm = TFM__FLAG("final_norm", 0);
     stack->norm = (tfm_norm_kind)tfm__read_word(reader, TFM__KEY("norm"), tfm__norm_words, 1);
     stack->norm_place = (tfm_norm_place)tfm__read_word(reader, TFM__KEY("norm_place"), tfm__place_words, 1);
-    stack->norm_eps = tfm__read_float(reader, TFM__KEY("norm_eps"), 0, 1, NAN);
+    stack->norm_eps = tfm__read_float(reader, TFM__KEY("norm_eps"), 0, 1, -1);
     if (!(stack->norm_eps >= 0))
         tfm__reader_fail(reader, key, "a number that is not negative");
     stack->positions = (tfm_positions)tfm__read_word(reader, TFM__KEY("positions"), tfm__position_words, 1);
@@ -10336,7 +10347,7 @@ static void tfm__load_attention(const tfm__stack_loader *from, const char *name,
     attention->causal = shape->causal;
     attention->rotary = from->rotary;
     attention->relative = from->relative;
-    attention->scale = tfm__stack_float(from, "attention_scale", index, shape->n_layers, NAN);
+    attention->scale = tfm__stack_float(from, "attention_scale", index, shape->n_layers, -1);
     attention->softcap = tfm__stack_float(from, "attention_softcap", 0, 1, 0);
     snprintf(key, sizeof key, "%s.attention_scale", from->prefix);
     if (!(attention->scale > 0) || attention->softcap < 0)
@@ -11880,14 +11891,14 @@ static void tfm__select(uint32_t *items, size_t n, size_t k, tfm__compare compar
 
 static tfm_status tfm__check_sampling(const tfm_sampling *sampling, size_t vocab_size, tfm_error *error) {
     size_t i;
-    if (!(sampling->temperature >= 0) || sampling->temperature > FLT_MAX)
+    if (!tfm__is_finite(sampling->temperature) || sampling->temperature < 0)
         return tfm__fail(error, TFM_ERROR_ARGUMENT, "the temperature is %g, expected 0 or more",
                          (double)sampling->temperature);
-    if (!(sampling->top_p >= 0 && sampling->top_p <= 1))
+    if (!tfm__is_between(sampling->top_p, 0, 1))
         return tfm__fail(error, TFM_ERROR_ARGUMENT, "top_p is %g, expected 0 to 1", (double)sampling->top_p);
-    if (!(sampling->min_p >= 0 && sampling->min_p <= 1))
+    if (!tfm__is_between(sampling->min_p, 0, 1))
         return tfm__fail(error, TFM_ERROR_ARGUMENT, "min_p is %g, expected 0 to 1", (double)sampling->min_p);
-    if (!(sampling->repeat_penalty >= 0) || sampling->repeat_penalty > FLT_MAX)
+    if (!tfm__is_finite(sampling->repeat_penalty) || sampling->repeat_penalty < 0)
         return tfm__fail(error, TFM_ERROR_ARGUMENT, "the repeat penalty is %g, expected more than 0",
                          (double)sampling->repeat_penalty);
     for (i = 0; i < sampling->n_logit_bias; i++)
@@ -12857,7 +12868,7 @@ static tfm_status tfm__check_beams(const tfm__search *search, tfm_error *error) 
     if (options->n_best > options->beams)
         return tfm__fail(error, TFM_ERROR_ARGUMENT, "%lu results are asked for, but there are %lu beams",
                          (unsigned long)options->n_best, (unsigned long)options->beams);
-    if (!(fabsf(options->length_penalty) <= 100))
+    if (!tfm__is_between(options->length_penalty, -100, 100))
         return tfm__fail(error, TFM_ERROR_ARGUMENT, "the length penalty is %g, expected -100 to 100",
                          (double)options->length_penalty);
     if ((unsigned)options->early_stopping > TFM_STOP_SURE)

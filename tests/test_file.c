@@ -703,13 +703,15 @@ static void test_numbers(void) {
     size_t k, i;
     for (k = 0; k < 3; k++) {
         for (i = 0; i < sizeof bad / sizeof *bad; i++)
-            SPOILED(&tfm, test_put_f64(&tfm, keys[k], bad[i]), TFM_ERROR_FORMAT, keys[k]);
+            SPOILED(&tfm, test_put_f64(&tfm, keys[k], bad[i]), TFM_ERROR_FORMAT,
+                    test_text("metadata '%s': expected a finite number", keys[k]));
         SPOILED(&tfm, test_put(&tfm, keys[k], TFM_META_F64, two, 0), TFM_ERROR_FORMAT, keys[k]);
         SPOILED(&tfm, test_put(&tfm, keys[k], TFM_META_F64, two, 16), TFM_ERROR_FORMAT, keys[k]); /* and one layer */
         SPOILED(&tfm, test_put_i64(&tfm, keys[k], 1), TFM_ERROR_FORMAT, keys[k]);
         SPOILED(&tfm, test_put(&tfm, keys[k], TFM_META_F32, two, 4), TFM_ERROR_FORMAT, keys[k]);
         if (k < 2)
-            SPOILED(&tfm, test_drop(&tfm, keys[k]), TFM_ERROR_FORMAT, keys[k]);
+            SPOILED(&tfm, test_drop(&tfm, keys[k]), TFM_ERROR_FORMAT,
+                    test_text("metadata '%s': expected a number", keys[k]));
     }
     SPOILED(&tfm, test_put_f64(&tfm, "decoder.norm_eps", -1e-5), TFM_ERROR_FORMAT,
             "decoder.norm_eps"); /* a root of it */
