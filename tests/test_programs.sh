@@ -47,7 +47,7 @@ no_output_left() {
 # ---- wrong usage
 fails 2 "command is missing" build/tfm
 fails 2 "unknown command" build/tfm frobnicate
-for command in info quantize dump tokenize perplexity; do
+for command in info quantize dump tokenize perplexity bench; do
     fails 2 "missing" build/tfm $command
     fails 2 "unknown option --frobnicate" build/tfm $command $model --frobnicate
 done
@@ -352,6 +352,24 @@ run build/tfm info "$dir/f32.tfm" --verify
 check "quantize after a killed one: what it wrote is good" [ "$status" -eq 0 ]
 check "quantize after a killed one: no temporary file stays" [ ! -e "$dir/f32.tfm.part" ]
 rm -f "$dir/before.tfm" "$dir/x.tfm" "$dir/x.tfm.part"
+
+# ---- bench: the lengths of a range, and their padding. What is measured is only looked at for being there.
+for range in 8-4 0-5 4- -4 4--5 4-5-6 4-x 4-99999999999999999999 99999999999999999999-4 0 "" many; do
+    fails 2 "^tfm: --prompt: expected a number greater than 0, or a range as 4-128, found $range" \
+        build/tfm bench $model --batch 5 --prompt "$range" --json "$dir/bench.json"
+done
+fails 2 "a range of lengths is for a --batch of at least 2, found 4-8" build/tfm bench $model --prompt 4-8
+run build/tfm bench tests/golden/encoder_mlm.tfm --type int8 --batch 4 --prompt 5-99 --gen 9 --json "$dir/bench.json"
+check "bench of a range" [ "$status" -eq 0 ]
+check "bench of a range: cut to the model's positions" says "^tfm: --prompt: reduced to 40, for the model's context"
+check "bench of a range: what is padded" grep -q "tokens: 89 of 160\.$" "$dir/out" # 5, 16, 28, 40
+check "bench of a range: seconds, padded seconds and gain in the table" \
+    grep -q "^int8  encode .* [0-9.]* *[0-9.]* *[0-9.]* x$" "$dir/out"
+check "bench of a range: tokens and padding in JSON" [ "$(sed 's/[^a-z0-9_.:,-]//g' "$dir/bench.json" | awk -F '[:,]' '/tokens/ {
+    for (i = 1; i < NF; i += 2) value[$i] = $(i + 1)
+    off = value["padding_gain"] * value["seconds"] / value["padded_seconds"] - 1
+    rate = value["tokens_per_s"] * value["seconds"] / value["tokens"] - 1
+    print value["tokens"], value["batch"], (off < 1e-4 && off > -1e-4 && rate < 1e-4 && rate > -1e-4) }')" = "89 4 1" ]
 
 # ---- translate
 t5=tests/golden/beams_t5.tfm

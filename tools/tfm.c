@@ -6,12 +6,16 @@
  *       [--isa NAME] [--threads N] -o OUT.npy
  *   tfm tokenize MODEL [--decode] [--special] [--whole] [--plain] [--pair] [--types] < text
  *   tfm perplexity MODEL TEXTFILE [--context N] [--stride N] [--isa NAME] [--threads N]
- *   tfm bench MODEL [--type f32,f16,int8] [--threads N] [--isa NAME] [--prompt 512] [--gen 64] [--batch 1]
+ *   tfm bench MODEL [--type f32,f16,int8] [--threads N] [--isa NAME] [--prompt 512|4-128] [--gen 64] [--batch 1]
  *       [--json FILE] [--svg FILE]
  *
  * tokenize: ids for each line, or for all of the input (--whole), with what the tokenizer adds by default (not with
  * --plain); special tokens in the text are text unless --special is given. --pair: where a line has a tab, it is two texts.
  * --types: the token types instead of the ids. --decode: the text of ids.
+ *
+ * bench: --prompt A-B gives the sequences of the batch lengths that are spread evenly from A to B, in a shuffled order that is
+ * always the same. Tokens are counted as they are, without padding; beside that stands how long the same takes with every
+ * sequence padded to B.
  *
  * Exit status: 0, 1 for errors, 2 for wrong usage.
  */
@@ -54,8 +58,8 @@ static const char usage_text[] =
     "       tfm tokenize MODEL [--decode] [--special] [--whole] [--plain] [--pair] [--types] < text\n"
     "       tfm perplexity MODEL TEXTFILE [--context N] [--stride N] [--kv f32|f16|int8] [--isa NAME]\n"
     "                      [--threads N]\n"
-    "       tfm bench MODEL [--type f32,f16,int8] [--threads N] [--isa NAME] [--prompt 512] [--gen 64] [--batch 1]\n"
-    "                 [--kv f32|f16|int8] [--json FILE] [--svg FILE]\n";
+    "       tfm bench MODEL [--type f32,f16,int8] [--threads N] [--isa NAME] [--prompt 512|4-128] [--gen 64]\n"
+    "                 [--batch 1] [--kv f32|f16|int8] [--json FILE] [--svg FILE]\n";
 
 /* ---- errors, the command line */
 
@@ -83,10 +87,10 @@ static int finish(int status) {
 typedef struct arguments {
     const char *paths[2];
     int n_paths;
-    const char *ids, *decoder_ids, *type_ids, *mask, *what, *isa, *output, *type, *kv, *json, *svg;
+    const char *ids, *decoder_ids, *type_ids, *mask, *what, *isa, *output, *type, *kv, *json, *svg, *prompt;
     int verify, decode, special, whole, plain, pair, types;
     tfm_dtype kv_dtype; /* what kv names */
-    long threads, context, stride, prompt, gen, batch;
+    long threads, context, stride, gen, batch;
 } arguments;
 
 /* One option of a subcommand: exactly one of text, number, flag is set. */
@@ -115,7 +119,7 @@ static int parse(int argc, char **argv, int n_paths, const char *allowed, argume
         {"--decode", NULL, NULL, &args->decode},   {"--special", NULL, NULL, &args->special},
         {"--whole", NULL, NULL, &args->whole},     {"--plain", NULL, NULL, &args->plain},
         {"--json", &args->json, NULL, NULL},       {"--svg", &args->svg, NULL, NULL},
-        {"--prompt", NULL, &args->prompt, NULL},   {"--gen", NULL, &args->gen, NULL},
+        {"--prompt", &args->prompt, NULL, NULL},   {"--gen", NULL, &args->gen, NULL},
         {"--batch", NULL, &args->batch, NULL},     {"--pair", NULL, NULL, &args->pair},
         {"--types", NULL, NULL, &args->types},     {"--types", &args->type_ids, NULL, NULL},
         {"--mask", &args->mask, NULL, NULL},       {"--decoder-ids", &args->decoder_ids, NULL, NULL},
@@ -1062,6 +1066,7 @@ typedef struct result {
     double seconds, spent;    /* of the fastest run; of all together */
     double tokens;            /* of one run, in all sequences together */
     double bytes, operations; /* of one run, see job_work */
+    double padded;            /* seconds of the fastest run with all sequences padded to the longest; 0: not measured */
 } result;
 
 /* The model in one type. */
@@ -1083,7 +1088,10 @@ typedef struct benchmark {
     size_t n_variants;
     double parameters, f32_bytes; /* of the weights */
     /* known when the model is first loaded */
-    size_t prompt, context, gen, batch, width; /* width: of an output */
+    size_t prompt, shortest;           /* the longest and the shortest sequence; shortest = 0: all are alike */
+    size_t context, gen, batch, width; /* width: of an output */
+    size_t *lengths;                   /* [batch], of the prompts */
+    int padded;                        /* 1: as if each had `prompt` tokens */
     tfm_output what;
     int32_t *tokens, *next, *work; /* [prompt + batch], [batch], [vocab_size] */
     tfm_chunk *chunks;             /* [batch] */
@@ -1092,15 +1100,21 @@ typedef struct benchmark {
     size_t steps, n_steps;         /* progress */
 } benchmark;
 
-/* The first n tokens of each sequence; they differ from sequence to sequence. */
-static tfm_status begin_sequences(benchmark *b, tfm_session *session, size_t n, size_t n_outputs, tfm_error *error) {
+/* The tokens of a sequence's prompt, of which no more than n are wanted. */
+static size_t prompt_length(const benchmark *b, size_t sequence, size_t n) {
+    const size_t length = b->padded ? b->prompt : b->lengths[sequence];
+    return length < n ? length : n;
+}
+
+/* The first n tokens of each sequence, or, for a prompt, as many of those as it has; they differ from sequence to sequence. */
+static tfm_status begin_sequences(benchmark *b, tfm_session *session, size_t n, int is_prompt, tfm_error *error) {
     tfm_status status = TFM_OK;
     size_t i;
     for (i = 0; i < b->batch && status == TFM_OK; i++) {
         b->chunks[i].sequence = i;
         b->chunks[i].tokens = b->tokens + i;
-        b->chunks[i].n_tokens = n;
-        b->chunks[i].n_outputs = n_outputs;
+        b->chunks[i].n_tokens = is_prompt ? prompt_length(b, i, n) : n;
+        b->chunks[i].n_outputs = is_prompt ? 1 : 0;
         b->next[i] = b->tokens[i];
         status = tfm_truncate(session, i, 0, error);
     }
@@ -1109,7 +1123,7 @@ static tfm_status begin_sequences(benchmark *b, tfm_session *session, size_t n, 
     return status;
 }
 
-/* Prefill: prompts of n tokens, and the last one's result. */
+/* Prefill: prompts of up to n tokens, and the last one's result. */
 static tfm_status run_prompt(benchmark *b, tfm_session *session, size_t n, double *seconds, tfm_error *error) {
     double start = now();
     tfm_status status = begin_sequences(b, session, n, 1, error);
@@ -1117,16 +1131,16 @@ static tfm_status run_prompt(benchmark *b, tfm_session *session, size_t n, doubl
     return status;
 }
 
-/* What an encoder-decoder's sequences answer to: texts of the prompt's length. */
+/* What an encoder-decoder's sequences answer to: texts of the prompts' lengths. */
 static tfm_status begin_sources(benchmark *b, tfm_session *session, tfm_error *error) {
     tfm_status status = TFM_OK;
     tfm_text text;
     size_t i;
     memset(&text, 0, sizeof text);
-    text.n_tokens = b->prompt;
     if (tfm_model_description(tfm_session_model(session))->kind == TFM_ENCODER_DECODER)
         for (i = 0; i < b->batch && status == TFM_OK; i++) {
             text.tokens = b->tokens + i;
+            text.n_tokens = prompt_length(b, i, b->prompt);
             status = tfm_set_source(session, i, &text, error);
         }
     return status;
@@ -1157,7 +1171,7 @@ static tfm_status run_gen(benchmark *b, tfm_session *session, size_t n, double *
     return status;
 }
 
-/* Encoding: texts of n tokens. */
+/* Encoding: texts of up to n tokens. */
 static tfm_status run_encode(benchmark *b, tfm_session *session, size_t n, double *seconds, tfm_error *error) {
     double start;
     size_t i;
@@ -1165,7 +1179,7 @@ static tfm_status run_encode(benchmark *b, tfm_session *session, size_t n, doubl
     for (i = 0; i < b->batch; i++) {
         memset(b->texts + i, 0, sizeof *b->texts);
         b->texts[i].tokens = b->tokens + i;
-        b->texts[i].n_tokens = n;
+        b->texts[i].n_tokens = prompt_length(b, i, n);
     }
     start = now();
     status = tfm_encode(session, b->texts, b->batch, TFM_HIDDEN, b->outputs, error);
@@ -1196,7 +1210,7 @@ static const struct {
     {"gen", has_gen, run_gen, 2},
 };
 
-/* Tokens of a job for each sequence. */
+/* The most tokens that a job has for a sequence. */
 static size_t job_length(const benchmark *b, job which) {
     return which == JOB_GEN ? b->gen : b->prompt;
 }
@@ -1230,15 +1244,23 @@ static void count_blocks(const tfm__stack *stack, double *weights, double *bytes
     }
 }
 
+/* Of all sequences together. */
+static size_t prompt_tokens(const benchmark *b) {
+    size_t tokens = 0, i;
+    for (i = 0; i < b->batch; i++)
+        tokens += b->lengths[i];
+    return tokens;
+}
+
 static double passes_for(size_t rows) {
     return (double)((rows + ROWS_PER_PASS - 1) / ROWS_PER_PASS);
 }
 
 /* Passes in which a prompt ends, and so the head is read. */
 static double head_passes(const benchmark *b) {
-    size_t n = 0, last = (size_t)-1, i;
-    for (i = 1; i <= b->batch; i++) {
-        size_t pass = (i * b->prompt - 1) / ROWS_PER_PASS;
+    size_t n = 0, last = (size_t)-1, end = 0, i;
+    for (i = 0; i < b->batch; i++) {
+        size_t pass = ((end += b->lengths[i]) - 1) / ROWS_PER_PASS;
         n += pass != last;
         last = pass;
     }
@@ -1249,14 +1271,15 @@ static void job_work(const benchmark *b, const tfm_model *model, job which, resu
     const tfm_description *d = tfm_model_description(model);
     double weights, bytes, head_bytes, head = d->head == TFM_NO_HEAD ? 0 : (double)d->vocab_size * (double)d->d_model;
     double batch = (double)b->batch, steps = (double)b->gen;
+    const size_t prompts = prompt_tokens(b);
     count_blocks(which == JOB_ENCODE ? &model->encoder : tfm__main_stack(model), &weights, &bytes);
     head_bytes = (double)tfm_model_bytes_per_token(model) - bytes;
-    r->tokens = (double)job_length(b, which) * batch;
+    r->tokens = which == JOB_GEN ? steps * batch : (double)prompts;
     if (which == JOB_ENCODE) {
-        r->bytes = passes_for(b->prompt * b->batch) * bytes;
+        r->bytes = passes_for(prompts) * bytes;
         r->operations = 2 * weights * r->tokens;
     } else if (which == JOB_PROMPT) {
-        r->bytes = passes_for(b->prompt * b->batch) * bytes + head_passes(b) * head_bytes;
+        r->bytes = passes_for(prompts) * bytes + head_passes(b) * head_bytes;
         r->operations = 2 * (weights * r->tokens + head * batch);
     } else {
         r->bytes = steps * passes_for(b->batch) * (bytes + head_bytes);
@@ -1296,6 +1319,20 @@ static void reduce(const char *name, size_t *n, size_t most) {
     *n = *n > most ? most : *n;
 }
 
+/* Lengths of the prompts: all alike, or spread evenly from the shortest to the longest, in any order but always the same. */
+static void spread_lengths(benchmark *b) {
+    tfm_random random;
+    size_t i;
+    for (i = 0; i < b->batch; i++)
+        b->lengths[i] = b->shortest ? b->shortest + (b->prompt - b->shortest) * i / (b->batch - 1) : b->prompt;
+    tfm_random_seed(&random, 2);
+    for (i = b->batch - 1; i > 0; i--) {
+        const size_t other = (size_t)(tfm_random_uniform(&random) * (double)(i + 1)), length = b->lengths[i];
+        b->lengths[i] = b->lengths[other];
+        b->lengths[other] = length;
+    }
+}
+
 /* What depends on the model: lengths that fit its context, and room for tokens and results. */
 static tfm_status prepare(benchmark *b, const tfm_model *model, tfm_error *error) {
     const tfm_description *d = tfm_model_description(model);
@@ -1307,6 +1344,7 @@ static tfm_status prepare(benchmark *b, const tfm_model *model, tfm_error *error
     if (d->kind == TFM_ENCODER_DECODER)
         b->context = 1;
     reduce("--prompt", &b->prompt, source);
+    b->shortest = b->shortest < b->prompt ? b->shortest : b->prompt;
     reduce("--gen", &b->gen, n_positions - b->context);
     b->what = d->head == TFM_NO_HEAD ? TFM_HIDDEN : TFM_LOGITS;
     b->width = d->head == TFM_NO_HEAD ? d->d_model : d->vocab_size;
@@ -1318,11 +1356,13 @@ static tfm_status prepare(benchmark *b, const tfm_model *model, tfm_error *error
     if (d->kind != TFM_DECODER && outputs < b->batch * b->prompt * d->d_model)
         outputs = b->batch * b->prompt * d->d_model;
     b->texts = (tfm_text *)malloc(b->batch * sizeof *b->texts);
+    b->lengths = (size_t *)malloc(b->batch * sizeof *b->lengths);
     b->outputs = (float *)malloc(outputs * sizeof *b->outputs);
-    if (!b->texts || !b->tokens || !b->next || !b->work || !b->chunks || !b->outputs) {
+    if (!b->texts || !b->lengths || !b->tokens || !b->next || !b->work || !b->chunks || !b->outputs) {
         snprintf(error->message, sizeof error->message, "out of memory");
         return error->status = TFM_ERROR_MEMORY;
     }
+    spread_lengths(b);
     tfm_random_seed(&random, 1);
     for (i = 0; i < b->prompt + GEN_CONTEXT + b->batch; i++)
         b->tokens[i] = (int32_t)(tfm_random_uniform(&random) * (double)d->vocab_size);
@@ -1398,12 +1438,23 @@ static int is_measured(const result *r) {
     return r->runs && ((r->runs >= 3 && r->spent >= 1) || r->spent >= 10);
 }
 
+/* One run; *fastest is the least time of the runs so far, 0 before the first. */
+static tfm_status time_run(benchmark *b, variant *v, job which, double *seconds, double *fastest, tfm_error *error) {
+    tfm_status status = jobs[which].run(b, v->session, job_length(b, which), seconds, error);
+    *seconds = fmax(*seconds, 1e-9);
+    *fastest = *fastest > 0 && *fastest < *seconds ? *fastest : *seconds;
+    return status;
+}
+
 static tfm_status run_once(benchmark *b, variant *v, job which, tfm_error *error) {
     result *r = v->results + which;
-    double seconds;
-    tfm_status status = jobs[which].run(b, v->session, job_length(b, which), &seconds, error);
-    seconds = fmax(seconds, 1e-9);
-    r->seconds = r->runs && r->seconds < seconds ? r->seconds : seconds;
+    double seconds = 0, padded;
+    tfm_status status = time_run(b, v, which, &seconds, &r->seconds, error);
+    if (b->shortest && which != JOB_GEN && status == TFM_OK) {
+        b->padded = 1;
+        status = time_run(b, v, which, &padded, &r->padded, error);
+        b->padded = 0;
+    }
     r->spent += seconds;
     r->runs++;
     return status;
@@ -1493,21 +1544,34 @@ static void print_result(const benchmark *b, size_t index, job which) {
            v->dtype == TFM_I8 ? "GOP/s" : "GFLOP/s", 100 * limit_share(b, v, which));
     if (faster > 0)
         printf(" %8.2f x", faster);
+    if (r->padded > 0)
+        printf("%*s %10.4f %9.4f %6.2f x", faster > 0 ? 2 : 13, "", r->seconds, r->padded, r->padded / r->seconds);
     putchar('\n');
+}
+
+/* "512", or "4 to 128". */
+static const char *prompt_text(const benchmark *b, char *text, size_t size) {
+    if (b->shortest)
+        snprintf(text, size, "%lu to %lu", (unsigned long)b->shortest, (unsigned long)b->prompt);
+    else
+        snprintf(text, size, "%lu", (unsigned long)b->prompt);
+    return text;
 }
 
 static void print_report(const benchmark *b) {
     const limits *l = &b->limits;
     double most = 0;
+    char text[64];
     size_t i;
     int which;
     printf("model   %s: %.1f million parameters\n", b->name, b->parameters / 1e6);
     printf("cpu     %s%s%s, %d thread%s\n", b->cpu, *b->cpu ? ", " : "", tfm_isa_name(b->isa), l->threads,
            l->threads > 1 ? "s" : "");
     printf("limits  read %.2f GB/s, fp32 %.1f GFLOP/s, int8 %.1f GOP/s\n", l->read / 1e9, l->fp32 / 1e9, l->int8 / 1e9);
-    printf("prompt  %lu tokens;  gen %lu tokens after %lu\n\n", (unsigned long)b->prompt, (unsigned long)b->gen,
+    printf("prompt  %s tokens;  gen %lu tokens after %lu\n\n", prompt_text(b, text, sizeof text), (unsigned long)b->gen,
            (unsigned long)b->context);
-    puts("type  job     batch    tokens/s     GB/s           compute     limit   against f32");
+    printf("type  job     batch    tokens/s     GB/s           compute     limit   against f32%s\n",
+           b->shortest ? "    seconds    padded     gain" : "");
     for (which = 0; which < N_JOBS; which++)
         for (i = 0; i < b->n_variants; i++)
             if (b->variants[i].results[which].runs) {
@@ -1518,6 +1582,10 @@ static void print_report(const benchmark *b) {
          "machine's limits. Attention's own arithmetic and reads of the KV cache are not counted.");
     if (most > 1)
         puts("More than 100 %: the weights stay in the caches, or others held the machine up while it was measured.");
+    if (b->shortest)
+        printf("padded: the seconds with every prompt at %lu tokens; gain: how many times as long that takes.\n"
+               "tokens/s are of the prompts' own tokens: %lu of %lu.\n",
+               (unsigned long)b->prompt, (unsigned long)prompt_tokens(b), (unsigned long)(b->prompt * b->batch));
     puts("\nweights");
     for (i = 0; i < b->n_variants; i++)
         printf("%-5s %11.2f MB  %6.1f %% of f32, %.2f times smaller\n", type_name(b->variants[i].dtype),
@@ -1561,7 +1629,10 @@ static void write_json_object(FILE *file, const benchmark *b, const variant *v, 
             type_name(v->dtype), jobs[which].name, b->limits.threads, (unsigned long)b->batch, r->tokens);
     fprintf(file, "\"seconds\": %.9g, \"tokens_per_s\": %.6g, \"gbytes_per_s\": %.6g, \"gops_per_s\": %.6g, ",
             r->seconds, tokens_per_second(r), r->bytes / r->seconds / 1e9, r->operations / r->seconds / 1e9);
-    fprintf(file, "\"limit_share\": %.4g}", limit_share(b, v, which));
+    fprintf(file, "\"limit_share\": %.4g", limit_share(b, v, which));
+    if (r->padded > 0)
+        fprintf(file, ", \"padded_seconds\": %.9g, \"padding_gain\": %.6g", r->padded, r->padded / r->seconds);
+    fputc('}', file);
 }
 
 static int write_json(const benchmark *b, const char *path) {
@@ -1649,11 +1720,11 @@ static void chart_bar(FILE *file, const benchmark *b, size_t index, job which, i
 }
 
 static void chart_heading(FILE *file, const benchmark *b, job which, int y) {
+    char text[64];
     chart_text(file, CHART_MARGIN, y, "start", "job");
-    if (which == JOB_ENCODE)
-        fprintf(file, "Encoding<tspan class=\"small\">&#160;&#160;%lu tokens", (unsigned long)b->prompt);
-    else if (which == JOB_PROMPT)
-        fprintf(file, "Prompt<tspan class=\"small\">&#160;&#160;%lu tokens", (unsigned long)b->prompt);
+    if (which != JOB_GEN)
+        fprintf(file, "%s<tspan class=\"small\">&#160;&#160;%s tokens", which == JOB_ENCODE ? "Encoding" : "Prompt",
+                prompt_text(b, text, sizeof text));
     else
         fprintf(file, "Generation<tspan class=\"small\">&#160;&#160;%lu tokens after %lu", (unsigned long)b->gen,
                 (unsigned long)b->context);
@@ -1767,17 +1838,35 @@ static void read_cpu(char *name, size_t size) {
         fclose(file);
 }
 
+/* "512" or "4-128". 0, or the exit status. */
+static int parse_lengths(benchmark *b, const char *text) {
+    const char *dash = strchr(text, '-');
+    char first[32];
+    long shortest = 0, longest;
+    if (dash)
+        snprintf(first, sizeof first, "%.*s", (int)(dash - text < 31 ? dash - text : 31), text);
+    if ((dash && !parse_number(first, &shortest)) || !parse_number(dash ? dash + 1 : text, &longest) ||
+        shortest > longest)
+        return usage("--prompt: expected a number greater than 0, or a range as 4-128, found ", text);
+    if (dash && b->batch < 2)
+        return usage("--prompt: a range of lengths is for a --batch of at least 2, found ", text);
+    b->shortest = (size_t)shortest;
+    b->prompt = (size_t)longest;
+    return 0;
+}
+
 /* What the command line says. 0, or the exit status. */
 static int configure(benchmark *b, const arguments *args) {
     const char *slash = strrchr(args->paths[0], '/');
     tfm_error error = {TFM_OK, ""};
     b->args = args;
     b->name = slash ? slash + 1 : args->paths[0];
-    b->prompt = args->prompt ? (size_t)args->prompt : 512;
     b->gen = args->gen ? (size_t)args->gen : 64;
     b->batch = args->batch ? (size_t)args->batch : 1;
     if (b->batch > MAX_BATCH)
         return usage("--batch: at most 4096", "");
+    if (parse_lengths(b, args->prompt ? args->prompt : "512"))
+        return 2;
     if (args->threads > 1024)
         return usage("--threads: at most 1024", "");
     if (tfm_isa_from_name(args->isa, &b->isa, &error) != TFM_OK)
@@ -1855,6 +1944,7 @@ static int bench(int argc, char **argv) {
     free(b.outputs);
     free(b.chunks);
     free(b.texts);
+    free(b.lengths);
     free(b.work);
     free(b.next);
     free(b.tokens);
