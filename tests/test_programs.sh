@@ -162,7 +162,22 @@ if [ -c /dev/full ]; then
     check "a device is not replaced" [ -c "$dir/full" ]
     check "a device has no temporary file" [ ! -e "$dir/full.part" ]
 fi
+echo before >"$dir/file.npy"
+ln -s file.npy "$dir/link.npy"
+for file in "$dir/link.npy" "$dir/file.npy"; do
+    run build/tfm dump $model --ids 1,2 -o "$file"
+    check "dump to $file" [ "$(wc -c <"$dir/file.npy")" -eq 32896 ]
+done
+ln -s file.tfm "$dir/link.tfm"
+echo before >"$dir/file.tfm"
+run build/tfm quantize $model "$dir/link.tfm"
+check "quantize to a link" cmp -s "$dir/file.tfm" $model
+check "a link stays what it is" [ -h "$dir/link.npy" -a -h "$dir/link.tfm" ]
+rm "$dir/link.tfm" "$dir/file.tfm"
 ln -s /dev/stdout "$dir/stdout"
+build/tfm dump $model --ids 1,2 -o "$dir/stdout" >"$dir/out"
+check "dump to /dev/stdout, a file" cmp -s "$dir/out" "$dir/file.npy"
+check "dump to /dev/stdout, a file: the link stays" [ -h "$dir/stdout" ]
 check "dump into a pipe" [ "$(build/tfm dump $model --ids 1,2 -o "$dir/stdout" | wc -c)" -eq 32896 ]
 
 # ---- text

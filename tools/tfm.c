@@ -200,30 +200,64 @@ static void show_progress(const char *what, double share) {
 /* ---- files that are written: whole, under their name, or not at all */
 
 typedef struct output {
-    const char *path;
-    char *
-        temporary; /* what it is called until it is whole; NULL: it is no file that could be replaced, as /dev/stdout */
+    char *path;
+    char *temporary; /* what it is called until it is whole; NULL: it is no file that could be replaced, as a device */
     FILE *file;
 } output;
+
+/* A new copy of two texts, one behind the other, or NULL. */
+static char *join(const char *a, const char *b) {
+    char *text = (char *)malloc(strlen(a) + strlen(b) + 1);
+    if (text)
+        strcat(strcpy(text, a), b);
+    return text;
+}
+
+static int is_link(const char *path) {
+#ifdef _WIN32
+    (void)path;
+    return 0;
+#else
+    struct stat status;
+    return !lstat(path, &status) && S_ISLNK(status.st_mode);
+#endif
+}
+
+/* The path of the file that a link leads to, or the path itself: what is replaced is the file. (Root would lose /dev/stdout,
+ * a link to whatever file that is.) The caller frees it; NULL: no memory. */
+static char *follow_link(const char *path) {
+#ifndef _WIN32
+    char *file = is_link(path) ? realpath(path, NULL) : NULL;
+    if (file)
+        return file;
+#endif
+    return join(path, "");
+}
+
+static void output_free(output *out) {
+    free(out->temporary);
+    free(out->path);
+}
 
 /* 0, or the exit status after a message. */
 static int output_open(output *out, const char *path) {
     struct stat status;
-    out->path = path;
-    out->temporary = NULL;
-    if (!stat(path, &status) && !S_ISREG(status.st_mode)) {
-        out->file = fopen(path, "wb");
-        return out->file ? 0 : fail_system(path);
-    }
-    out->temporary = (char *)malloc(strlen(path) + sizeof ".part");
-    if (!out->temporary)
+    int replace;
+    memset(out, 0, sizeof *out);
+    replace = stat(path, &status) || S_ISREG(status.st_mode);
+    out->path = replace ? follow_link(path) : join(path, "");
+    if (out->path && replace && !is_link(out->path)) /* still a link: to a file without a name, or to none */
+        out->temporary = join(out->path, ".part");
+    else
+        replace = 0;
+    if (!out->path || (replace && !out->temporary)) {
+        output_free(out);
         return fail("out of memory");
-    strcpy(out->temporary, path);
-    strcat(out->temporary, ".part");
-    out->file = fopen(out->temporary, "wb");
+    }
+    out->file = fopen(replace ? out->temporary : out->path, "wb");
     if (out->file)
         return 0;
-    free(out->temporary);
+    output_free(out);
     return fail_system(path);
 }
 
@@ -231,18 +265,17 @@ static int output_open(output *out, const char *path) {
 static int output_close(output *out) {
     int bad = fflush(out->file) || ferror(out->file);
     bad = fclose(out->file) || bad;
-    if (!out->temporary)
-        return bad ? fail_system(out->path) : 0;
 #ifdef _WIN32 /* whose rename replaces nothing */
-    if (!bad)
+    if (!bad && out->temporary)
         remove(out->path);
 #endif
-    bad = bad || rename(out->temporary, out->path);
+    bad = bad || (out->temporary && rename(out->temporary, out->path));
     if (bad) {
         bad = fail_system(out->path);
-        remove(out->temporary);
+        if (out->temporary)
+            remove(out->temporary);
     }
-    free(out->temporary);
+    output_free(out);
     return bad;
 }
 
@@ -352,6 +385,7 @@ static int quantize(int argc, char **argv) {
     tfm_file *file;
     int status = parse(argc, argv, 2, " --type --threads ", &args);
     double start = now();
+    char *path;
     if (status)
         return status;
     memset(&options, 0, sizeof options);
@@ -359,8 +393,13 @@ static int quantize(int argc, char **argv) {
     options.progress = quantize_progress;
     if (args.type && tfm_dtype_from_name(args.type, &options.dtype, &error) != TFM_OK)
         return usage(error.message, "");
-    if (tfm_quantize(args.paths[0], args.paths[1], &options, &error) != TFM_OK)
-        return fail(error.message);
+    path = follow_link(args.paths[1]);
+    if (!path)
+        return fail("out of memory");
+    status = tfm_quantize(args.paths[0], path, &options, &error) == TFM_OK ? 0 : fail(error.message);
+    free(path);
+    if (status)
+        return status;
     start = now() - start;
     file = tfm_file_open(args.paths[1], NULL, &error);
     if (!file)
