@@ -1110,6 +1110,13 @@ def test_wordpiece(converter, _):
 
     converter.convert("an odd template for pairs", from_json(odd_pair), says=("pairs of texts",))
 
+    def huge_type(value):
+        template(value)
+        value["post_processor"]["pair"][3]["Sequence"]["type_id"] = 1 << 31
+        value["post_processor"]["pair"][4]["SpecialToken"]["type_id"] = 1 << 31
+
+    converter.convert("a huge type in a template for pairs", from_json(huge_type), says=("pairs of texts",))
+
     def refuse(what, word, **parts):
         def change(value):
             for key, part in parts.items():
@@ -1123,6 +1130,8 @@ def test_wordpiece(converter, _):
     folder = tokenizer_folder(converter, model)
     write(os.path.join(folder, "vocab.txt"), b"a\nb\n")
     converter.refuse("vocab.txt without [UNK]", folder, says=("vocab.txt", "[UNK]"))
+    write(os.path.join(folder, "vocab.txt"), "\n".join(BERT_VOCAB + ["x" * 1025]).encode())
+    converter.refuse("vocab.txt with a huge token", folder, says=("vocab.txt", "1025 bytes"))
 
 
 def save_vocab_and_merges(tokenizer, folder):

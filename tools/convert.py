@@ -2923,7 +2923,7 @@ def read_template(source, template, bpe):
     if [name for name, _ in texts] == ["A", "B"] and (ids[0], ids[2]) == (bpe.prefix_ids, bpe.suffix_ids):
         first = {texts[0][1], *(kind for _, kind in parts[0] + parts[1])}
         second = {texts[1][1], *(kind for _, kind in parts[2])}
-        if first | single_types == {0} and len(second) == 1 and min(second) >= 0:
+        if first | single_types == {0} and len(second) == 1 and 0 <= min(second) < 1 << 31:
             bpe.pair_ids, bpe.pair_type = ids[1], second.pop()
             return
     source.notes.append("warning: the tokenizer's template for pairs of texts is not supported; single texts are")
@@ -2997,6 +2997,7 @@ class WordPiece(Bpe):
 
 
 MAX_WORD_CHARS = 1024  # tfm.h's limit
+MAX_TOKEN_SIZE = 1024  # tfm.h's limit, in bytes; byte-level BPE has it for added tokens alone
 
 
 def read_wordpiece_json(source, root):
@@ -3855,6 +3856,10 @@ def token_bytes(bpe, alphabet):
             tokens[number] = text.encode("utf-8")
     except UnicodeEncodeError:
         raise ConvertError("%s: the token %s is not valid Unicode" % (bpe.where, quote(text)))
+    for number in [number for number, _ in bpe.added.values()] if alphabet else range(len(tokens)):
+        if len(tokens[number]) > MAX_TOKEN_SIZE:
+            raise ConvertError("%s: the token %d, %s, has %d bytes; at most %d are supported" % (
+                bpe.where, number, quote(tokens[number].decode(), 40), len(tokens[number]), MAX_TOKEN_SIZE))
     return tokens
 
 
