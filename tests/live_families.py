@@ -457,7 +457,7 @@ class Runner:
             test_convert.check_equal(runtime.file.metadata.get(key), value, "%s: %s" % (what, key))
         reference = options.get("reference")
         if reference is not None:
-            print("%-44s off by %.1e" % (what, reference(what, runtime)), flush=True)
+            print("%-44s off by %.1e" % (what, reference(what, runtime, self.program)), flush=True)
             return
         inputs = random_inputs(generator, model, runtime)
         if model.dtype != torch.float32:  # its own buffers, such as frequencies, were never meant to be narrow
@@ -841,22 +841,32 @@ def _(generator, _):
 
 # --- PyTorch's own modules ---
 
-def run_vectors(what, path, source, target):
-    """The results of tests/run_vectors.c, which is compiled when it is first needed."""
-    program = os.path.join(ROOT, "build", "run_vectors")
-    if not run_vectors.compiled:
-        os.makedirs(os.path.dirname(program), exist_ok=True)
-        subprocess.run(["cc", "-std=c99", "-O2", os.path.join(ROOT, "tests", "run_vectors.c"), "-o", program, "-lm"],
-                       check=True)
-        run_vectors.compiled = True
-    vectors = torch.cat((source, target)).numpy()
-    done = subprocess.run([program, path, str(len(source)), str(len(target))], input=vectors.tobytes(),
-                          capture_output=True)
-    test_convert.check(done.returncode == 0, "%s: %s" % (what, done.stderr.decode()))
-    return torch.from_numpy(numpy.frombuffer(bytearray(done.stdout), dtype=numpy.float32)).view(-1, source.shape[1])
+def dump_vectors(program, what, path, source, target, seen):
+    """What the program's dump writes for vectors. target: None for an encoder; seen: which of the source's tokens are."""
+    command = [program, "dump", path, "-o", path + ".npy", "--mask", ",".join(map(str, seen.int().tolist()))]
+    for option, vectors in (("--input", source), ("--decoder-input", target)):
+        if vectors is not None:
+            numpy.save(path + option + ".npy", vectors.numpy())
+            command += [option, path + option + ".npy"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    test_convert.check(done.returncode == 0, "%s: %s" % (what, done.stderr))
+    return torch.from_numpy(numpy.load(path + ".npy")) if done.returncode == 0 else torch.zeros(1)
 
 
-run_vectors.compiled = False
+def check_vectors(program, what, path, run, source, target):
+    """The program's results, of the file and of what it makes of it in other types. run: PyTorch's, for a padding mask."""
+    worst, seen = 0.0, torch.rand(len(source)) > 0.3
+    seen[0] = True
+    for kind, limit in (("", TOLERANCE), ("f16", 0.01), ("int8", 0.15)):  # narrow layers are rounded more coarsely
+        if kind:
+            subprocess.run([program, "quantize", path, path + "." + kind, "--type", kind], check=True,
+                           capture_output=True)
+        for mask in (torch.ones_like(seen), seen):
+            found = dump_vectors(program, what, path + "." + kind if kind else path, source, target, mask)
+            off = difference(found, run(mask.logical_not()))
+            test_convert.check(off <= limit, "%s: dump%s is off by %.2g" % (what, " in " + kind if kind else "", off))
+            worst = max(worst, 0.0 if kind else off)
+    return worst
 
 
 def torch_case(name, make, settings):
@@ -880,23 +890,29 @@ def torch_case(name, make, settings):
                         "arguments": ["--arch", settings["arch"], "--config", os.path.join(folder, "config.json")]}
 
     def reference(module, width):
-        def compare(what, runtime):
+        def compare(what, runtime, program):
             source, target = torch.randn(13, width), torch.randn(9, width)
             kind = runtime.get("model.kind")
             causal = nn.Transformer.generate_square_subsequent_mask(9)
-            with torch.inference_mode():
+
+            def run(hidden):
+                masks = dict(src_key_padding_mask=hidden[None], memory_key_padding_mask=hidden[None], tgt_mask=causal)
                 if kind == "encoder":
-                    found = runtime.run("encoder", source)
-                    expected = module(source[:, None])[:, 0]
-                elif kind == "decoder":
-                    found = runtime.run("decoder", target, None, source)
-                    expected = module(target[:, None], source[:, None], tgt_mask=causal)[:, 0]
-                else:
-                    found = runtime.run("decoder", target, None, runtime.run("encoder", source))
-                    expected = module(source[:, None], target[:, None], tgt_mask=causal)[:, 0]
-            in_c = run_vectors(what, runtime.path, source, target[:0] if kind == "encoder" else target)
-            return max(check_outputs(what, {"hidden": found}, {"hidden": expected}),
-                       check_outputs(what + ", in C", {"hidden": in_c}, {"hidden": expected}))
+                    return module(source[:, None], src_key_padding_mask=hidden[None])[:, 0].detach()
+                if kind == "decoder":
+                    del masks["src_key_padding_mask"]
+                    return module(target[:, None], source[:, None], **masks)[:, 0].detach()
+                return module(source[:, None], target[:, None], **masks)[:, 0].detach()
+
+            expected = run(torch.zeros(13, dtype=torch.bool))
+            if kind == "encoder":
+                found = runtime.run("encoder", source)
+            else:
+                found = runtime.run("decoder", target, None,
+                                    runtime.run("encoder", source) if kind == "encoder-decoder" else source)
+            worst = check_outputs(what, {"hidden": found}, {"hidden": expected})
+            return max(worst, check_vectors(program, what, runtime.path, run, source,
+                                            None if kind == "encoder" else target)) if program else worst
         return compare
 
     CASES.append((name, build))

@@ -2,7 +2,7 @@
 """Writes tests/golden/: inputs, weights and expected outputs from PyTorch and transformers, for the C tests.
 
 usage: tests/make_golden.py [--check] [--demo CHECKPOINT] [layers] [options] [models] [encoders] [tokenizer] [wordpiece]
-                            [sentencepiece] [sampling] [beams]
+                            [sentencepiece] [sampling] [beams] [vectors]
 
 Needs torch, transformers, sentencepiece and protobuf. Everything is seeded: the same versions write the same files. --check writes nothing: it
 says whether the files are what would be written, but for the last bits of random numbers, which other CPUs compute
@@ -623,8 +623,8 @@ def random_gpt2(seed, dtype=torch.float32, scale=2.0, **config):
     return model.to(dtype).eval()
 
 
-def convert(checkpoint, path):
-    subprocess.run([sys.executable, os.path.join(ROOT, "tools", "convert.py"), checkpoint, path], check=True,
+def convert(checkpoint, path, *options):
+    subprocess.run([sys.executable, os.path.join(ROOT, "tools", "convert.py"), checkpoint, path, *options], check=True,
                    stderr=subprocess.PIPE)
 
 
@@ -1431,6 +1431,73 @@ def write_beams(directory):
     out.write(os.path.join(directory, "beams.tfm"))
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# PyTorch's own modules, which take vectors
+# ---------------------------------------------------------------------------------------------------------------------
+
+def vector_modules():
+    """(name, module, configuration) triples."""
+    options = dict(dropout=0.0, norm_first=True, activation="gelu", bias=False, batch_first=True)
+    yield ("Transformer", nn.Transformer(20, 5, 1, 2, 7, **options),
+           {"nhead": 5, "norm_first": True, "activation": "gelu"})
+    layer = nn.TransformerEncoderLayer(20, 5, 7, dropout=0.0)
+    yield "TransformerEncoder", nn.TransformerEncoder(layer, 1, enable_nested_tensor=False), {"nhead": 5}
+    layer = nn.TransformerDecoderLayer(33, 11, 50, dropout=0.0, norm_first=True, layer_norm_eps=1e-3)
+    norm = nn.LayerNorm(33, eps=1e-3)
+    yield ("TransformerDecoder", nn.TransformerDecoder(layer, 2, norm),
+           {"nhead": 11, "norm_first": True, "causal": False, "layer_norm_eps": 1e-3})
+
+
+def put_padded(out, name, width, lengths):
+    """Texts of several lengths: put without padding, returned with it, [texts][longest][width]."""
+    rows = randn(len(lengths), max(lengths), width)
+    out.ints(name + ".lengths", lengths)
+    out.floats(name, torch.cat([text[:n] for text, n in zip(rows, lengths)]))
+    return rows
+
+
+def padding(lengths):
+    return torch.arange(max(lengths))[None] >= torch.tensor(lengths)[:, None]
+
+
+def put_vectors(out, name, module, config, sources, targets):
+    """One batch with PyTorch's own padding and masks; the results without what is padding."""
+    layers = list(module.modules())
+    attention = next(layer for layer in layers if isinstance(layer, nn.MultiheadAttention))
+    turned = (lambda x: x) if attention.batch_first else (lambda x: x.transpose(0, 1))
+    source = put_padded(out, name + ".source", attention.embed_dim, sources)
+    hidden = padding(sources) | (torch.rand(len(sources), max(sources)) < 0.3)
+    hidden[:, 0] = False
+    out.ints(name + ".seen", itertools.chain(*((~row[:n]).int().tolist() for row, n in zip(hidden, sources))))
+    lengths, inputs = sources, (turned(source),)
+    masks = {} if name == "TransformerDecoder" else {"src_key_padding_mask": hidden}
+    if name != "TransformerEncoder":
+        lengths, inputs = targets, (turned(put_padded(out, name + ".target", attention.embed_dim, targets)), turned(source))
+        mask = (torch.rand(max(targets), max(targets)) < 0.4) & ~torch.eye(max(targets), dtype=torch.bool)
+        if config.get("causal", True):
+            mask |= causal_mask(max(targets)).isinf()
+        out.ints(name + ".hidden", mask.int().flatten().tolist())
+        masks.update(tgt_mask=mask, tgt_key_padding_mask=padding(targets), memory_key_padding_mask=hidden)
+    found = turned(module(*(inputs[::-1] if name == "Transformer" else inputs), **masks))
+    out.floats(name + ".expected", torch.cat([text[:n] for text, n in zip(found, lengths)]))
+
+
+def write_vectors(directory):
+    out = Arrays()
+    torch.manual_seed(17)
+    for name, module, config in vector_modules():
+        module = shaken(module, 1.5)
+        with tempfile.TemporaryDirectory() as folder:
+            checkpoint, configuration = os.path.join(folder, "model.pt"), os.path.join(folder, "config.json")
+            torch.save({key: tensor.half() for key, tensor in module.state_dict().items()}, checkpoint)
+            with open(configuration, "w", encoding="utf-8") as file:
+                json.dump(config, file)
+            convert(checkpoint, os.path.join(directory, "vectors_%s.tfm" % name), "--arch", "nn." + name,
+                    "--config", configuration)
+        put_vectors(out, name, module, config, [18, 1, 5], [6, 13, 1])
+    out.write(os.path.join(directory, "vectors.tfm"))
+
+
 def check(writers, groups):
     """Whether the files are what would be written. Prints what differs."""
     wrong = 0
@@ -1449,15 +1516,15 @@ def check(writers, groups):
 def main():
     parser = argparse.ArgumentParser(description="Writes the golden files of the C tests.")
     parser.add_argument("groups", nargs="*", help="layers, options, models, encoders, tokenizer, wordpiece, "
-                        "sentencepiece, sampling, beams; all of them "
-                                                    "by default")
+                        "sentencepiece, sampling, beams, vectors; all of them by default")
     parser.add_argument("--check", action="store_true", help="compare with the files that are there; write nothing")
     parser.add_argument("--demo", default=os.path.join(ROOT, "..", "shared", "demo-gpt2"),
                         help="the demo model's checkpoint (default: %(default)s)")
     arguments = parser.parse_args()
     writers = {"layers": write_layers, "options": write_options, "models": write_models, "encoders": write_encoders,
                "tokenizer": lambda directory: write_tokenizer(directory, arguments.demo), "sampling": write_sampling,
-               "wordpiece": write_wordpiece, "sentencepiece": write_sentencepiece, "beams": write_beams}
+               "wordpiece": write_wordpiece, "sentencepiece": write_sentencepiece, "beams": write_beams,
+               "vectors": write_vectors}
     groups = arguments.groups or list(writers)
     for group in groups:
         if group not in writers:

@@ -219,6 +219,7 @@ void test_blocks(void);
 void test_file(void);
 void test_generate(void);
 void test_beams(void);
+void test_vectors(void);
 void test_memory(void);
 void test_chat(void);
 void test_threads(void);
@@ -231,7 +232,7 @@ static const struct {
     {"encoders", test_encoders}, {"tokenizer", test_tokenizer}, {"sentencepiece", test_sentencepiece},
     {"sampling", test_sampling}, {"file", test_file},           {"blocks", test_blocks},
     {"generate", test_generate}, {"beams", test_beams},         {"memory", test_memory},
-    {"chat", test_chat},         {"threads", test_threads},
+    {"chat", test_chat},         {"threads", test_threads},     {"vectors", test_vectors},
 };
 
 #define N_GROUPS (sizeof groups / sizeof *groups)

@@ -53,7 +53,8 @@ for command in info quantize dump tokenize perplexity bench; do
 done
 fails 2 "one argument too many" build/tfm info $model $model
 fails 2 "value is missing" build/tfm dump $model --ids
-fails 2 "needs --ids and -o" build/tfm dump $model
+fails 2 "needs --ids and -o, or --input and -o" build/tfm dump $model
+fails 2 "needs --ids and -o, or --input and -o" build/tfm dump $model --input x.npy
 fails 2 "expected a number" build/tfm dump $model --ids 1 --threads many -o $dir/x.npy
 fails 2 "expected logits, hidden or pooled" build/tfm dump $model --ids 1 --what everything -o $dir/x.npy
 fails 2 "unknown type" build/tfm quantize $model $dir/x.tfm --type f13
@@ -367,6 +368,65 @@ run build/tfm info "$dir/f32.tfm" --verify
 check "quantize after a killed one: what it wrote is good" [ "$status" -eq 0 ]
 check "quantize after a killed one: no temporary file stays" [ ! -e "$dir/f32.tfm.part" ]
 rm -f "$dir/before.tfm" "$dir/x.tfm" "$dir/x.tfm.part"
+
+# ---- dump of vectors: tests/test_vectors.c compares the results with PyTorch's
+vectors=tests/golden/vectors_Transformer
+x="$dir/in.npy"
+build/tfm dump tests/golden/encoder_sentence.tfm --ids 1,2,3,4 --what hidden -o "$x"
+build/tfm dump tests/golden/encoder_sentence.tfm --ids 5,6,7 --what hidden -o "$dir/y.npy"
+decode() { # decode OUT OPTIONS...
+    out=$1
+    shift
+    run build/tfm dump ${vectors}Decoder.tfm --input "$x" --decoder-input "$dir/y.npy" -o "$out" "$@"
+}
+decode "$dir/all.npy"
+check "dump of vectors: exit status" [ "$status" -eq 0 ]
+check "dump of vectors: [3, 33]" [ "$(wc -c <"$dir/all.npy")" -eq $((128 + 3 * 33 * 4)) ]
+decode "$dir/one.npy" --mask 1,1,1,1 --threads 1 --what hidden
+check "dump of vectors: a mask that hides nothing, one thread" cmp -s "$dir/one.npy" "$dir/all.npy"
+decode "$dir/one.npy" --mask 1,0,1,1
+check "dump of vectors: another mask" [ "$(cksum <"$dir/one.npy")" != "$(cksum <"$dir/all.npy")" ]
+vectors_fail() { # vectors_fail STATUS WORDS MODEL OPTIONS...
+    expected=$1
+    words=$2
+    shift 2
+    fails "$expected" "$words" build/tfm dump "$@" -o "$dir/x.npy"
+}
+vectors_fail 2 "takes the place of --ids" ${vectors}Encoder.tfm --input "$x" --ids 1
+vectors_fail 2 "decoder-input is for --input" ${vectors}.tfm --ids 1 --decoder-input "$x"
+vectors_fail 2 "expected hidden" ${vectors}Encoder.tfm --input "$x" --what pooled
+vectors_fail 1 "no token embeddings: it takes vectors, --input" ${vectors}.tfm --ids 1
+vectors_fail 1 "this one takes --ids" $model --input "$x"
+vectors_fail 1 "for models with a decoder" ${vectors}Encoder.tfm --input "$x" --decoder-input "$x"
+vectors_fail 1 "a decoder takes --input, which it attends to, and --decoder-input" ${vectors}Decoder.tfm --input "$x"
+vectors_fail 1 "in.npy: the vectors' length is not the model's d_model" ${vectors}.tfm --input "$x"
+vectors_fail 1 "mask has 2 numbers, and --input 4" ${vectors}Decoder.tfm --input "$x" --decoder-input "$x" --mask 1,1
+vectors_fail 1 "no token is left" ${vectors}Decoder.tfm --input "$x" --decoder-input "$x" --mask 0,0,0,0
+bad="$dir/bad.npy"
+bad_npy() { # bad_npy WORDS: that is said of $bad
+    vectors_fail 1 "^tfm: $bad: $1" ${vectors}Decoder.tfm --input "$x" --decoder-input "$bad"
+}
+rm -f "$bad"
+bad_npy "No such file"
+: >"$bad"
+bad_npy "not a .npy file"
+cp README.md "$bad"
+bad_npy "not a .npy file"
+build/tfm dump tests/golden/encoder_sentence.tfm --ids 1,2 --what pooled -o "$bad"
+bad_npy "expected two dimensions"
+for change in "'<f4'/'<f8' expected.numbers.of.type.float32" "False/True. expected.the.rows" "(4,/(0, expected.two.dimensions" \
+    "(4,/(x, expected.two.dimensions" "33)/32) the.vectors'.length" "(4,/(9, the.size.of.the.file" \
+    "33)/99999999999999999999) the.vectors'.length"; do
+    LC_ALL=C sed "s/${change% *}/" "$x" >"$bad"
+    bad_npy "${change#* }"
+done
+head -c 100 "$x" >"$bad"
+bad_npy "the file is truncated"
+head -c 600 "$x" >"$bad"
+bad_npy "the size of the file does not fit its shape"
+{ cat "$x" && printf abcd; } >"$bad"
+bad_npy "the size of the file does not fit its shape"
+check "dump of vectors: errors leave nothing behind" no_output_left
 
 # ---- bench: the lengths of a range, and their padding. What is measured is only looked at for being there.
 for range in 8-4 0-5 4- -4 4--5 4-5-6 4-x 4-99999999999999999999 99999999999999999999-4 0 "" many; do

@@ -4,18 +4,24 @@
  *   tfm quantize IN.tfm OUT.tfm [--type int8|f16|bf16|f32] [--threads N]
  *   tfm dump MODEL --ids 1,2,3 [--decoder-ids 0,5] [--types 0,0,1] [--mask 1,1,0] [--what logits|hidden|pooled]
  *       [--isa NAME] [--threads N] -o OUT.npy
+ *   tfm dump MODEL --input X.npy [--decoder-input Y.npy] [--mask 1,1,0] [--isa NAME] [--threads N] -o OUT.npy
  *   tfm tokenize MODEL [--decode] [--special] [--whole] [--plain] [--pair] [--types] < text
  *   tfm perplexity MODEL TEXTFILE [--context N] [--stride N] [--isa NAME] [--threads N]
  *   tfm bench MODEL [--type f32,f16,int8] [--threads N] [--isa NAME] [--prompt 512|4-128] [--gen 64] [--batch 1]
  *       [--json FILE] [--svg FILE]
  *
+ * dump: --input is for models without token embeddings (PyTorch's nn.Transformer and its parts): float32
+ * [tokens, d_model], the encoder's vectors, or what a decoder alone attends to; --decoder-input has the decoder's. The
+ * results are hidden states. A decoder's tokens see those before them, or all if the file's decoder.causal is 0. --mask:
+ * no token sees those of --input that have a 0, as with src_key_padding_mask and memory_key_padding_mask.
+ *
  * tokenize: ids for each line, or for all of the input (--whole), with what the tokenizer adds by default (not with
  * --plain); special tokens in the text are text unless --special is given. --pair: where a line has a tab, it is two texts.
  * --types: the token types instead of the ids. --decode: the text of ids.
  *
- * bench: --prompt A-B gives the sequences of the batch lengths that are spread evenly from A to B, in a shuffled order that is
- * always the same. Tokens are counted as they are, without padding; beside that stands how long the same takes with every
- * sequence padded to B.
+ * bench: --prompt A-B gives the sequences of the batch lengths that are spread evenly from A to B, in a shuffled order
+ * that is always the same. Tokens are counted as they are, without padding; beside that stands how long the same takes
+ * with every sequence padded to B.
  *
  * Exit status: 0, 1 for errors, 2 for wrong usage.
  */
@@ -55,6 +61,8 @@ static const char usage_text[] =
     "       tfm quantize IN.tfm OUT.tfm [--type int8|f16|bf16|f32] [--threads N]\n"
     "       tfm dump MODEL --ids 1,2,3 [--decoder-ids 0,5] [--types 0,0,1] [--mask 1,1,0]\n"
     "                [--what logits|hidden|pooled] [--kv f32|f16|int8] [--isa NAME] [--threads N] -o OUT.npy\n"
+    "       tfm dump MODEL --input X.npy [--decoder-input Y.npy] [--mask 1,1,0] [--kv f32|f16|int8] [--isa NAME]\n"
+    "                [--threads N] -o OUT.npy\n"
     "       tfm tokenize MODEL [--decode] [--special] [--whole] [--plain] [--pair] [--types] < text\n"
     "       tfm perplexity MODEL TEXTFILE [--context N] [--stride N] [--kv f32|f16|int8] [--isa NAME]\n"
     "                      [--threads N]\n"
@@ -87,7 +95,8 @@ static int finish(int status) {
 typedef struct arguments {
     const char *paths[2];
     int n_paths;
-    const char *ids, *decoder_ids, *type_ids, *mask, *what, *isa, *output, *type, *kv, *json, *svg, *prompt;
+    const char *ids, *decoder_ids, *type_ids, *mask, *what, *isa, *output, *type, *kv, *json, *svg, *prompt, *input,
+        *decoder_input;
     int verify, decode, special, whole, plain, pair, types;
     tfm_dtype kv_dtype; /* what kv names */
     long threads, context, stride, gen, batch;
@@ -123,6 +132,7 @@ static int parse(int argc, char **argv, int n_paths, const char *allowed, argume
         {"--batch", NULL, &args->batch, NULL},     {"--pair", NULL, NULL, &args->pair},
         {"--types", NULL, NULL, &args->types},     {"--types", &args->type_ids, NULL, NULL},
         {"--mask", &args->mask, NULL, NULL},       {"--decoder-ids", &args->decoder_ids, NULL, NULL},
+        {"--input", &args->input, NULL, NULL},     {"--decoder-input", &args->decoder_input, NULL, NULL},
     };
     const int has_lists = strstr(allowed, " --types --mask ") != NULL; /* dump's --types has a value */
     tfm_error error = {TFM_OK, ""};
@@ -223,8 +233,8 @@ static int is_link(const char *path) {
 #endif
 }
 
-/* The path of the file that a link leads to, or the path itself: what is replaced is the file. (Root would lose /dev/stdout,
- * a link to whatever file that is.) The caller frees it; NULL: no memory. */
+/* The path of the file that a link leads to, or the path itself: what is replaced is the file. (Root would lose
+ * /dev/stdout, a link to whatever file that is.) The caller frees it; NULL: no memory. */
 static char *follow_link(const char *path) {
 #ifndef _WIN32
     char *file = is_link(path) ? realpath(path, NULL) : NULL;
@@ -410,6 +420,34 @@ static int quantize(int argc, char **argv) {
     return 0;
 }
 
+/* ---- whole files */
+
+/* All that is left of a stream, with a zero behind it. NULL if it can't be read. The caller frees it. */
+static char *read_all(FILE *file, size_t *size) {
+    size_t capacity = 1 << 16;
+    char *text = (char *)malloc(capacity + 1);
+    *size = 0;
+    while (text) {
+        *size += fread(text + *size, 1, capacity - *size, file);
+        if (*size < capacity)
+            break;
+        capacity *= 2;
+        {
+            char *larger = (char *)realloc(text, capacity + 1);
+            if (!larger)
+                free(text);
+            text = larger;
+        }
+    }
+    if (text && ferror(file)) {
+        free(text);
+        return NULL;
+    }
+    if (text)
+        text[*size] = 0;
+    return text;
+}
+
 /* ---- dump */
 
 /* Numbers separated by commas, the value of an option; NULL, and a message, if it is not that. The caller frees them. */
@@ -476,14 +514,14 @@ static void dump_free(dumping *d) {
     free(d->outputs);
 }
 
-/* One number for each of --ids, or an exit status. */
-static int dump_list(const char *option_name, const char *text, size_t n_ids, const int32_t **list) {
+/* One number for each of --ids, or another option's, or an exit status. */
+static int dump_list(const char *option_name, const char *text, const char *of, size_t n_ids, const int32_t **list) {
     size_t n;
     if (!text)
         return 0;
     *list = parse_ids(option_name, text, &n);
     if (*list && n != n_ids) {
-        fprintf(stderr, "tfm: %s has %lu numbers, and --ids %lu\n", option_name, (unsigned long)n,
+        fprintf(stderr, "tfm: %s has %lu numbers, and %s %lu\n", option_name, (unsigned long)n, of,
                 (unsigned long)n_ids);
         return 1;
     }
@@ -496,7 +534,8 @@ static int dump_inputs(const arguments *args, dumping *d) {
     if (!d->text.tokens)
         return 1;
     n = d->text.n_tokens;
-    if (dump_list("--types", args->type_ids, n, &d->text.types) || dump_list("--mask", args->mask, n, &d->text.mask))
+    if (dump_list("--types", args->type_ids, "--ids", n, &d->text.types) ||
+        dump_list("--mask", args->mask, "--ids", n, &d->text.mask))
         return 1;
     if (args->decoder_ids)
         d->decoder_ids = parse_ids("--decoder-ids", args->decoder_ids, &d->n_decoder_ids);
@@ -508,6 +547,11 @@ static tfm_status dump_shape(dumping *d, const tfm_model *model, tfm_error *erro
     const tfm_description *description = tfm_model_description(model);
     if (description->kind == TFM_ENCODER && d->decoder_ids) {
         snprintf(error->message, sizeof error->message, "--decoder-ids is for models with a decoder");
+        return error->status = TFM_ERROR_ARGUMENT;
+    }
+    if (!description->vocab_size) {
+        snprintf(error->message, sizeof error->message,
+                 "the model has no token embeddings: it takes vectors, --input X.npy, in place of --ids");
         return error->status = TFM_ERROR_ARGUMENT;
     }
     d->rows = d->decoder_ids ? d->n_decoder_ids : d->text.n_tokens;
@@ -558,26 +602,226 @@ static tfm_model *dump_load(const char *path, tfm_error *error) {
     return file ? tfm_load(path, &options, error) : NULL;
 }
 
+/* ---- dump: models without token embeddings, which take vectors */
+
+/* [rows][columns] */
+typedef struct matrix {
+    float *data;
+    size_t rows, columns;
+} matrix;
+
+/* What the header of a .npy file says: a matrix of float32, as NumPy writes it. NULL, or what is wrong. */
+static const char *parse_npy(const char *header, matrix *m) {
+    const uint16_t one = 1;
+    const char *const type = *(const unsigned char *)&one ? "'descr': '<f4'" : "'descr': '>f4'";
+    const char *shape = strstr(header, "'shape': (");
+    unsigned long rows, columns;
+    int end = 0;
+    if (!strstr(header, type))
+        return "expected numbers of type float32, in this machine's byte order";
+    if (!strstr(header, "'fortran_order': False"))
+        return "expected the rows one after another (C order)";
+    if (!shape || sscanf(shape + 10, "%lu, %lu%n", &rows, &columns, &end) != 2 || shape[10 + end] != ')' || !rows)
+        return "expected two dimensions, [tokens, d_model]";
+    m->rows = (size_t)rows;
+    m->columns = (size_t)columns;
+    return NULL;
+}
+
+/* NULL, or what is wrong with the file. */
+static const char *copy_npy(const char *bytes, size_t size, size_t columns, matrix *m) {
+    const unsigned char *b = (const unsigned char *)bytes;
+    char header[256];
+    const char *wrong;
+    size_t header_size;
+    if (size < 10 || memcmp(bytes, "\x93NUMPY\x01\x00", 8))
+        return "not a .npy file of version 1.0";
+    header_size = b[8] | (size_t)b[9] << 8;
+    if (header_size > size - 10)
+        return "the file is truncated";
+    snprintf(header, sizeof header, "%.*s", (int)header_size, bytes + 10);
+    wrong = parse_npy(header, m);
+    if (wrong)
+        return wrong;
+    if (m->columns != columns)
+        return "the vectors' length is not the model's d_model";
+    size -= 10 + header_size;
+    if (size % (columns * sizeof *m->data) || size / (columns * sizeof *m->data) != m->rows)
+        return "the size of the file does not fit its shape";
+    m->data = (float *)malloc(size);
+    if (!m->data)
+        return "out of memory";
+    memcpy(m->data, bytes + 10 + header_size, size);
+    return NULL;
+}
+
+/* 0, or the exit status after a message. */
+static int read_npy(const char *path, size_t columns, matrix *m) {
+    FILE *file = fopen(path, "rb");
+    size_t size;
+    char *bytes = file ? read_all(file, &size) : NULL;
+    const char *wrong = bytes ? copy_npy(bytes, size, columns, m) : NULL;
+    if (!bytes)
+        fail_system(path);
+    if (wrong)
+        fprintf(stderr, "tfm: %s: %s\n", path, wrong);
+    if (file)
+        fclose(file);
+    free(bytes);
+    return !m->data;
+}
+
+/* A run of a model on vectors. */
+typedef struct vectors {
+    const tfm_model *model;
+    const tfm_description *d;
+    tfm_engine *engine;
+    matrix input, decoder_input; /* and in their place the results of the encoder, of the decoder */
+    const int32_t *mask;         /* [input.rows]; NULL: all are seen */
+    float *scores;               /* [input.rows], of the mask: what is added to attention's scores */
+} vectors;
+
+/* x becomes what all blocks and the norm behind them make of it. */
+static tfm_status run_stack(const vectors *v, int encoder, matrix *x, const tfm_span *span, tfm_error *error) {
+    const tfm_norm *norm = encoder ? tfm_model_encoder_final_norm(v->model) : tfm_model_final_norm(v->model);
+    const tfm_stack *stack = encoder ? &v->d->encoder : &v->d->decoder;
+    tfm_status status = TFM_OK;
+    size_t i;
+    if (x->rows > stack->n_positions) {
+        snprintf(error->message, sizeof error->message, "%lu tokens are more than the model's %lu positions",
+                 (unsigned long)x->rows, (unsigned long)stack->n_positions);
+        return error->status = TFM_ERROR_CONTEXT_FULL;
+    }
+    for (i = 0; i < stack->n_layers && status == TFM_OK; i++)
+        status =
+            tfm_block_forward(v->engine, encoder ? tfm_model_encoder_block(v->model, i) : tfm_model_block(v->model, i),
+                              i, x->data, span, 1, error);
+    return status == TFM_OK && norm ? tfm_norm_forward(v->engine, norm, x->data, x->rows, x->data, error) : status;
+}
+
+static tfm_status run_encoder(vectors *v, tfm_error *error) {
+    tfm_span span;
+    size_t i;
+    memset(&span, 0, sizeof span);
+    span.n_rows = v->input.rows;
+    if (v->mask) {
+        for (i = 0; i < v->input.rows; i++)
+            v->scores[i] = v->mask[i] ? 0 : -INFINITY;
+        span.mask = v->scores;
+        span.same_mask = 1;
+    }
+    return run_stack(v, 1, &v->input, &span, error);
+}
+
+/* The decoder attends to the vectors of the input that are seen; the others are left out. */
+static tfm_status run_decoder(vectors *v, tfm_dtype kv_dtype, tfm_error *error) {
+    const tfm_stack *stack = &v->d->decoder;
+    const size_t width = v->d->d_model;
+    tfm_status status;
+    tfm_span span;
+    tfm_kv memory;
+    size_t n = 0, i;
+    memset(&span, 0, sizeof span);
+    memset(&memory, 0, sizeof memory);
+    for (i = 0; i < v->input.rows; i++)
+        if (!v->mask || v->mask[i])
+            memmove(v->input.data + n++ * width, v->input.data + i * width, width * sizeof(float));
+    status = tfm_kv_create(&memory, kv_dtype, stack->n_layers, stack->n_kv_heads, stack->head_dim, n, NULL, error);
+    for (i = 0; i < stack->n_layers && status == TFM_OK; i++)
+        status = tfm_memory_forward(v->engine, tfm_model_block(v->model, i), i, v->input.data, n, &memory, error);
+    memory.n_tokens = n;
+    span.n_rows = v->decoder_input.rows;
+    span.memory = &memory;
+    if (status == TFM_OK)
+        status = run_stack(v, 0, &v->decoder_input, &span, error);
+    tfm_kv_free(&memory, NULL);
+    return status;
+}
+
+/* The vectors of the options. 0, or the exit status after a message. */
+static int read_vectors(const arguments *args, vectors *v) {
+    int32_t seen = 0;
+    size_t i;
+    if (v->d->vocab_size)
+        return fail("--input is for models without token embeddings: this one takes --ids");
+    if (v->d->kind == TFM_ENCODER && args->decoder_input)
+        return fail("--decoder-input is for models with a decoder");
+    if (v->d->kind == TFM_DECODER && (!v->d->decoder.cross || !args->decoder_input))
+        return fail("a decoder takes --input, which it attends to, and --decoder-input");
+    if (read_npy(args->input, v->d->d_model, &v->input) ||
+        (args->decoder_input && read_npy(args->decoder_input, v->d->d_model, &v->decoder_input)) ||
+        dump_list("--mask", args->mask, "--input", v->input.rows, &v->mask))
+        return 1;
+    for (i = 0; v->mask && i < v->input.rows; i++)
+        seen |= v->mask[i];
+    if (v->mask && !seen)
+        return fail("--mask: no token is left to be seen");
+    v->scores = (float *)malloc(v->input.rows * sizeof *v->scores);
+    return v->scores ? 0 : fail("out of memory");
+}
+
+/* The hidden states of a model on vectors: its decoder's, or its encoder's if there is no --decoder-input. */
+static int dump_vectors(const arguments *args) {
+    tfm_engine_options options;
+    tfm_error error = {TFM_OK, ""};
+    tfm_model *model;
+    vectors v;
+    int status = 0;
+    memset(&options, 0, sizeof options);
+    memset(&v, 0, sizeof v);
+    options.threads = (int)args->threads;
+    if (tfm_isa_from_name(args->isa, &options.isa, &error) == TFM_OK)
+        v.engine = tfm_engine_create(&options, &error);
+    v.model = model = v.engine ? tfm_load(args->paths[0], NULL, &error) : NULL;
+    if (model) {
+        const matrix *result = args->decoder_input ? &v.decoder_input : &v.input;
+        v.d = tfm_model_description(model);
+        status = read_vectors(args, &v);
+        if (!status && (v.d->kind == TFM_DECODER || run_encoder(&v, &error) == TFM_OK) &&
+            (!args->decoder_input || run_decoder(&v, args->kv ? args->kv_dtype : TFM_F32, &error) == TFM_OK))
+            status = write_npy(args->output, result->data, result->rows, result->columns);
+    }
+    if (error.status != TFM_OK)
+        status = fail(error.message);
+    free(v.input.data);
+    free(v.decoder_input.data);
+    free((void *)v.mask);
+    free(v.scores);
+    tfm_engine_free(v.engine);
+    tfm_free(model);
+    return status;
+}
+
+/* ---- dump: the command */
+
 static int dump(int argc, char **argv) {
     arguments args;
     tfm_error error = {TFM_OK, ""};
     tfm_model *model = NULL;
     tfm_session *session = NULL;
     dumping d;
-    int status = parse(argc, argv, 1, " --ids --decoder-ids --types --mask --what --kv --isa --threads -o ", &args);
+    int status =
+        parse(argc, argv, 1,
+              " --ids --decoder-ids --types --mask --what --kv --isa --threads --input --decoder-input -o ", &args);
     if (status)
         return status;
     memset(&d, 0, sizeof d);
-    if (!args.ids || !args.output)
-        return usage("dump needs --ids and -o", "");
+    if (!(args.ids || args.input) || !args.output)
+        return usage("dump needs --ids and -o", ", or --input and -o");
+    if (args.input && (args.ids || args.decoder_ids || args.type_ids))
+        return usage("--input takes the place of --ids, --decoder-ids and --types", "");
+    if (!args.input && args.decoder_input)
+        return usage("--decoder-input is for --input", "");
     if (args.what && !strcmp(args.what, "hidden"))
         d.what = TFM_HIDDEN;
     else if (args.what && !strcmp(args.what, "pooled"))
         d.what = TFM_POOLED;
     else if (args.what && strcmp(args.what, "logits"))
         return usage("--what: expected logits, hidden or pooled, found ", args.what);
-    status = dump_inputs(&args, &d);
-    if (!status) {
+    if (args.input && args.what && d.what != TFM_HIDDEN)
+        return usage("--what: expected hidden, the results of --input, found ", args.what);
+    status = args.input ? dump_vectors(&args) : dump_inputs(&args, &d);
+    if (!status && !args.input) {
         const int wants_pooled = d.what == TFM_POOLED;
         model = dump_load(args.paths[0], &error);
         session = model ? create_session_for(model, &args, &d.text, d.n_decoder_ids, &error) : NULL;
@@ -590,34 +834,6 @@ static int dump(int argc, char **argv) {
     tfm_session_free(session);
     tfm_free(model);
     return status;
-}
-
-/* ---- whole files and lines */
-
-/* All that is left of a stream, with a zero behind it. NULL if it can't be read. The caller frees it. */
-static char *read_all(FILE *file, size_t *size) {
-    size_t capacity = 1 << 16;
-    char *text = (char *)malloc(capacity + 1);
-    *size = 0;
-    while (text) {
-        *size += fread(text + *size, 1, capacity - *size, file);
-        if (*size < capacity)
-            break;
-        capacity *= 2;
-        {
-            char *larger = (char *)realloc(text, capacity + 1);
-            if (!larger)
-                free(text);
-            text = larger;
-        }
-    }
-    if (text && ferror(file)) {
-        free(text);
-        return NULL;
-    }
-    if (text)
-        text[*size] = 0;
-    return text;
 }
 
 /* ---- tokenize */
@@ -1145,7 +1361,8 @@ static size_t prompt_length(const benchmark *b, size_t sequence, size_t n) {
     return length < n ? length : n;
 }
 
-/* The first n tokens of each sequence, or, for a prompt, as many of those as it has; they differ from sequence to sequence. */
+/* The first n tokens of each sequence, or, for a prompt, as many of those as it has. They differ from sequence to
+ * sequence. */
 static tfm_status begin_sequences(benchmark *b, tfm_session *session, size_t n, int is_prompt, tfm_error *error) {
     tfm_status status = TFM_OK;
     size_t i;
@@ -1358,7 +1575,7 @@ static void reduce(const char *name, size_t *n, size_t most) {
     *n = *n > most ? most : *n;
 }
 
-/* Lengths of the prompts: all alike, or spread evenly from the shortest to the longest, in any order but always the same. */
+/* Lengths of the prompts: all alike, or spread evenly from the shortest to the longest, shuffled, but always the same. */
 static void spread_lengths(benchmark *b) {
     tfm_random random;
     size_t i;
