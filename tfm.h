@@ -3150,8 +3150,9 @@ static TFM__TARGET TFM__INLINE void TFM__FN(store16)(float *p, v16 a) {
 static TFM__TARGET TFM__INLINE v16 TFM__FN(load_part)(const float *p, size_t n, float fill) {
 #if TFM__LANES == 16
     v16 result;
-    const __mmask16 mask = n < 16 ? (__mmask16)((1u << n) - 1) : (__mmask16)0xFFFF;
-    result.part[0] = _mm512_mask_loadu_ps(_mm512_set1_ps(fill), mask, p);
+    if (n >= 16)
+        return TFM__FN(load16)(p);
+    result.part[0] = _mm512_mask_loadu_ps(_mm512_set1_ps(fill), (__mmask16)((1u << n) - 1), p);
     return result;
 #else
     float side[16];
@@ -3165,7 +3166,10 @@ static TFM__TARGET TFM__INLINE v16 TFM__FN(load_part)(const float *p, size_t n, 
 
 static TFM__TARGET TFM__INLINE void TFM__FN(store_part)(float *p, v16 a, size_t n) {
 #if TFM__LANES == 16
-    _mm512_mask_storeu_ps(p, n < 16 ? (__mmask16)((1u << n) - 1) : (__mmask16)0xFFFF, a.part[0]);
+    if (n >= 16)
+        TFM__FN(store16)(p, a);
+    else
+        _mm512_mask_storeu_ps(p, (__mmask16)((1u << n) - 1), a.part[0]);
 #else
     float side[16];
     if (n >= 16) {
@@ -3176,6 +3180,18 @@ static TFM__TARGET TFM__INLINE void TFM__FN(store_part)(float *p, v16 a, size_t 
     memcpy(p, side, n * sizeof *p);
 #endif
 }
+
+/* Statements for each sixteen of n numbers, of which the last may be fewer: `lanes`. They stand here twice, for where
+ * lanes is the constant 16 there are no masks and no side buffers: that is half of the time. */
+#define TFM__SIXTEENS(i, lanes, n, ...)                                                                                \
+    {                                                                                                                  \
+        size_t lanes = 16;                                                                                             \
+        for (i = 0; i + 16 <= (n); i += 16)                                                                            \
+            __VA_ARGS__                                                                                                \
+        lanes = (n)-i;                                                                                                 \
+        if (lanes)                                                                                                     \
+            __VA_ARGS__                                                                                                \
+    }
 
 /* The sum of the lanes: lane i and lane i + 8, of the eight sums i and i + 4, and so on: one order everywhere. */
 static TFM__TARGET TFM__INLINE float TFM__FN(sum_lanes)(v16 a) {
@@ -3310,19 +3326,23 @@ static TFM__TARGET TFM__INLINE v16 TFM__FN(activate16)(const tfm_activation acti
 }
 
 static TFM__TARGET TFM__INLINE void TFM__FN(finish_as)(const tfm_activation activation, const tfm__finish *job) {
+    const float *bias = job->bias;
+    const size_t n = job->n;
+    const int add = job->add;
     size_t r, i;
-    for (r = 0; r < job->n_rows; r++)
-        for (i = 0; i < job->n; i += 16) {
-            float *to = job->y + r * job->y_stride + i;
-            size_t n = job->n - i;
-            v16 y = TFM__FN(load_part)(job->x + r * job->x_stride + i, n, 0);
-            if (job->bias)
-                y = TFM__FN(add16)(y, TFM__FN(load_part)(job->bias + i, n, 0));
+    for (r = 0; r < job->n_rows; r++) {
+        const float *from = job->x + r * job->x_stride;
+        float *to = job->y + r * job->y_stride;
+        TFM__SIXTEENS(i, lanes, n, {
+            v16 y = TFM__FN(load_part)(from + i, lanes, 0);
+            if (bias)
+                y = TFM__FN(add16)(y, TFM__FN(load_part)(bias + i, lanes, 0));
             y = TFM__FN(activate16)(activation, y);
-            if (job->add)
-                y = TFM__FN(add16)(TFM__FN(load_part)(to, n, 0), y);
-            TFM__FN(store_part)(to, y, n);
-        }
+            if (add)
+                y = TFM__FN(add16)(TFM__FN(load_part)(to + i, lanes, 0), y);
+            TFM__FN(store_part)(to + i, y, lanes);
+        })
+    }
 }
 
 static TFM__TARGET void TFM__FN(finish)(const tfm__finish *job) {
@@ -3339,14 +3359,21 @@ static TFM__TARGET void TFM__FN(finish)(const tfm__finish *job) {
 
 /* ---- norms */
 
-/* Sum over i of (x[i] - mean)^2, in 16 lanes. */
+/* Sums over i of x[i], and of (x[i] - mean)^2, in 16 lanes. */
+static TFM__TARGET TFM__INLINE float TFM__FN(sum)(const float *x, size_t n) {
+    v16 sum = TFM__FN(set16)(0);
+    size_t i;
+    TFM__SIXTEENS(i, lanes, n, { sum = TFM__FN(add16)(sum, TFM__FN(load_part)(x + i, lanes, 0)); })
+    return TFM__FN(sum_lanes)(sum);
+}
+
 static TFM__TARGET TFM__INLINE float TFM__FN(squares)(const float *x, size_t n, float mean) {
     v16 sum = TFM__FN(set16)(0);
     size_t i;
-    for (i = 0; i < n; i += 16) {
-        v16 d = TFM__FN(sub16)(TFM__FN(load_part)(x + i, n - i, mean), TFM__FN(set16)(mean));
+    TFM__SIXTEENS(i, lanes, n, {
+        const v16 d = TFM__FN(sub16)(TFM__FN(load_part)(x + i, lanes, mean), TFM__FN(set16)(mean));
         sum = TFM__FN(fma16)(d, d, sum);
-    }
+    })
     return TFM__FN(sum_lanes)(sum);
 }
 
@@ -3354,22 +3381,17 @@ static TFM__TARGET TFM__INLINE float TFM__FN(squares)(const float *x, size_t n, 
 static TFM__TARGET TFM__INLINE void TFM__FN(normalize)(const float *x, size_t n, float mean, float inverse,
                                                        const float *weight, const float *bias, float *y) {
     size_t i;
-    for (i = 0; i < n; i += 16) {
-        v16 d = TFM__FN(sub16)(TFM__FN(load_part)(x + i, n - i, 0), TFM__FN(set16)(mean));
-        v16 w = TFM__FN(load_part)(weight + i, n - i, 0);
-        v16 b = bias ? TFM__FN(load_part)(bias + i, n - i, 0) : TFM__FN(set16)(0);
-        TFM__FN(store_part)(y + i, TFM__FN(fma16)(TFM__FN(mul16)(d, TFM__FN(set16)(inverse)), w, b), n - i);
-    }
+    TFM__SIXTEENS(i, lanes, n, {
+        const v16 d = TFM__FN(sub16)(TFM__FN(load_part)(x + i, lanes, 0), TFM__FN(set16)(mean));
+        const v16 w = TFM__FN(load_part)(weight + i, lanes, 0);
+        const v16 b = bias ? TFM__FN(load_part)(bias + i, lanes, 0) : TFM__FN(set16)(0);
+        TFM__FN(store_part)(y + i, TFM__FN(fma16)(TFM__FN(mul16)(d, TFM__FN(set16)(inverse)), w, b), lanes);
+    })
 }
 
 static TFM__TARGET void TFM__FN(layer_norm)(const float *x, size_t n, const float *weight, const float *bias, float eps,
                                             float *y) {
-    v16 sum = TFM__FN(set16)(0);
-    float mean;
-    size_t i;
-    for (i = 0; i < n; i += 16)
-        sum = TFM__FN(add16)(sum, TFM__FN(load_part)(x + i, n - i, 0));
-    mean = TFM__FN(sum_lanes)(sum) / (float)n;
+    const float mean = TFM__FN(sum)(x, n) / (float)n;
     TFM__FN(normalize)(x, n, mean, 1 / sqrtf(TFM__FN(squares)(x, n, mean) / (float)n + eps), weight, bias, y);
 }
 
@@ -3391,17 +3413,18 @@ static TFM__TARGET float TFM__FN(softmax_block)(tfm__softmax *softmax, float *sc
     v16 largest = TFM__FN(set16)(-INFINITY), sum = TFM__FN(set16)(0);
     float max, shift, correction;
     size_t i;
-    for (i = 0; i < n; i += 16)
-        largest = TFM__FN(max16)(largest, TFM__FN(scores16)(scores + i, n - i, scale, mask ? mask + i : NULL));
+    TFM__SIXTEENS(i, lanes, n, {
+        largest = TFM__FN(max16)(largest, TFM__FN(scores16)(scores + i, lanes, scale, mask ? mask + i : NULL));
+    })
     max = TFM__FN(max_lanes)(largest);
     max = softmax->max > max ? softmax->max : max;
     shift = tfm__is_minus_infinity(max) ? 0 : max; /* nothing seen yet, and nothing here: -inf - -inf would be NaN */
-    for (i = 0; i < n; i += 16) {
-        v16 s = TFM__FN(scores16)(scores + i, n - i, scale, mask ? mask + i : NULL);
+    TFM__SIXTEENS(i, lanes, n, {
+        v16 s = TFM__FN(scores16)(scores + i, lanes, scale, mask ? mask + i : NULL);
         s = TFM__FN(exp16)(TFM__FN(sub16)(s, TFM__FN(set16)(shift)));
         sum = TFM__FN(add16)(sum, s);
-        TFM__FN(store_part)(scores + i, s, n - i);
-    }
+        TFM__FN(store_part)(scores + i, s, lanes);
+    })
     correction = softmax->max == max ? 1 : expf(softmax->max - shift);
     softmax->max = max;
     softmax->sum = softmax->sum * correction + TFM__FN(sum_lanes)(sum);
@@ -3415,13 +3438,12 @@ static TFM__TARGET void TFM__FN(turn)(float *x, size_t n_pairs, int interleaved,
         tfm__scalar_turn(x, n_pairs, interleaved, angles);
         return;
     }
-    for (i = 0; i < n_pairs; i += 16) {
-        const size_t n = n_pairs - i;
-        const v16 a = TFM__FN(load_part)(x + i, n, 0), b = TFM__FN(load_part)(x + n_pairs + i, n, 0);
-        const v16 c = TFM__FN(load_part)(angles + i, n, 0), s = TFM__FN(load_part)(sines + i, n, 0);
-        TFM__FN(store_part)(x + i, TFM__FN(sub16)(TFM__FN(mul16)(a, c), TFM__FN(mul16)(b, s)), n);
-        TFM__FN(store_part)(x + n_pairs + i, TFM__FN(add16)(TFM__FN(mul16)(b, c), TFM__FN(mul16)(a, s)), n);
-    }
+    TFM__SIXTEENS(i, lanes, n_pairs, {
+        const v16 a = TFM__FN(load_part)(x + i, lanes, 0), b = TFM__FN(load_part)(x + n_pairs + i, lanes, 0);
+        const v16 c = TFM__FN(load_part)(angles + i, lanes, 0), s = TFM__FN(load_part)(sines + i, lanes, 0);
+        TFM__FN(store_part)(x + i, TFM__FN(sub16)(TFM__FN(mul16)(a, c), TFM__FN(mul16)(b, s)), lanes);
+        TFM__FN(store_part)(x + n_pairs + i, TFM__FN(add16)(TFM__FN(mul16)(b, c), TFM__FN(mul16)(a, s)), lanes);
+    })
 }
 
 /* NaN stays NaN: max and min return their second argument then. */
@@ -3442,15 +3464,17 @@ static TFM__TARGET void TFM__FN(to_f16)(const float *x, size_t n, uint16_t *halv
 
 static TFM__TARGET void TFM__FN(scale)(float *x, size_t n, float by) {
     size_t i;
-    for (i = 0; i < n; i += 16)
-        TFM__FN(store_part)(x + i, TFM__FN(mul16)(TFM__FN(load_part)(x + i, n - i, 0), TFM__FN(set16)(by)), n - i);
+    TFM__SIXTEENS(i, lanes, n, {
+        TFM__FN(store_part)(x + i, TFM__FN(mul16)(TFM__FN(load_part)(x + i, lanes, 0), TFM__FN(set16)(by)), lanes);
+    })
 }
 
 static TFM__TARGET void TFM__FN(multiply)(float *gate, const float *up, size_t n) {
     size_t i;
-    for (i = 0; i < n; i += 16)
-        TFM__FN(store_part)
-    (gate + i, TFM__FN(mul16)(TFM__FN(load_part)(gate + i, n - i, 0), TFM__FN(load_part)(up + i, n - i, 0)), n - i);
+    TFM__SIXTEENS(i, lanes, n, {
+        const v16 a = TFM__FN(load_part)(gate + i, lanes, 0), b = TFM__FN(load_part)(up + i, lanes, 0);
+        TFM__FN(store_part)(gate + i, TFM__FN(mul16)(a, b), lanes);
+    })
 }
 
 /* ---- quantization of activations: as the plain C one, to the bit */
@@ -3474,28 +3498,40 @@ static TFM__TARGET TFM__INLINE void TFM__FN(store_bytes)(int8_t *p, v16 a) {
 #endif
 }
 
-static TFM__TARGET void TFM__FN(quantize)(const float *x, size_t n, const tfm__quantized *row) {
+/* The group g of a row, of whose 64 numbers `n` are there. */
+static TFM__TARGET TFM__INLINE void TFM__FN(quantize_group)(const float *x, size_t n, const tfm__quantized *row,
+                                                            size_t g) {
     const v16 magic = TFM__FN(set16)(12582912.0f);
-    size_t g, i, groups = tfm__groups(n);
-    for (g = 0; g < groups; g++) {
-        size_t first = g * TFM__GROUP, left = TFM__MIN(TFM__GROUP, n - first);
-        v16 lanes = TFM__FN(set16)(0), sum = TFM__FN(set16)(0), scaled;
-        float largest, inverse;
-        for (i = 0; i < left; i += 16)
-            lanes = TFM__FN(max_bits16)(lanes, TFM__FN(abs16)(TFM__FN(load_part)(x + first + i, left - i, 0)));
-        largest = TFM__FN(max_bits_lanes)(lanes);
-        inverse = largest == 0 ? 0 : 127 / largest;
-        if (inverse > FLT_MAX)
-            inverse = 0;
-        for (i = 0; i < TFM__GROUP; i += 16) {
-            v16 part = i < left ? TFM__FN(load_part)(x + first + i, left - i, 0) : TFM__FN(set16)(0);
-            scaled = TFM__FN(add16)(TFM__FN(mul16)(part, TFM__FN(set16)(inverse)), magic);
-            TFM__FN(store_bytes)(row->q + first + i, scaled);
-            sum = TFM__FN(add16)(sum, TFM__FN(sub16)(scaled, magic)); /* integers below 2^13: exact */
-        }
-        row->scales[g] = largest / 127;
-        row->offsets[g] = -128 * (int32_t)TFM__FN(sum_lanes)(sum);
+    v16 parts[TFM__GROUP / 16], lanes = TFM__FN(set16)(0), sum = lanes, factor;
+    float largest, inverse;
+    size_t i;
+    TFM__UNROLL
+    for (i = 0; i < TFM__GROUP / 16; i++) {
+        parts[i] = i * 16 < n ? TFM__FN(load_part)(x + i * 16, n - i * 16, 0) : TFM__FN(set16)(0);
+        lanes = TFM__FN(max_bits16)(lanes, TFM__FN(abs16)(parts[i]));
     }
+    largest = TFM__FN(max_bits_lanes)(lanes);
+    inverse = largest == 0 ? 0 : 127 / largest;
+    if (inverse > FLT_MAX)
+        inverse = 0;
+    factor = TFM__FN(set16)(inverse);
+    TFM__UNROLL
+    for (i = 0; i < TFM__GROUP / 16; i++) {
+        const v16 scaled = TFM__FN(add16)(TFM__FN(mul16)(parts[i], factor), magic);
+        TFM__FN(store_bytes)(row->q + g * TFM__GROUP + i * 16, scaled);
+        sum = TFM__FN(add16)(sum, TFM__FN(sub16)(scaled, magic)); /* integers below 2^13: exact */
+    }
+    row->scales[g] = largest / 127;
+    row->offsets[g] = -128 * (int32_t)TFM__FN(sum_lanes)(sum);
+}
+
+static TFM__TARGET void TFM__FN(quantize)(const float *x, size_t n, const tfm__quantized *row) {
+    const size_t whole = n / TFM__GROUP;
+    size_t g;
+    for (g = 0; g < whole; g++)
+        TFM__FN(quantize_group)(x + g * TFM__GROUP, TFM__GROUP, row, g);
+    if (n % TFM__GROUP)
+        TFM__FN(quantize_group)(x + whole * TFM__GROUP, n % TFM__GROUP, row, whole);
 }
 
 /* ---- int8 keys and values: as the plain C ones */
@@ -3632,13 +3668,13 @@ static TFM__TARGET void TFM__FN(quantize_kv)(const float *x, size_t n, int8_t *q
     v16 largest = TFM__FN(set16)(0);
     float inverse;
     size_t i;
-    for (i = 0; i < n; i += 16)
-        largest = TFM__FN(max_bits16)(largest, TFM__FN(abs16)(TFM__FN(load_part)(x + i, n - i, 0)));
+    TFM__SIXTEENS(i, lanes, n,
+                  { largest = TFM__FN(max_bits16)(largest, TFM__FN(abs16)(TFM__FN(load_part)(x + i, lanes, 0))); })
     *scale = tfm__kv_scale(TFM__FN(max_bits_lanes)(largest), &inverse);
-    for (i = 0; i < n; i += 16) {
-        const v16 scaled = TFM__FN(mul16)(TFM__FN(load_part)(x + i, n - i, 0), TFM__FN(set16)(inverse));
+    TFM__SIXTEENS(i, lanes, n, {
+        const v16 scaled = TFM__FN(mul16)(TFM__FN(load_part)(x + i, lanes, 0), TFM__FN(set16)(inverse));
         TFM__FN(store_bytes)(q + i, TFM__FN(add16)(scaled, TFM__FN(set16)(12582912.0f)));
-    }
+    })
 }
 
 #endif /* what the tiers of one register have in common */
@@ -3839,6 +3875,7 @@ static const tfm__kernels TFM__FN(kernels) = {
 #undef TFM__PANELS
 #undef TFM__PARTS
 #undef v16
+#undef TFM__SIXTEENS
 #undef vf
 #undef vf_load
 #undef vf_store
@@ -4381,6 +4418,11 @@ typedef struct tfm__attention_job {
     float *context; /* [wanted rows][n_heads head_dim]: the heads' results */
 } tfm__attention_job;
 
+/* Tokens that a span's cache holds from before. */
+static size_t tfm__past(const tfm_span *span) {
+    return span->kv ? span->kv->n_tokens : 0;
+}
+
 static size_t tfm__wanted_rows(const tfm__attention_job *job, size_t span) {
     return job->wanted ? job->wanted[span] : job->pass->spans[span].n_rows;
 }
@@ -4415,7 +4457,7 @@ static tfm__span_view tfm__find_span(const tfm__attention_job *job, size_t *inde
         view.n_keys = view.kv->n_tokens;
     } else {
         view.kv = view.span->kv ? view.span->kv : job->uncached + i;
-        view.past = view.span->kv ? view.span->kv->n_tokens : 0;
+        view.past = tfm__past(view.span);
         view.n_keys = view.past + view.span->n_rows;
     }
     return view;
@@ -4445,29 +4487,59 @@ static int tfm__stores_itself(const tfm__attention_job *job, size_t span) {
 }
 
 static size_t tfm__store_pieces(const tfm__attention_job *job, size_t span) {
-    return tfm__stores_itself(job, span) ? 0 : job->attention->n_kv_heads;
+    const tfm_span *from = job->pass->spans + span;
+    if (tfm__stores_itself(job, span))
+        return 0;
+    return tfm__divide_up(tfm__past(from) % TFM__PANEL + from->n_rows, TFM__PANEL);
 }
 
-/* One head's keys and values of one token go into their panels: single numbers, and runs of 16. */
-static void tfm__store_f32(const float *key, const float *value, size_t dim, size_t page_tokens, float *keys,
-                           float *values) {
-    size_t d;
-    for (d = 0; d < dim; d++)
-        keys[d * TFM__PANEL] = key[d];
-    for (d = 0; d < dim; d += TFM__PANEL)
-        memcpy(values + d * page_tokens, value + d, TFM__MIN(TFM__PANEL, dim - d) * sizeof *value);
+/* Turns rows [n][dim], `stride` apart, into columns [dim][16], of which it writes n. In the order of the columns: row by
+ * row, each number would go to a cache line of its own. */
+static TFM__INLINE void tfm__turn_rows(const float *rows, size_t stride, const size_t n, size_t dim, float *columns) {
+    size_t d, i;
+    for (d = 0; d < dim; d++) {
+        const float *from = rows + d;
+        TFM__UNROLL
+        for (i = 0; i < n; i++, from += stride)
+            columns[d * TFM__PANEL + i] = *from;
+    }
 }
 
-static void tfm__store_f16(const tfm__kernels *kernels, const float *key, const float *value, size_t dim,
-                           size_t page_tokens, uint16_t *keys, uint16_t *values) {
-    uint16_t halves[TFM__PANEL];
-    size_t d, i, n;
-    for (d = 0; d < dim; d += n) {
-        n = TFM__MIN(TFM__PANEL, dim - d);
-        kernels->to_f16(key + d, n, halves);
+/* One head's keys and values of tokens that are neighbours in a panel, n <= 16 rows `stride` apart, go into the panels:
+ * single numbers, and runs of 16. */
+static void tfm__store_f32(const float *key, const float *value, size_t stride, size_t n, size_t dim,
+                           size_t page_tokens, float *keys, float *values) {
+    size_t d, i;
+    if (n == TFM__PANEL)
+        tfm__turn_rows(key, stride, TFM__PANEL, dim, keys);
+    else
+        tfm__turn_rows(key, stride, n, dim, keys);
+    for (d = 0; d + TFM__PANEL <= dim; d += TFM__PANEL)
         for (i = 0; i < n; i++)
-            keys[(d + i) * TFM__PANEL] = halves[i];
-        kernels->to_f16(value + d, n, values + d * page_tokens);
+            memcpy(values + d * page_tokens + i * TFM__PANEL, value + i * stride + d, TFM__PANEL * sizeof *value);
+    for (i = 0; i < n && d < dim; i++)
+        memcpy(values + d * page_tokens + i * TFM__PANEL, value + i * stride + d, (dim - d) * sizeof *value);
+}
+
+static void tfm__store_f16(const tfm__kernels *kernels, const float *key, const float *value, size_t stride, size_t n,
+                           size_t dim, size_t page_tokens, uint16_t *keys, uint16_t *values) {
+    float columns[TFM__PANEL * TFM__PANEL];
+    uint16_t halves[TFM__PANEL * TFM__PANEL];
+    size_t d, i, some;
+    for (d = 0; d < dim; d += some) {
+        some = TFM__MIN(TFM__PANEL, dim - d);
+        if (n == TFM__PANEL) {
+            tfm__turn_rows(key + d, stride, TFM__PANEL, some, columns);
+            kernels->to_f16(columns, some * TFM__PANEL, keys + d * TFM__PANEL);
+        } else
+            for (i = 0; i < n; i++) {
+                size_t k;
+                kernels->to_f16(key + i * stride + d, some, halves);
+                for (k = 0; k < some; k++)
+                    keys[(d + k) * TFM__PANEL + i] = halves[k];
+            }
+        for (i = 0; i < n; i++)
+            kernels->to_f16(value + i * stride + d, some, values + d * page_tokens + i * TFM__PANEL);
     }
 }
 
@@ -4489,37 +4561,43 @@ static void tfm__store_i8(const tfm__kernels *kernels, const tfm_kv *kv, const f
     }
 }
 
-/* One head's keys and values of one span go into its cache. */
-static void tfm__store(const tfm__attention_job *job, const tfm__span_view *view, size_t head) {
+/* One head's keys and values of a span's tokens [first, first + n), which are neighbours in a panel, go into its cache. */
+static void tfm__store(const tfm__attention_job *job, const tfm__span_view *view, size_t first, size_t n, size_t head) {
     const tfm_attention *attention = job->attention;
+    const tfm__kernels *kernels = job->engine->kernels;
     const tfm_kv *kv = view->kv;
-    size_t dim = attention->head_dim, i;
-    for (i = 0; i < view->span->n_rows; i++) {
-        const float *key = job->keys + (view->row + i) * job->key_stride + head * dim;
-        const float *value = key + attention->n_kv_heads * dim;
-        size_t page = (view->past + i) / TFM_KV_PAGE, at = (view->past + i) % TFM_KV_PAGE;
-        char *keys = tfm__kv_at(kv, job->layer, page, 0, head), *values = tfm__kv_at(kv, job->layer, page, 1, head);
-        if (at % TFM__PANEL == 0 &&
-            view->span->n_rows - i < TFM__PANEL) /* products read whole panels: nothing unwritten */
-            memset(keys + at / TFM__PANEL * tfm__key_panel_bytes(kv), 0, tfm__key_panel_bytes(kv));
-        if (kv->dtype == TFM_I8) {
-            tfm__store_i8(job->engine->kernels, kv, key, value, at, keys, values);
-            continue;
-        }
-        keys += tfm__kv_number(kv, 0, at, 0);
-        values += tfm__kv_number(kv, 1, at, 0);
-        if (kv->dtype == TFM_F16)
-            tfm__store_f16(job->engine->kernels, key, value, dim, kv->page_tokens, (uint16_t *)(void *)keys,
-                           (uint16_t *)(void *)values);
-        else
-            tfm__store_f32(key, value, dim, kv->page_tokens, (float *)(void *)keys, (float *)(void *)values);
+    const size_t dim = attention->head_dim, stride = job->key_stride;
+    const size_t page = (view->past + first) / TFM_KV_PAGE, at = (view->past + first) % TFM_KV_PAGE;
+    const float *key = job->keys + (view->row + first) * stride + head * dim;
+    const float *value = key + attention->n_kv_heads * dim;
+    char *keys = tfm__kv_at(kv, job->layer, page, 0, head), *values = tfm__kv_at(kv, job->layer, page, 1, head);
+    size_t i;
+    if (at % TFM__PANEL == 0 && n < TFM__PANEL) /* products read whole panels: nothing unwritten */
+        memset(keys + at / TFM__PANEL * tfm__key_panel_bytes(kv), 0, tfm__key_panel_bytes(kv));
+    if (kv->dtype == TFM_I8) {
+        for (i = 0; i < n; i++)
+            tfm__store_i8(kernels, kv, key + i * stride, value + i * stride, at + i, keys, values);
+        return;
     }
+    keys += tfm__kv_number(kv, 0, at, 0);
+    values += tfm__kv_number(kv, 1, at, 0);
+    if (kv->dtype == TFM_F16)
+        tfm__store_f16(kernels, key, value, stride, n, dim, kv->page_tokens, (uint16_t *)(void *)keys,
+                       (uint16_t *)(void *)values);
+    else
+        tfm__store_f32(key, value, stride, n, dim, kv->page_tokens, (float *)(void *)keys, (float *)(void *)values);
 }
 
+/* A piece: the tokens of a span that go into one panel, all heads, so that memory is read along its rows. */
 static void tfm__store_piece(void *argument, size_t index) {
     const tfm__attention_job *job = (const tfm__attention_job *)argument;
     const tfm__span_view view = tfm__find_span(job, &index, tfm__store_pieces);
-    tfm__store(job, &view, index);
+    const size_t start = view.past % TFM__PANEL; /* of the first panel, so much is there */
+    const size_t first = index ? index * TFM__PANEL - start : 0;
+    const size_t end = TFM__MIN((index + 1) * TFM__PANEL - start, view.span->n_rows);
+    size_t head;
+    for (head = 0; head < job->attention->n_kv_heads; head++)
+        tfm__store(job, &view, first, end - first, head);
 }
 
 /* Where one token attends, the queries that share a KV head are the rows of the product. Where more do, each head's are,
@@ -4708,7 +4786,7 @@ static void tfm__attend_piece(void *argument, size_t index) {
         queries.step = 1;
     }
     if (tfm__stores_itself(job, (size_t)(view.span - job->pass->spans)))
-        tfm__store(job, &view, queries.kv_head);
+        tfm__store(job, &view, 0, 1, queries.kv_head);
     queries.first = view.past + unwanted + row;
     queries.query = job->queries + (query_row + row) * job->query_stride + queries.head * dim;
     queries.context = job->context + (view.context + row) * attention->n_heads * dim + queries.head * dim;
@@ -4722,10 +4800,6 @@ static size_t tfm__count_rows(const tfm_span *spans, size_t n_spans) {
     for (i = 0; i < n_spans; i++)
         rows += spans[i].n_rows;
     return rows;
-}
-
-static size_t tfm__past(const tfm_span *span) {
-    return span->kv ? span->kv->n_tokens : 0;
 }
 
 typedef struct tfm__angles_job {
@@ -4892,13 +4966,19 @@ static const tfm_kv *tfm__take_uncached(tfm_engine *engine, const tfm__attention
     return kvs;
 }
 
+/* Stores a job's keys and values, but for those that tfm__stores_itself. */
+static void tfm__run_store(tfm_engine *engine, tfm__attention_job *job) {
+    const size_t numbers = 2 * job->attention->n_kv_heads * job->attention->head_dim;
+    tfm__run(engine, tfm__all_pieces(job, tfm__store_pieces),
+             4 * numbers * tfm__divide_up(job->pass->n_rows, job->pass->n_spans), tfm__store_piece, job);
+}
+
 /* Runs the pieces of a job whose keys and values are in place or are stored now. */
 static void tfm__run_attention(tfm_engine *engine, tfm__attention_job *job) {
     const size_t dim = job->attention->head_dim, n_spans = job->pass->n_spans;
     size_t keys = 0, pieces, i;
     if (!job->cross)
-        tfm__run(engine, tfm__all_pieces(job, tfm__store_pieces), 4 * dim * tfm__divide_up(job->pass->n_rows, n_spans),
-                 tfm__store_piece, job);
+        tfm__run_store(engine, job);
     for (i = 0; i < n_spans; i++) {
         const tfm_span *span = job->pass->spans + i;
         keys += (job->cross ? span->memory->n_tokens : tfm__past(span) + span->n_rows) * tfm__wanted_rows(job, i);
@@ -5085,7 +5165,7 @@ static void tfm__memory(tfm_engine *engine, const tfm_block *block, size_t layer
     job.key_stride = width;
     tfm__linear(engine, &block->cross.kv, tfm__input_of(results, n_rows, NULL), TFM_NO_ACTIVATION,
                 tfm__result_in(kv, 0));
-    tfm__run(engine, attention->n_kv_heads, 4 * attention->head_dim * n_rows, tfm__store_piece, &job);
+    tfm__run_store(engine, &job);
     engine->scratch_used = mark;
 }
 
