@@ -7,14 +7,21 @@
  * them (usually the likeliest one alone; all of them where several can be right). A model whose problem is regression has
  * values in place of probabilities. A model that classifies tokens has a line for each token (the token, a tab, its
  * labels) and an empty line after each text but the last.
+ * Lines end with LF or CR LF; the last one need not. An empty line is an empty text. What is no UTF-8 the tokenizer takes
+ * as U+FFFD, or, byte by byte, as it is. A text that is too long for the model is an error; the lines before it are
+ * answered. When there are many lines, progress goes to stderr if that is a terminal, and stdout is not.
  * Exit status: 0, 1 for errors, 2 for wrong usage.
  */
+#define _POSIX_C_SOURCE 200809L
 #define TFM_IMPLEMENTATION
 #include "../tfm.h"
 
 #include <math.h>
 #include <stdlib.h>
 #include <string.h>
+#include <unistd.h>
+
+#define BATCH 64 /* texts that are encoded together: they share each read of the weights */
 
 static const char usage_text[] =
     "usage: classify MODEL [TEXT [TEXT2]] [--top K] [--threads N] [--isa NAME] [< lines]\n";
@@ -125,17 +132,17 @@ typedef struct classifier {
 
 /* A text, or a pair if b is not NULL, with what becomes of it. */
 typedef struct input {
+    char *line; /* what a and b point into, or NULL */
     const char *a, *b;
     size_t a_size, b_size;
     int32_t *ids, *types; /* [n] */
-    float *scores;        /* [n_labels], or [n][n_labels] */
     size_t n;
 } input;
 
 static void free_input(input *in) {
+    free(in->line);
     free(in->ids);
     free(in->types);
-    free(in->scores);
 }
 
 static tfm_status tokenize(const classifier *c, input *in, tfm_error *error) {
@@ -145,8 +152,7 @@ static tfm_status tokenize(const classifier *c, input *in, tfm_error *error) {
         return status;
     in->ids = (int32_t *)malloc((in->n + 1) * sizeof *in->ids);
     in->types = (int32_t *)malloc((in->n + 1) * sizeof *in->types);
-    in->scores = (float *)malloc((in->n + 1) * c->d->n_labels * sizeof *in->scores);
-    if (!in->ids || !in->types || !in->scores)
+    if (!in->ids || !in->types)
         return refuse(error, TFM_ERROR_MEMORY, "out of memory");
     status =
         tfm_tokenize_pair(c->model, in->a, in->a_size, in->b, in->b_size, 0, in->ids, in->types, in->n, &in->n, error);
@@ -167,7 +173,7 @@ static int is_added(const classifier *c, int32_t id) {
 }
 
 /* A line for each token of the text itself. */
-static void print_tokens(const classifier *c, const input *in) {
+static void print_tokens(const classifier *c, const input *in, float *scores) {
     size_t i;
     if (c->n_texts)
         putchar('\n');
@@ -177,25 +183,40 @@ static void print_tokens(const classifier *c, const input *in) {
         if (is_added(c, in->ids[i]))
             continue;
         printf("%.*s\t", (int)size, size ? text : "");
-        print_labels(c->model, in->scores + i * c->d->n_labels, c->top);
+        print_labels(c->model, scores + i * c->d->n_labels, c->top);
     }
 }
 
-static tfm_status classify(classifier *c, input *in, tfm_error *error) {
-    tfm_text text;
-    tfm_status status = tokenize(c, in, error);
-    memset(&text, 0, sizeof text);
-    text.tokens = in->ids;
-    text.types = in->types;
-    text.n_tokens = in->n;
-    if (status == TFM_OK)
-        status = tfm_encode(c->session, &text, 1, TFM_CLASSES, in->scores, error);
-    if (status == TFM_OK && c->d->classifier == TFM_TOKEN_CLASSIFIER)
-        print_tokens(c, in);
-    else if (status == TFM_OK)
-        print_labels(c->model, in->scores, c->top);
-    c->n_texts++;
-    free_input(in);
+/* How often the text gets n_labels scores. */
+static size_t count_rows(const classifier *c, const input *in) {
+    return c->d->classifier == TFM_TOKEN_CLASSIFIER ? in->n : 1;
+}
+
+/* Prints the labels of up to BATCH texts, whose ids are there. */
+static tfm_status classify(classifier *c, const input *inputs, size_t n, tfm_error *error) {
+    tfm_text texts[BATCH];
+    float *scores, *at;
+    tfm_status status;
+    size_t rows = 0, i;
+    memset(texts, 0, sizeof texts);
+    for (i = 0; i < n; i++) {
+        texts[i].tokens = inputs[i].ids;
+        texts[i].types = c->d->n_token_types ? inputs[i].types : NULL; /* DistilBERT has BERT's tokenizer, and none */
+        texts[i].n_tokens = inputs[i].n;
+        rows += count_rows(c, inputs + i);
+    }
+    scores = at = (float *)malloc((rows * c->d->n_labels + 1) * sizeof *scores);
+    if (!scores)
+        return refuse(error, TFM_ERROR_MEMORY, "out of memory");
+    status = tfm_encode(c->session, texts, n, TFM_CLASSES, scores, error);
+    for (i = 0; status == TFM_OK && i < n; at += count_rows(c, inputs + i++) * c->d->n_labels) {
+        if (c->d->classifier == TFM_TOKEN_CLASSIFIER)
+            print_tokens(c, inputs + i, at);
+        else
+            print_labels(c->model, at, c->top);
+        c->n_texts++;
+    }
+    free(scores);
     return status;
 }
 
@@ -217,33 +238,56 @@ static char *read_line(size_t *size) {
     return text;
 }
 
-static tfm_status classify_lines(classifier *c, tfm_error *error) {
-    tfm_status status = TFM_OK;
-    size_t number;
-    for (number = 1; status == TFM_OK; number++) {
-        char message[400];
-        input in;
-        char *tab, *text;
-        memset(&in, 0, sizeof in);
-        in.a = text = read_line(&in.a_size);
-        if (!text)
-            return refuse(error, TFM_ERROR_MEMORY, "out of memory");
-        if (in.a_size == SIZE_MAX) {
-            free(text);
-            return ferror(stdin) ? refuse(error, TFM_ERROR_FILE, "standard input can't be read") : TFM_OK;
-        }
-        tab = (char *)memchr(text, '\t', in.a_size);
+/* The next line of standard input, with its ids. 0: there is none, or an error. */
+static int read_input(const classifier *c, input *in, tfm_error *error) {
+    char *tab;
+    memset(in, 0, sizeof *in);
+    in->a = in->line = read_line(&in->a_size);
+    if (!in->line)
+        refuse(error, TFM_ERROR_MEMORY, "out of memory");
+    else if (in->a_size == SIZE_MAX && ferror(stdin))
+        refuse(error, TFM_ERROR_FILE, "standard input can't be read");
+    else if (in->a_size != SIZE_MAX) {
+        tab = (char *)memchr(in->line, '\t', in->a_size);
         if (tab) {
-            in.b = tab + 1;
-            in.b_size = in.a_size - (size_t)(tab + 1 - text);
-            in.a_size = (size_t)(tab - text);
+            in->b = tab + 1;
+            in->b_size = in->a_size - (size_t)(tab + 1 - in->line);
+            in->a_size = (size_t)(tab - in->line);
         }
-        status = classify(c, &in, error);
-        free(text);
-        if (status != TFM_OK) {
-            snprintf(message, sizeof message, "line %lu: %.350s", (unsigned long)number, error->message);
-            refuse(error, status, message);
+        if (tokenize(c, in, error) == TFM_OK)
+            return 1;
+    }
+    free_input(in);
+    return 0;
+}
+
+static tfm_status classify_lines(classifier *c, tfm_error *error) {
+    const int shows = isatty(STDERR_FILENO) && !isatty(STDOUT_FILENO); /* otherwise the labels show how far it is */
+    const size_t most = isatty(STDIN_FILENO) ? 1 : BATCH;              /* who types a line waits for its labels */
+    tfm_error bad = {TFM_OK, ""};                                      /* of a line: those before it are answered */
+    tfm_status status = TFM_OK;
+    unsigned long number = 0;
+    input inputs[BATCH];
+    size_t n = 0, i;
+    int more = 1;
+    while (status == TFM_OK && more) {
+        more = read_input(c, inputs + n, &bad);
+        number += more || bad.status != TFM_OK;
+        n += more ? 1 : 0;
+        if (n && (!more || n == most)) {
+            status = classify(c, inputs, n, error);
+            for (i = 0; i < n; i++)
+                free_input(inputs + i);
+            n = 0;
+            if (shows && number > BATCH)
+                fprintf(stderr, "\rclassify: %lu lines", number);
         }
+    }
+    if (shows && number > BATCH)
+        fputc('\n', stderr);
+    if (status == TFM_OK && bad.status != TFM_OK) {
+        snprintf(error->message, sizeof error->message, "line %lu: %.450s", number, bad.message);
+        status = error->status = bad.status;
     }
     return status;
 }
@@ -263,6 +307,7 @@ static tfm_status begin(classifier *c, const tfm_model *model, const arguments *
 }
 
 static tfm_status run(classifier *c, const arguments *args, tfm_error *error) {
+    tfm_status status;
     input in;
     if (args->n_paths == 1)
         return classify_lines(c, error);
@@ -271,7 +316,11 @@ static tfm_status run(classifier *c, const arguments *args, tfm_error *error) {
     in.a_size = strlen(in.a);
     in.b = args->paths[2];
     in.b_size = in.b ? strlen(in.b) : 0;
-    return classify(c, &in, error);
+    status = tokenize(c, &in, error);
+    if (status == TFM_OK)
+        status = classify(c, &in, 1, error);
+    free_input(&in);
+    return status;
 }
 
 int main(int argc, char **argv) {
@@ -291,6 +340,7 @@ int main(int argc, char **argv) {
     if (status)
         return status;
     options.engine.threads = (int)args.threads;
+    options.max_rows = 2048; /* a batch of short lines is one pass */
     if (tfm_isa_from_name(args.isa, &options.engine.isa, &error) == TFM_OK)
         model = tfm_load(args.paths[0], NULL, &error);
     if (model && begin(&c, model, &args, &error) == TFM_OK)

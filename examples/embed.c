@@ -5,7 +5,10 @@
  * One vector for each line of the input, its numbers separated by spaces; an empty line has the vector of what the
  * tokenizer adds to every text, as [CLS] and [SEP]. How vectors are made of tokens is the model's own way unless --pool
  * says another. --similarity prints the lines instead, each behind its cosine with QUERY and a tab, the best first. A
- * model of sentences may say at how many tokens texts should be cut; without that a line that is too long is an error.
+ * model of sentences may say at how many tokens texts should be cut; without that a line that is too long is an error,
+ * which is found before any of the BATCH lines that are encoded with it is printed. Lines end with LF or CR LF; the last
+ * one need not. What is no UTF-8 the tokenizer takes as U+FFFD, or, byte by byte, as it is. When there are many lines,
+ * progress goes to stderr if that is a terminal.
  * Exit status: 0, 1 for errors, 2 for wrong usage.
  */
 #define _POSIX_C_SOURCE 200809L
@@ -230,9 +233,10 @@ static int compare_lines(const void *a, const void *b) {
     return x->text < y->text ? -1 : 1; /* equals stay in their order */
 }
 
-/* A line on stderr that is written over, if that is a terminal and there is much to wait for. */
-static void show_progress(size_t done, size_t total) {
-    if (total <= 4 * BATCH || !isatty(2))
+/* A line on stderr that is written over, if that is a terminal, there is much to wait for, and no vectors appear on the
+ * terminal meanwhile. */
+static void show_progress(size_t done, size_t total, int is_ranking) {
+    if (total <= 4 * BATCH || !isatty(2) || (!is_ranking && isatty(1)))
         return;
     fprintf(stderr, "\r%lu of %lu lines%s", (unsigned long)done, (unsigned long)total, done == total ? "\n" : "");
 }
@@ -253,7 +257,7 @@ static int embed_lines(const embedder *e, line *lines, size_t n_lines, const flo
                 lines[start + i].similarity = cosine(vectors + i * e->d_model, query, e->d_model);
             else
                 print_vector(vectors + i * e->d_model, e->d_model);
-        show_progress(start + n, n_lines);
+        show_progress(start + n, n_lines, query != NULL);
     }
     free(vectors);
     if (error.status == TFM_OK)

@@ -579,11 +579,45 @@ printf 'The cat sleeps.\nthe film was good\tthey love it!\n' | build/classify ${
 check "classify: lines, the likeliest of each" \
     [ "$(cat "$dir/out")" = "$(build/classify ${golden}_sequence.tfm "The cat sleeps.";
         build/classify ${golden}_sequence.tfm "the film was good" "they love it!")" ]
+seq 150 | sed 's/5/the cat\tsleeps/' >"$dir/many.txt"
+build/classify ${golden}_sequence.tfm --top 3 <"$dir/many.txt" >"$dir/out"
+check "classify: more than a batch" [ "$(wc -l <"$dir/out")" -eq 150 ]
+while IFS= read -r line; do
+    printf '%s\n' "$line" | build/classify ${golden}_sequence.tfm --top 3 --threads 1
+done <"$dir/many.txt" >"$dir/out2"
+check "classify: all are what they are alone" cmp -s "$dir/out" "$dir/out2"
 build/classify ${golden}_token.tfm "She runs over the river" | sed 's/\(.*\)\t\(.*\) \(.*\)/\3 \2 \1/' >"$dir/out"
 expected tokens >"$dir/expected.txt"
 check "classify: tokens" same_numbers "$dir/out" "$dir/expected.txt"
 printf 'a cat\n\na dog\n' | build/classify ${golden}_token.tfm >"$dir/out"
 check "classify: tokens of lines" [ "$(cut -f 1 "$dir/out" | tr '\n' ' ')" = "a cat   a dog " ]
+
+# lines: each has its answer, whatever is in it; how they end makes no difference
+printf 'a cat\n\n \nnot \377\200 UTF-8\n\357\273\277BOM\nthe dog\n' >"$dir/lf.txt"
+sed "s/\$/$(printf '\r')/" "$dir/lf.txt" >"$dir/crlf.txt"
+printf '%s' "$(cat "$dir/lf.txt")" >"$dir/end.txt"
+seq 300 >"$dir/many.txt"
+for program in "build/embed ${golden}_sentence.tfm" "build/classify ${golden}_sequence.tfm" \
+    "build/embed ${golden}_sentence.tfm --similarity cat"; do
+    $program <"$dir/lf.txt" >"$dir/out" 2>"$dir/err"
+    check "$program: a line for each line" [ "$(wc -l <"$dir/out")" -eq 6 -a ! -s "$dir/err" ]
+    $program <"$dir/end.txt" >"$dir/out2"
+    check "$program: a last line without an end" cmp -s "$dir/out" "$dir/out2"
+    $program <"$dir/crlf.txt" >"$dir/out2"
+    check "$program: CR LF" cmp -s "$dir/out" "$dir/out2"
+    check "$program: no lines" [ "$($program </dev/null | wc -c)" -eq 0 ]
+    check "$program: one empty line" [ "$(echo | $program | wc -l)" -eq 1 ]
+    $program <"$dir/many.txt" >"$dir/out" 2>"$dir/err"
+    check "$program: no progress into a file" [ ! -s "$dir/err" ]
+    if script -qec true /dev/null </dev/null >"$dir/terminal" 2>&1; then # util-linux's: a terminal for what it runs
+        script -qec "$program <$dir/many.txt >$dir/out2" /dev/null </dev/null >"$dir/terminal"
+        check "$program: progress on a terminal" grep -q "300 .*lines" "$dir/terminal"
+        check "$program: with the same results" cmp -s "$dir/out" "$dir/out2"
+        script -qec "$program <$dir/many.txt" /dev/null </dev/null | tr -d '\r' >"$dir/terminal"
+        check "$program: the results on a terminal" [ "$(grep -c -v "of 300 lines$" "$dir/terminal")" -eq 300 ]
+    fi
+done
+
 run build/block
 check "block" [ "$status" -eq 0 ]
 check "block prints all numbers" [ "$(wc -l <"$dir/out")" -eq 33 ]

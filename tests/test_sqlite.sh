@@ -86,6 +86,9 @@ for call in "embed('x')" "length(embed(NULL))"; do
     check "$call without a model: '$found'" [ "${found#*embed: no model is loaded: call tfm_load}" != "$found" ]
 done
 fails "embed: expected a text, found NULL" "select embed(NULL)"
+fails "embed: expected a text, found NULL" "insert into notes(text) values (NULL); update notes set vector = embed(text)"
+gives "4|3" "update notes set vector = NULL; update notes set vector = embed(text) where text is not null;
+    select count(*), count(vector) from notes; delete from notes where text is null;"
 fails "embed: expected a text, found another type" "select embed(42)"
 fails "embed: expected a text, found another type" "select embed(x'00')"
 fails "wrong number of arguments to function embed" "select embed()"

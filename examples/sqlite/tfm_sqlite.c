@@ -7,6 +7,8 @@
  *     select embed('a text');                       a blob of that many float32, in this machine's byte order
  *     select cosine(a, b);                          of two such blobs: -1 to 1
  *
+ * What is no text, or no such vector, is an error, NULL too: leave such rows out with `where text is not null`.
+ *
  * tfm_load again replaces the model; tfm_load('file', 4) uses 4 threads (otherwise 1: a database's host has its own).
  * Vectors are made as the model's file says (mean or first token, of length 1 or not); a text is cut where the file says so,
  * otherwise one that is too long is an error. Every connection has its own model and session, so that connections may run
