@@ -8735,7 +8735,7 @@ static tfm_status tfm__spm_check_charsmap(tfm__tokenizer *tokenizer, tfm_error *
     size_t map_size = tokenizer->source.charsmap_size, trie_size, texts_size, node, run = 0;
     if (!map)
         return TFM_OK;
-    trie_size = map_size < 4 ? 0 : map[0] | (size_t)map[1] << 8 | (size_t)map[2] << 16 | (size_t)map[3] << 24;
+    trie_size = map_size <= 4 ? 0 : map[0] | (size_t)map[1] << 8 | (size_t)map[2] << 16 | (size_t)map[3] << 24;
     if (trie_size == 0 || trie_size % 4 || trie_size > map_size - 4 - 1 || map[map_size - 1] != 0)
         return tfm__fail(error, TFM_ERROR_FORMAT, "tokenizer: the charsmap of %zu bytes is not a trie of %zu and texts",
                          map_size, trie_size);
@@ -10882,10 +10882,11 @@ TFM_API const tfm_norm *tfm_model_encoder_final_norm(const tfm_model *model) {
 }
 
 TFM_API const char *tfm_model_label(const tfm_model *model, size_t index, size_t *size) {
-    const char *label = model->labels, *end = label + model->labels_size;
+    const char *label = model->labels, *end;
     *size = 0;
     if (!label || index >= model->description.n_labels)
         return NULL;
+    end = label + model->labels_size;
     for (; index; label++)
         index -= *label == '\n';
     while (label + *size < end && label[*size] != '\n')

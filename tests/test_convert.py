@@ -12,6 +12,7 @@ Prints a line for each failed check and ends with `N passed, N failed`; the exit
 """
 
 import argparse
+import base64
 import contextlib
 import importlib.util
 import io
@@ -1365,6 +1366,14 @@ def test_sentencepiece_json(converter, _):
     def charsmap(value):
         value["normalizer"] = {"type": "Precompiled", "precompiled_charsmap": "?"}
     converter.refuse("charsmap", folder(charsmap), says=("base64",))
+    for what, says, data in (("short", "is not a trie of 0", b"\x08\0\0\0"), ("without an end", "is not a trie", b"\4\0\0\0abcdx"),
+                             ("too large", "is not a trie of 8", b"\x08\0\0\0abcd\0"),
+                             ("that leads nowhere", "node 0 leads to no text", b"\4\0\0\0\0\1\0\0x\0"),
+                             ("with a long text", "more than 256", b"\4\0\0\0\0\0\0\0" + b"x" * 257 + b"\0")):
+        def bad_charsmap(value):
+            encoded = base64.b64encode(data).decode()
+            value["normalizer"] = {"type": "Precompiled", "precompiled_charsmap": encoded}
+        converter.refuse("a charsmap " + what, folder(bad_charsmap), says=(says,))
 
     def score(value):
         value["model"]["vocab"][4][1] = "high"
@@ -1595,7 +1604,9 @@ def test_t5_configurations(converter, _):
             (dict(relative_attention_max_distance=16), ("relative_attention_max_distance", "more than 16, not 16")),
             (dict(relative_attention_num_buckets=3), ("relative_attention_num_buckets", "at least 4, not 3")),
             (dict(architectures=["T5EncoderModel"]), ("decoder.",)), (dict(model_type="umt5"), ("umt5",)),
-            (dict(decoder_start_token_id="x"), ("decoder_start_token_id",)), (dict(d_kv=6),
+            (dict(decoder_start_token_id="x"), ("decoder_start_token_id",)),
+            (dict(decoder_start_token_id=-1), ("decoder_start_token_id", "0 to")),
+            (dict(decoder_start_token_id=1 << 40), ("decoder_start_token_id", "0 to")), (dict(d_kv=6),
              ("SelfAttention.q", "[18, 12]"))):
         converter.refuse("T5 with %s" % changes, directory_of(converter, model, **changes), says=says)
 

@@ -273,6 +273,8 @@ static void test_bad_charsmap(void) {
     tfm_model *model;
     check_charsmap(map, 0, "charsmap");
     check_charsmap(map, 3, "charsmap");
+    map[0] = 8; /* units and texts that begin behind its end */
+    check_charsmap(map, 4, "is not a trie");
     size = put_charsmap(map, units, 512, "x", 2);
     map[0]++; /* no whole number of units */
     check_charsmap(map, size, "charsmap");

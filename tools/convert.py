@@ -1780,6 +1780,9 @@ def describe_t5(config, family, tensors):
         model.logit_scale = d_model ** -0.5
     if head != "encoder":
         model.start_id = config.integer("decoder_start_token_id", config.integer("pad_token_id", 0))
+        if not 0 <= model.start_id < model.vocab_size:
+            raise ConvertError("%s: 'decoder_start_token_id' should be the id of a token, 0 to %d, not %s"
+                               % (config.where, model.vocab_size - 1, quote(model.start_id)))
     return model
 
 
@@ -2997,6 +3000,7 @@ class WordPiece(Bpe):
 
 
 MAX_WORD_CHARS = 1024  # tfm.h's limit
+MAX_RULE_SIZE = 256  # tfm.h's limit, for texts of a SentencePiece model's charsmap
 MAX_TOKEN_SIZE = 1024  # tfm.h's limit, in bytes; byte-level BPE has it for added tokens alone
 
 
@@ -3776,6 +3780,7 @@ def put_sentencepiece(metadata, pieces):
         metadata.i32("tokenizer.merges", merge_ids(pieces))
         metadata.i64("tokenizer.fuse_unk", pieces.fuse_unk)
     if pieces.charsmap:
+        check_charsmap(pieces)
         metadata.bytes("tokenizer.charsmap", pieces.charsmap)
     for key, value in sorted(pieces.rules.items()):
         metadata.i64("tokenizer." + key, value)
@@ -3783,6 +3788,23 @@ def put_sentencepiece(metadata, pieces):
     if pieces.unk_surface is not None:
         metadata.bytes("tokenizer.unk_surface", pieces.unk_surface)
     put_around(metadata, pieces)
+
+
+def check_charsmap(pieces):
+    """That it is what tfm.h reads: a trie, all of whose values lead to texts that end. See there."""
+    data = pieces.charsmap
+    size = struct.unpack_from("<I", data)[0] if len(data) > 4 else 0
+    if size == 0 or size % 4 or size > len(data) - 5 or data[-1] != 0:
+        raise ConvertError("%s: the charsmap of %d bytes is not a trie of %d and texts" % (pieces.where, len(data), size))
+    units, texts = struct.unpack_from("<%dI" % (size // 4), data, 4), data[4 + size:]
+    if max(map(len, texts.split(b"\0"))) > MAX_RULE_SIZE:
+        raise ConvertError("%s: the charsmap has a text of more than %d bytes" % (pieces.where, MAX_RULE_SIZE))
+    for node, unit in enumerate(units):
+        if unit >> 31 == 0 and unit >> 8 & 1:
+            leaf = node ^ unit >> 10 << (unit >> 6 & 8)
+            value = units[leaf] if leaf < len(units) else 0
+            if value >> 31 == 0 or value & 0x7FFFFFFF >= len(texts):
+                raise ConvertError("%s: the charsmap's node %d leads to no text" % (pieces.where, node))
 
 
 def put_wordpiece(metadata, pieces):

@@ -14,7 +14,7 @@ size_t LLVMFuzzerCustomMutator(uint8_t *data, size_t size, size_t capacity, unsi
 int LLVMFuzzerInitialize(int *argc, char ***argv);
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size);
 
-enum { MAX_TEXT = 1 << 10 };
+enum { MAX_TEXT = 1 << 10, LONG_TEXT = 1 << 14 };
 
 #define CHECK(condition)                                                                                               \
     do {                                                                                                               \
@@ -85,6 +85,45 @@ static void try_tokenizer(const tfm_model *model, const char *text, size_t size,
         &error);
 }
 
+/* A text so long that what encoding needs isn't on the stack. */
+static void try_long_text(const tfm_model *model, const char *text, size_t size, uint32_t *state) {
+    static int32_t ids[LONG_TEXT];
+    static char many[LONG_TEXT];
+    const size_t least = 1 + draw(state, sizeof many);
+    size_t n_ids, all = 0;
+    tfm_error error;
+    memset(&error, 0, sizeof error);
+    while (size && all < least) {
+        const size_t piece = TFM__MIN(size, least - all);
+        memcpy(many + all, text, piece);
+        all += piece;
+    }
+    check_status(tfm_tokenize(model, many, all, draw(state, 4), ids, LONG_TEXT, &n_ids, &error), &error);
+}
+
+/* What can be asked about a file and a model. */
+static void try_questions(const tfm_model *model, const void *data, size_t size) {
+    const tfm_description *d = tfm_model_description(model);
+    tfm_error error;
+    tfm_file *file = tfm_file_open_memory(data, size, "again", NULL, &error);
+    size_t i, bytes;
+    CHECK(file && tfm_file_bytes(file) <= size);
+    for (i = 0; i < tfm_file_n_meta(file); i++)
+        (void)checksum((const uint8_t *)tfm_file_meta(file, i)->key, tfm_file_meta(file, i)->key_size);
+    for (i = 0; i < tfm_file_n_tensors(file); i++)
+        (void)checksum((const uint8_t *)tfm_file_entry(file, i)->name, tfm_file_entry(file, i)->name_size);
+    CHECK(!tfm_file_meta(file, tfm_file_n_meta(file)) && !tfm_file_entry(file, tfm_file_n_tensors(file)));
+    check_status(tfm_file_verify(file, &error), &error);
+    tfm_file_close(file);
+    for (i = 0; i <= d->n_labels && i < 100; i++)
+        CHECK(tfm_model_label(model, i, &bytes) || !bytes);
+    (void)tfm_model_bytes_per_token(model);
+    (void)tfm_model_parameters(model);
+    CHECK(tfm_start_token(model) < (int32_t)TFM__MAX(d->vocab_size, 1));
+    (void)tfm_model_stack(model);
+    (void)tfm_model_encoder_final_norm(model);
+}
+
 static void draw_ids(int32_t *ids, size_t n, size_t vocab_size, uint32_t *state) {
     size_t i;
     for (i = 0; i < n; i++)
@@ -122,22 +161,60 @@ static void try_decoder(tfm_session *session, const char *text, uint32_t *state)
 /* The source of an encoder-decoder, or all there is to do with an encoder. */
 static void try_encoder(tfm_session *session, uint32_t *state) {
     const tfm_description *d = tfm_model_description(tfm_session_model(session));
-    int32_t ids[4];
+    int32_t ids[4], types[4], mask[4];
     tfm_text text;
     tfm_error error;
+    size_t i;
     memset(&error, 0, sizeof error);
     memset(&text, 0, sizeof text);
     draw_ids(ids, 4, d->vocab_size, state);
     text.tokens = ids;
     text.n_tokens = 1 + draw(state, 4);
+    for (i = 0; i < 4; i++) {
+        types[i] = (int32_t)draw(state, (uint32_t)TFM__MIN(d->n_token_types, 1000) + 2) - 1;
+        mask[i] = (int32_t)draw(state, 3);
+    }
+    text.types = draw(state, 2) ? types : NULL;
+    text.mask = draw(state, 2) ? mask : NULL;
     if (d->kind == TFM_ENCODER_DECODER)
         check_status(tfm_set_source(session, 0, &text, &error), &error);
     else {
-        float *vector = (float *)malloc(d->d_model * sizeof *vector);
-        CHECK(vector);
-        check_status(tfm_embed(session, &text, 1, (tfm_pooling)draw(state, 4), 1, vector, &error), &error);
-        free(vector);
+        const size_t largest = TFM__MAX(TFM__MAX(d->d_model, d->vocab_size), d->n_labels);
+        float *rows = (float *)malloc(2 * 4 * largest * sizeof *rows);
+        tfm_text texts[2];
+        CHECK(rows);
+        texts[0] = texts[1] = text;
+        texts[1].n_tokens = 1;
+        check_status(tfm_embed(session, texts, 2, (tfm_pooling)draw(state, 4), 1, rows, &error), &error);
+        check_status(tfm_encode(session, texts, 2, (tfm_output)draw(state, 4), rows, &error), &error);
+        free(rows);
     }
+}
+
+/* A model without tokens runs on the caller's vectors: its encoder, and its decoder without cross-attention. */
+static void try_layers(tfm_session *session) {
+    const tfm_model *model = tfm_session_model(session);
+    const size_t d_model = tfm_model_description(model)->d_model;
+    tfm_engine *engine = tfm_session_engine(session);
+    float *x = (float *)malloc(2 * d_model * sizeof *x);
+    const tfm_norm *norm = tfm_model_final_norm(model);
+    const tfm_block *block;
+    tfm_span span;
+    tfm_error error;
+    size_t i;
+    CHECK(x);
+    for (i = 0; i < 2 * d_model; i++)
+        x[i] = (float)(i % 5) - 2;
+    memset(&span, 0, sizeof span);
+    memset(&error, 0, sizeof error);
+    span.n_rows = 2;
+    for (i = 0; (block = tfm_model_encoder_block(model, i)) != NULL; i++)
+        check_status(tfm_block_forward(engine, block, i, x, &span, 1, &error), &error);
+    for (i = 0; (block = tfm_model_block(model, i)) != NULL; i++)
+        check_status(tfm_block_forward(engine, block, i, x, &span, 1, &error), &error);
+    if (norm)
+        check_status(tfm_norm_forward(engine, norm, x, 2, x, &error), &error);
+    free(x);
 }
 
 static size_t work(const tfm_stack *stack) {
@@ -153,12 +230,19 @@ static void try_model(const tfm_model *model, const char *text, uint32_t *state)
     memset(&error, 0, sizeof error);
     options.context = options.source = 8; /* n_positions may be anything */
     options.max_rows = 1 + draw(state, 4);
+    options.kv_dtype = (tfm_dtype)draw(state, TFM_DTYPE_COUNT);
     options.engine.isa = TFM_ISA_BEST;
     options.engine.threads = 1;
-    if (!d->vocab_size || d->vocab_size > 1 << 16 || work(&d->encoder) + work(&d->decoder) > 1 << 14)
+    if (d->vocab_size > 1 << 16 || d->d_model > 1 << 14 || work(&d->encoder) + work(&d->decoder) > 1 << 14)
         return; /* right, but too slow here */
     session = tfm_session_create(model, &options, &error);
     CHECK(session || error.message[0]);
+    if (!d->vocab_size) {
+        if (session)
+            try_layers(session);
+        tfm_session_free(session);
+        return;
+    }
     if (session && d->kind != TFM_DECODER)
         try_encoder(session, state);
     if (session && d->kind != TFM_ENCODER)
@@ -195,7 +279,7 @@ static void free_models(void) {
     tfm_free(encoder_decoder);
 }
 
-static tfm_session *make_session(const tfm_model *model, size_t context, size_t n_sequences) {
+static tfm_session *make_session(const tfm_model *model, size_t context, size_t n_sequences, tfm_dtype kv_dtype) {
     tfm_session_options options;
     tfm_error error;
     tfm_session *session;
@@ -203,6 +287,7 @@ static tfm_session *make_session(const tfm_model *model, size_t context, size_t 
     options.context = context;
     options.source = 16;
     options.n_sequences = n_sequences;
+    options.kv_dtype = kv_dtype;
     options.engine.isa = TFM_ISA_BEST;
     options.engine.threads = 1;
     session = tfm_session_create(model, &options, &error);
@@ -210,9 +295,27 @@ static tfm_session *make_session(const tfm_model *model, size_t context, size_t 
     return session;
 }
 
-static tfm_chat *make_chat(tfm_session *session) {
+static const char *summarise(void *user, const char *before, const tfm_turn *turns, size_t n_turns) {
+    static const char *const summaries[] = {NULL, "", "short",
+                                            "a long one that fills the context: abc abc abc abc abc abc"};
+    CHECK(turns && n_turns);
+    return before && !before[0] ? before : summaries[*(const uint32_t *)user];
+}
+
+/* A conversation under options that are drawn; *which is what its summary will be. */
+static tfm_chat *make_chat(tfm_session *session, uint32_t *state, uint32_t *which) {
+    static const char *const templates[] = {NULL, "plain", "chatml", "llama2", "llama3", "mistral", "gemma"};
+    tfm_chat_options options;
     tfm_error error;
-    tfm_chat *chat = tfm_chat_create(session, NULL, &error);
+    tfm_chat *chat;
+    memset(&options, 0, sizeof options);
+    options.chat_template = templates[draw(state, 7)];
+    options.system = draw(state, 2) ? NULL : draw(state, 2) ? "be a bee" : "";
+    options.budget = draw(state, 2) ? 0 : 24 + draw(state, 40);
+    options.summarise = draw(state, 2) ? summarise : NULL;
+    options.summarise_user = which;
+    *which = draw(state, 4);
+    chat = tfm_chat_create(session, &options, &error);
     CHECK(chat);
     return chat;
 }
@@ -227,25 +330,38 @@ static void *saved(const tfm_chat *chat, size_t *size) {
     return data;
 }
 
-static void say(tfm_chat *chat, const char *message) {
-    tfm_generate_options options;
-    tfm_error error;
-    memset(&options, 0, sizeof options);
-    options.max_tokens = 4;
-    check_status(tfm_chat_say(chat, message, &options, NULL, NULL, &error), &error);
+static int stop_at_once(void *user, const char *text, size_t size) {
+    (void)user;
+    (void)text;
+    return size > 0;
 }
 
-/* The first input of the target chat. */
-static void write_seed(const char *path) {
-    tfm_session *session = make_session(decoder, 64, 1);
-    tfm_chat *chat = make_chat(session);
-    FILE *file = fopen(path, "wb");
+static void say(tfm_chat *chat, const char *message, int stopped) {
+    tfm_generate_options options;
     tfm_error error;
+    const char *const stops[] = {"a b", "##"};
+    const int32_t stop_tokens[] = {30};
+    tfm_generate_stats stats;
+    memset(&options, 0, sizeof options);
+    options.max_tokens = 4;
+    options.stats = &stats;
+    options.stop_strings = stops;
+    options.stop_tokens = stop_tokens;
+    options.n_stop_strings = options.n_stop_tokens = (size_t)stopped;
+    check_status(tfm_chat_say(chat, message, &options, stopped ? stop_at_once : NULL, NULL, &error), &error);
+}
+
+/* An input of the target chat. */
+static void write_seed(const char *path, tfm_dtype kv_dtype) {
+    tfm_session *session = make_session(decoder, 64, 1, kv_dtype);
+    tfm_error error;
+    tfm_chat *chat = tfm_chat_create(session, NULL, &error);
+    FILE *file = fopen(path, "wb");
     size_t size;
     void *data;
-    CHECK(file && tfm_chat_add(chat, TFM_SYSTEM, "be a bee", &error) == TFM_OK);
-    say(chat, "hi");
-    say(chat, "abc");
+    CHECK(chat && file && tfm_chat_add(chat, TFM_SYSTEM, "be a bee", &error) == TFM_OK);
+    say(chat, "hi", 0);
+    say(chat, "abc", 0);
     data = saved(chat, &size);
     CHECK(fwrite(data, 1, size, file) == size && !fclose(file));
     free(data);
@@ -255,6 +371,8 @@ static void write_seed(const char *path) {
 
 int LLVMFuzzerInitialize(int *argc, char ***argv) {
     const char *models = getenv("TFM_FUZZ_MODELS"), *seed = getenv("TFM_FUZZ_SEED");
+    tfm_dtype kv_dtype;
+    char path[1024];
     (void)argc;
     (void)argv;
     chosen_target = target_of_environment();
@@ -264,15 +382,28 @@ int LLVMFuzzerInitialize(int *argc, char ***argv) {
     decoder = load_model(models, "decoder");
     encoder_decoder = load_model(models, "encoder_decoder");
     if (seed)
-        write_seed(seed);
+        for (kv_dtype = TFM_F32; kv_dtype <= TFM_I8; kv_dtype = (tfm_dtype)(kv_dtype + 1))
+            if (kv_dtype != TFM_BF16) {
+                snprintf(path, sizeof path, "%s-%d", seed, (int)kv_dtype);
+                write_seed(path, kv_dtype);
+            }
     return 0;
 }
 
-/* A conversation that can be loaded can be read, saved again as the same bytes, and goes on; one that can't leaves the
- * chat as it was. */
+/* The type of the keys and values that the file has, so that most files fit. */
+static tfm_dtype kv_dtype_of(const uint8_t *data, size_t size) {
+    const uint32_t dtype = size < 16 ? 0 : tfm__u32(data + 12);
+    return dtype == TFM_F16 || dtype == TFM_I8 ? (tfm_dtype)dtype : TFM_F32;
+}
+
+/* A conversation that can be loaded can be read, saved again as the same bytes, and goes on until turns are dropped; one
+ * that can't leaves the chat as it was. */
 static void try_chat(const uint8_t *data, size_t size) {
-    tfm_session *session = make_session(decoder, 64, 1);
-    tfm_chat *chat = make_chat(session);
+    static const char *const messages[] = {"on", "", "  a b c d  ", "<|im_end|> [INST] </s>",
+                                           "abc abc abc abc abc abc abc abc abc abc abc abc abc abc abc abc"};
+    uint32_t state = checksum(data, size), which;
+    tfm_session *session = make_session(decoder, 64, 1, kv_dtype_of(data, size));
+    tfm_chat *chat = make_chat(session, &state, &which);
     uint8_t *copy = (uint8_t *)malloc(size + 1); /* exactly as large as it is, and not aligned */
     char text[256];
     int32_t ids[64];
@@ -294,7 +425,18 @@ static void try_chat(const uint8_t *data, size_t size) {
         CHECK((unsigned)tfm_chat_turn(chat, i).role < TFM_ROLE_COUNT);
     check_status(tfm_chat_render(chat, 1, text, sizeof text, &n, &error), &error);
     check_status(tfm_chat_ids(chat, 1, ids, 64, &n, &error), &error);
-    say(chat, "on");
+    for (i = 1 + draw(&state, 6); i; i--)
+        if (draw(&state, 4))
+            say(chat, messages[draw(&state, 5)], !draw(&state, 4));
+        else
+            check_status(tfm_chat_add(chat, (tfm_role)draw(&state, TFM_ROLE_COUNT), messages[draw(&state, 5)], &error),
+                         &error);
+    (void)tfm_chat_system(chat);
+    (void)tfm_chat_summary(chat);
+    CHECK(tfm_chat_template(chat)[0] && tfm_chat_n_dropped(chat) <= 1 << 30);
+    if (!draw(&state, 4))
+        tfm_chat_reset(chat);
+    free(saved(chat, &n));
     tfm_chat_free(chat);
     tfm_session_free(session);
 }
@@ -394,7 +536,9 @@ static void try_batches(tfm_session *session, input in, const tfm_generate_optio
 static void generate_once(const tfm_model *model, input in, heard *h) {
     static const char *const strings[] = {"a", "", "ab", "\xC3\xA9", " ", "abcabcabcabc"};
     const size_t vocab_size = tfm_model_description(model)->vocab_size;
-    tfm_session *session = make_session(model, 1 + take(&in, 40), 4);
+    static const tfm_dtype kv_dtypes[] = {TFM_F32, TFM_F16, TFM_I8};
+    const size_t context = 1 + take(&in, 40);
+    tfm_session *session = make_session(model, context, 4, kv_dtypes[take(&in, 3)]);
     tfm_generate_options options;
     tfm_generate_stats stats;
     tfm_logit_bias biases[3];
@@ -476,6 +620,38 @@ static void try_generation(const uint8_t *data, size_t size) {
     CHECK(!memcmp(&once, &again, sizeof once));
 }
 
+/* The file on disk: it is quantized, and what comes out can be loaded if and only if the file itself can. */
+static void try_quantize(const uint8_t *data, size_t size, uint32_t *state) {
+    static const tfm_dtype dtypes[] = {TFM_F32, TFM_F16, TFM_BF16, TFM_I8};
+    const char *directory = getenv("TMPDIR");
+    char from[1024], to[1024];
+    tfm_quantize_options options;
+    tfm_status status;
+    tfm_error error;
+    FILE *file;
+    snprintf(from, sizeof from, "%s/fuzz-%lu.tfm", directory ? directory : "/tmp", (unsigned long)getpid());
+    snprintf(to, sizeof to, "%s/fuzz-%lu-out.tfm", directory ? directory : "/tmp", (unsigned long)getpid());
+    file = fopen(from, "wb");
+    CHECK(file && fwrite(data, 1, size, file) == size && !fclose(file));
+    memset(&options, 0, sizeof options);
+    memset(&error, 0, sizeof error);
+    options.dtype = dtypes[draw(state, 4)];
+    options.threads = 1;
+    status = tfm_quantize(from, to, &options, &error);
+    check_status(status, &error);
+    if (status == TFM_OK) {
+        tfm_model *before = tfm_load(from, NULL, &error), *after = tfm_load(to, NULL, &error);
+        CHECK(!before == !after);
+        tfm_free(before);
+        tfm_free(after);
+        CHECK(!remove(to));
+    } else {
+        file = fopen(to, "rb");
+        CHECK(!file);
+    }
+    CHECK(!remove(from));
+}
+
 static void try_file(const uint8_t *data, size_t size) {
     const size_t file = file_size(data, size), text_size = size - file < MAX_TEXT ? size - file : MAX_TEXT - 1;
     uint32_t state = checksum(data + file, size - file);
@@ -498,8 +674,13 @@ static void try_file(const uint8_t *data, size_t size) {
     if (model) {
         if (tfm_has_tokenizer(model))
             try_tokenizer(model, text, text_size, &state);
+        if (tfm_has_tokenizer(model) && !draw(&state, 8))
+            try_long_text(model, text, text_size, &state);
+        try_questions(model, aligned, file);
         try_model(model, text, &state);
     }
+    if (file >= 64 && !draw(&state, 16))
+        try_quantize(data, file, &state);
     tfm_free(model);
     free(aligned);
 }
@@ -616,6 +797,155 @@ static size_t change_entry(uint8_t *data, size_t size, size_t capacity, uint32_t
     return size;
 }
 
+/* What descriptions and tokenizers may say: an integer from -1 to `most`, one of the words, or, with -1, a float. */
+typedef struct known_key {
+    const char *key, *words[8];
+    int most;
+} known_key;
+
+static const known_key known_keys[] = {
+    {"tokenizer.pattern", {"gpt2", "llama3", "qwen2", "smollm"}, 0},
+    {"tokenizer.rules", {"sentencepiece", "tokenizers"}, 0},
+    {"tokenizer.kind", {"byte_bpe", "wordpiece", "unigram", "spm_bpe"}, 0},
+    {"tokenizer.nfc", {NULL}, 1},
+    {"tokenizer.fuse_unk", {NULL}, 1},
+    {"tokenizer.add_prefix_space", {NULL}, 1},
+    {"tokenizer.ignore_merges", {NULL}, 1},
+    {"tokenizer.max_word_chars", {NULL}, 5},
+    {"tokenizer.clean_text", {NULL}, 1},
+    {"tokenizer.chinese_chars", {NULL}, 1},
+    {"tokenizer.lowercase", {NULL}, 1},
+    {"tokenizer.strip_accents", {NULL}, 1},
+    {"tokenizer.cleanup", {NULL}, 1},
+    {"tokenizer.byte_fallback", {NULL}, 1},
+    {"tokenizer.add_dummy_prefix", {NULL}, 2},
+    {"tokenizer.remove_extra_whitespaces", {NULL}, 1},
+    {"tokenizer.escape_whitespaces", {NULL}, 1},
+    {"tokenizer.strip", {NULL}, 3},
+    {"tokenizer.squeeze_spaces", {NULL}, 2},
+    {"tokenizer.prepend", {NULL}, 1},
+    {"tokenizer.replace_spaces", {NULL}, 1},
+    {"tokenizer.split_whitespace", {NULL}, 1},
+    {"tokenizer.metaspace", {NULL}, 3},
+    {"tokenizer.split_words", {NULL}, 1},
+    {"tokenizer.decode_lead", {NULL}, 3},
+    {"tokenizer.pair_type", {NULL}, 2},
+    {"tokenizer.unk_id", {NULL}, 5},
+    {"tokenizer.mask_id", {NULL}, 5},
+    {"model.kind", {"decoder", "encoder", "encoder-decoder"}, 0},
+    {"head", {"none", "tied", "own"}, 0},
+    {"head_transform", {"none", "relu", "gelu"}, 0},
+    {"pooling", {"none", "cls", "mean", "max"}, 0},
+    {"pool_normalize", {NULL}, 1},
+    {"pool_max_tokens", {NULL}, 3},
+    {"pooler_activation", {"none", "tanh"}, 0},
+    {"classifier", {"none", "sequence", "token"}, 0},
+    {"classifier_problem", {"single", "multi", "regression"}, 0},
+    {"classifier_activation", {"none", "tanh"}, 0},
+    {"generation.start_id", {NULL}, 5},
+    {"embedding_scale", {NULL}, -1},
+    {"logit_scale", {NULL}, -1},
+    {"logit_softcap", {NULL}, -1},
+    {"d_embedding", {NULL}, 8},
+    {"chat.template", {"plain", "chatml", "llama2"}, 0},
+    {".norm", {"layer", "rms"}, 0}, /* of the encoder or the decoder */
+    {".norm_place", {"pre", "post", "sandwich"}, 0},
+    {".positions", {"none", "learned", "sinusoidal", "rotary", "relative"}, 0},
+    {".ffn", {"plain", "gated"}, 0},
+    {".activation", {"none", "relu", "gelu", "gelu_tanh", "quick_gelu", "silu", "tanh"}, 0},
+    {".n_kv_heads", {NULL}, 3},
+    {".causal", {NULL}, 1},
+    {".cross", {NULL}, 1},
+    {".parallel", {NULL}, 1},
+    {".embedding_norm", {NULL}, 1},
+    {".final_norm", {NULL}, 1},
+    {".position_offset", {NULL}, 3},
+    {".rotary_interleaved", {NULL}, 1},
+    {".sliding_window", {NULL}, 3},
+    {".norm_weight_offset", {NULL}, -1},
+    {".attention_softcap", {NULL}, -1},
+    {".rotary_scale", {NULL}, -1},
+    {".attention_scale", {NULL}, -1},
+    {".norm_eps", {NULL}, -1},
+};
+
+static size_t entry_size(const uint8_t *entry) {
+    return 16 + tfm__round_up(tfm__u32(entry), 8) + tfm__round_up((size_t)tfm__u64(entry + 8), 8);
+}
+
+/* One of the known keys gets a value that it may have, whether it was there or not. Needs metadata that can be read. */
+static size_t put_known(uint8_t *data, size_t size, size_t capacity, uint32_t *state) {
+    const known_key *known = known_keys + draw(state, sizeof known_keys / sizeof *known_keys);
+    char key[64];
+    const size_t key_size = (size_t)snprintf(key, sizeof key, "%s%s",
+                                             *known->key != '.' ? ""
+                                             : draw(state, 2)   ? "decoder"
+                                                                : "encoder",
+                                             known->key);
+    size_t metadata, directory, at, end, old_data, new_data, value_size = 8, n_words = 0;
+    static const uint64_t floats[] = {/* 0, 1, -1, 0.5, 30, 1e-5, 1e38, 1e-300 */
+                                      0,
+                                      0x3FF0000000000000,
+                                      0xBFF0000000000000,
+                                      0x3FE0000000000000,
+                                      0x403E000000000000,
+                                      0x3EE4F8B588E368F1,
+                                      0x47D2CED32A16A1B1,
+                                      0x01A56E1FC2F8F359};
+    uint8_t entry[128], *rest;
+    if (!parts(data, size, &metadata, &directory) || capacity < size || capacity - size < 256)
+        return size;
+    old_data = tfm__round_up(64 + metadata + directory, 64);
+    if (old_data > size || !(rest = (uint8_t *)malloc(size)))
+        return size;
+    for (at = 64, end = 64 + metadata; at < end; at += entry_size(data + at)) {
+        if (end - at < 24 || entry_size(data + at) > end - at || tfm__u64(data + at + 8) > size) {
+            free(rest);
+            return size;
+        }
+        if (tfm__u32(data + at) == key_size && !memcmp(data + at + 16, key, key_size)) {
+            const size_t there = entry_size(data + at);
+            memmove(data + at, data + at + there, end - at - there);
+            end -= there;
+            if (at == end)
+                break;
+        }
+    }
+    memset(entry, 0, sizeof entry);
+    memcpy(entry + 16, key, key_size);
+    while (n_words < 8 && known->words[n_words])
+        n_words++;
+    if (n_words) {
+        const char *word = known->words[draw(state, (uint32_t)n_words)];
+        value_size = strlen(word);
+        memcpy(entry + 16 + tfm__round_up(key_size, 8), word, value_size);
+    } else if (known->most < 0)
+        put_u64(entry + 16 + tfm__round_up(key_size, 8), floats[draw(state, sizeof floats / sizeof *floats)]);
+    else
+        put_u64(entry + 16 + tfm__round_up(key_size, 8), (uint64_t)draw(state, (uint32_t)known->most + 2) - 1);
+    put_u32(entry, (uint32_t)key_size);
+    put_u32(entry + 4, n_words ? TFM_META_TEXT : known->most < 0 ? TFM_META_F64 : TFM_META_I64);
+    put_u64(entry + 8, value_size);
+    /* then the directory, whose offsets change, and the tensors */
+    memcpy(rest, data + 64 + metadata, size - 64 - metadata);
+    memcpy(data + end, entry, entry_size(entry));
+    end += entry_size(entry);
+    new_data = tfm__round_up(end + directory, 64);
+    for (at = 0; directory - at >= 80 && tfm__u32(rest + at) <= directory - at - 72;) {
+        put_u64(rest + at + 48, tfm__u64(rest + at + 48) + new_data - old_data);
+        at += 72 + tfm__round_up(tfm__u32(rest + at), 8);
+        if (at > directory)
+            break;
+    }
+    memset(data + end, 0, new_data - end);
+    memcpy(data + end, rest, directory);
+    memcpy(data + new_data, rest + (old_data - 64 - metadata), size - old_data);
+    free(rest);
+    put_u64(data + 32, end - 64);
+    put_u64(data + 16, size + new_data - old_data);
+    return size + new_data - old_data;
+}
+
 /* A saved conversation says its size and has a checksum at its end. */
 static void seal_chat(uint8_t *data, size_t size) {
     if (size < 68)
@@ -645,14 +975,12 @@ size_t LLVMFuzzerCustomMutator(uint8_t *data, size_t size, size_t capacity, unsi
         return file +
                LLVMFuzzerMutate(data + file, size - file, capacity - file < MAX_TEXT ? capacity - file : MAX_TEXT);
     for (n = draw(&state, 3) + 1; n; n--)
-        if (draw(&state, 4) && size == file)
-            file = size = change_entry(data, file, capacity, &state);
-        else if (draw(&state, 4)) { /* with a text behind it: in a copy, and back */
+        if (draw(&state, 8)) { /* with the text behind it: in a copy, and back */
             const size_t text = size - file;
             uint8_t *behind = (uint8_t *)malloc(text + 1);
             CHECK(behind);
             memcpy(behind, data + file, text);
-            file = change_entry(data, file, capacity - text, &state);
+            file = (draw(&state, 3) ? put_known : change_entry)(data, file, capacity - text, &state);
             memcpy(data + file, behind, text);
             free(behind);
             size = file + text;

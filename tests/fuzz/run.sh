@@ -1,7 +1,8 @@
 #!/bin/sh
 # run.sh SECONDS: each job for so long, two at a time. libFuzzer: models, each kind of tokenizer, saved conversations,
-# generation; AFL++, if it is there: files of all kinds, conversations, generation; and tools/convert.py. What crashes, leaks, takes more than 10 s
-# or more than 1 GB stays in build/fuzz. Needs clang with libFuzzer.
+# generation; AFL++, if it is there: files of all kinds, conversations, generation; and tools/convert.py. They begin with
+# the inputs of tests/fuzz/corpus and of seeds.py. What crashes, leaks, takes more than 10 s or more than 1 GB stays in
+# build/fuzz. At the end a table, with the coverage if llvm-cov is there. Needs clang with libFuzzer.
 seconds=${1:-60}
 dir=build/fuzz
 status=0
@@ -13,19 +14,24 @@ build_afl() { # and, as a library, what adds checksums to the inputs that AFL++ 
         clang $flags -DFUZZ_AFL_MUTATOR -shared -fPIC tests/fuzz/fuzz.c -o $dir/mutator.so -lm
 }
 
-rm -f $dir/*.log
+rm -rf $dir/*.log $dir/seeds
+touch $dir/started
 jobs="model byte_bpe wordpiece unigram spm_bpe chat generate convert"
 if command -v afl-fuzz >/dev/null; then
     jobs="$jobs afl-files afl-chat afl-generate"
-    build_afl >$dir/afl-build.txt 2>&1 &
 else
-    echo "AFL++ is not here: without it"
-    : &
+    build_afl() { echo "AFL++ is not here: without it"; }
 fi
+build_afl >$dir/afl-build.txt 2>&1 &
+afl_build=$!
 clang $flags -fsanitize=fuzzer,address,undefined -fno-sanitize-recover=undefined tests/fuzz/fuzz.c -o $dir/fuzz -lm &&
     python3 tests/fuzz/seeds.py $dir/seeds &&
     TFM_FUZZ=chat TFM_FUZZ_SEED=$dir/seeds/chat/said $dir/fuzz -runs=0 >/dev/null 2>&1 || exit 1
-wait $! || {
+for kind in model byte_bpe wordpiece unigram spm_bpe chat generate; do
+    cp tests/fuzz/corpus/$kind/* $dir/seeds/$kind/
+done
+clang $flags -fsanitize=fuzzer -fprofile-instr-generate -fcoverage-mapping tests/fuzz/fuzz.c -o $dir/fuzz-coverage -lm || exit 1
+wait $afl_build || {
     cat $dir/afl-build.txt
     exit 1
 }
@@ -84,8 +90,6 @@ while [ $# -gt 0 ]; do
     fi
     wait $! || status=1
 done
-for log in "$dir"/*.log; do
-    echo "$(basename "$log" .log): $(awk '/number_of_executed_units/ {n += $2} END {print n + 0}' "$log") inputs"
-done
+python3 tests/fuzz/coverage.py $dir $dir/fuzz-coverage || status=1
 echo "$(cat $dir/*.log | awk '/number_of_executed_units/ {n += $2} END {print n + 0}') inputs, status $status"
 exit $status
