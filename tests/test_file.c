@@ -296,7 +296,8 @@ static void write_meta(const test_meta *meta, unsigned char *at) {
 }
 
 static void write_tensor(const test_tensor *tensor, unsigned char *at, unsigned char *file, size_t offset) {
-    const size_t element = tensor->dtype == TFM_F32 ? 4 : tensor->dtype == TFM_I8 ? 1 : 2;
+    const tfm_dtype dtype = (tfm_dtype)tensor->dtype; /* i8, and GGUF's blocks, are bytes */
+    const size_t element = dtype == TFM_F32 ? 4 : dtype == TFM_F16 || dtype == TFM_BF16 ? 2 : 1;
     int i;
     memcpy(file + offset, tensor->data, tensor->size);
     turn(file + offset, tensor->size / element, element);
