@@ -590,7 +590,7 @@ def refused(path):
             return said[-1]
         if command[0] != "info" and done.returncode == 0:
             return None
-        if b"coder of tokens" in done.stderr:  # layers alone: it was loaded
+        if b"no token embeddings" in done.stderr:  # layers alone: it was loaded
             return None
     return "".join(said)
 
