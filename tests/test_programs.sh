@@ -433,6 +433,7 @@ for range in 8-4 0-5 4- -4 4--5 4-5-6 4-x 4-99999999999999999999 999999999999999
     fails 2 "^tfm: --prompt: expected a number greater than 0, or a range as 4-128, found $range" \
         build/tfm bench $model --batch 5 --prompt "$range" --json "$dir/bench.json"
 done
+fails 1 "takes vectors: bench has no job for it" build/tfm bench ${vectors}Encoder.tfm --type int8
 fails 2 "a range of lengths is for a --batch of at least 2, found 4-8" build/tfm bench $model --prompt 4-8
 run build/tfm bench tests/golden/encoder_mlm.tfm --type int8 --batch 4 --prompt 5-99 --gen 9 --json "$dir/bench.json"
 check "bench of a range" [ "$status" -eq 0 ]

@@ -1596,6 +1596,11 @@ static tfm_status prepare(benchmark *b, const tfm_model *model, tfm_error *error
     tfm_random random;
     size_t i;
     size_t outputs, source = d->kind == TFM_ENCODER_DECODER ? d->encoder.n_positions : n_positions;
+    if (!d->vocab_size) {
+        snprintf(error->message, sizeof error->message, "%.300s: the model takes vectors: bench has no job for it",
+                 b->args->paths[0]);
+        return error->status = TFM_ERROR_UNSUPPORTED;
+    }
     b->context = n_positions > 2 * GEN_CONTEXT ? GEN_CONTEXT : n_positions / 2;
     if (d->kind == TFM_ENCODER_DECODER)
         b->context = 1;
