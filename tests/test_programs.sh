@@ -440,7 +440,7 @@ check "bench of a range" [ "$status" -eq 0 ]
 check "bench of a range: cut to the model's positions" says "^tfm: --prompt: reduced to 40, for the model's context"
 check "bench of a range: what is padded" grep -q "tokens: 89 of 160\.$" "$dir/out" # 5, 16, 28, 40
 check "bench of a range: seconds, padded seconds and gain in the table" \
-    grep -q "^int8  encode .* [0-9.]* *[0-9.]* *[0-9.]* x$" "$dir/out"
+    grep -q "^int8  encode .* [-0-9.e]* *[-0-9.e]* *[0-9.]* x$" "$dir/out"
 check "bench of a range: tokens and padding in JSON" [ "$(sed 's/[^a-z0-9_.:,-]//g' "$dir/bench.json" | awk -F '[:,]' '/tokens/ {
     for (i = 1; i < NF; i += 2) value[$i] = $(i + 1)
     off = value["padding_gain"] * value["seconds"] / value["padded_seconds"] - 1

@@ -1806,7 +1806,7 @@ static void print_result(const benchmark *b, size_t index, job which) {
     if (faster > 0)
         printf(" %8.2f x", faster);
     if (r->padded > 0)
-        printf("%*s %10.4f %9.4f %6.2f x", faster > 0 ? 2 : 13, "", r->seconds, r->padded, r->padded / r->seconds);
+        printf("%*s %10.4g %9.4g %6.2f x", faster > 0 ? 2 : 13, "", r->seconds, r->padded, r->padded / r->seconds);
     putchar('\n');
 }
 
