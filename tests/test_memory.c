@@ -215,6 +215,14 @@ static tfm_status by_hand(const tfm_allocator *allocator) {
     return error.status;
 }
 
+/* For the record: how many of an operation's allocations were made to fail. */
+static size_t n_injected;
+
+static void print_injected(const char *name, size_t n) {
+    printf(" %s %lu;", name, (unsigned long)n);
+    n_injected += n;
+}
+
 static void fail_each(scenario run, const char *name) {
     test_heap heap;
     tfm_allocator allocator;
@@ -237,6 +245,7 @@ static void fail_each(scenario run, const char *name) {
         CHECK_MSG(!heap.live && !heap.bad, "%s, allocation %lu of %lu fails: %lu live, %lu bad", name,
                   (unsigned long)heap.fail_at, (unsigned long)total, (unsigned long)heap.live, (unsigned long)heap.bad);
     }
+    print_injected(name, total);
 }
 
 /* ---- what goes on working: a call that fails for lack of memory leaves a model, a session, a chat that give, as soon as
@@ -417,6 +426,7 @@ static void test_service(const service *s) {
         CHECK_MSG(!heap.live && !heap.bad, "%s, allocation %lu of %lu fails: %lu live, %lu bad", s->name,
                   (unsigned long)(n + 1) / 2, (unsigned long)total, (unsigned long)heap.live, (unsigned long)heap.bad);
     }
+    print_injected(s->name, total);
 }
 
 /* ---- a chat: said twice, saved, loaded into another */
@@ -508,7 +518,7 @@ static void test_talk(void) {
     tfm_error error;
     tfm_model *model = tfm_load(TEST_MODEL, NULL, &error);
     test_heap heap;
-    size_t n, total;
+    size_t n, total, all = 0;
     int step;
     if (!model)
         test_fatal("%s", error.message);
@@ -517,6 +527,7 @@ static void test_talk(void) {
         memset(&heap, 0, sizeof heap);
         expected = talk_with_trouble(model, step, &heap);
         total = heap.count;
+        all += total;
         for (n = 1; n <= 2 * total; n++) {
             memset(&heap, 0, sizeof heap);
             heap.fail_at = (n + 1) / 2;
@@ -525,6 +536,7 @@ static void test_talk(void) {
                       step, (unsigned long)(n + 1) / 2);
         }
     }
+    print_injected("a chat: made, said twice, saved, loaded", all);
     tfm_free(model);
 }
 
@@ -534,6 +546,7 @@ void test_memory(void) {
     size_t i;
     test_generate_allocates_nothing(1);
     test_generate_allocates_nothing(2);
+    printf("allocations that failed, each alone and with all after it:");
     fail_each(as_stored, "loading and generating");
     fail_each(as_f16, "loading as f16 and generating");
     fail_each(quantize, "quantizing");
@@ -541,4 +554,5 @@ void test_memory(void) {
     for (i = 0; i < sizeof services / sizeof *services; i++)
         test_service(&services[i]);
     test_talk();
+    printf(" in all %lu\n", (unsigned long)n_injected);
 }
