@@ -1106,10 +1106,12 @@ TFM_API tfm_status tfm_chat_load(tfm_chat *chat, const char *path, tfm_error *er
 #undef TFM__NEON
 #endif
 
-/* Hint: this cache line will be written soon. */
+/* Hints: this cache line will be read, or written, soon. */
 #if defined(__GNUC__) || defined(__clang__)
+#define TFM__FETCH(address) __builtin_prefetch(address, 0, 3)
 #define TFM__FETCH_TO_WRITE(address) __builtin_prefetch(address, 1, 2)
 #else
+#define TFM__FETCH(address) (void)(address)
 #define TFM__FETCH_TO_WRITE(address) (void)(address)
 #endif
 
@@ -3003,6 +3005,12 @@ static const tfm__kernels tfm__scalar_kernels = {
 /* Registers in a panel, and so in a v16. */
 #define TFM__PARTS (16 / TFM__LANES)
 
+/* Weights are asked for so many bytes before they are used. In decoding they come from memory, and while a core computes
+ * it runs too little ahead to keep enough cache lines under way: with the hints 8 sequences at once are a third faster, and
+ * one is a little. In a prompt, whose weights are in the cache, they cost nothing that can be measured. (Past the end of
+ * the weights a hint does no harm.) */
+#define TFM__AHEAD 8192
+
 #if TFM__TIER % 10 == 0 /* what the tiers of one register have in common */
 
 /* ---- the matrix product */
@@ -3030,9 +3038,12 @@ static TFM__TARGET TFM__INLINE void TFM__FN(tile)(const tfm_dtype dtype, const i
         sum[r][c] = job->add ? vf_load(y + (size_t)r * y_stride + c * TFM__LANES) : vf_set1(0);
     for (k = 0; k < n_inputs; k++) {
         TFM__UNROLL
-        for (c = 0; c < columns; c++)
-            weights[c] = TFM__FN(load)(dtype, w + (size_t)(c / TFM__PARTS) * panel_bytes,
-                                       k * 16 + (size_t)(c % TFM__PARTS * TFM__LANES));
+        for (c = 0; c < columns; c++) {
+            const char *panel = w + (size_t)(c / TFM__PARTS) * panel_bytes;
+            if (c % TFM__PARTS == 0)
+                TFM__FETCH(panel + k * 16 * tfm__dtype_sizes[dtype] + TFM__AHEAD);
+            weights[c] = TFM__FN(load)(dtype, panel, k * 16 + (size_t)(c % TFM__PARTS * TFM__LANES));
+        }
         TFM__UNROLL
         for (r = 0; r < rows; r++) {
             const vf input = vf_set1(x[(size_t)r * x_stride + k]);
@@ -3768,9 +3779,13 @@ static TFM__TARGET TFM__INLINE void TFM__FN(tile_i8)(const int rows, const int p
             part[r][c] = vi_set1(TFM__BIASED ? offsets[(size_t)r * groups + g] : 0);
         for (step = 0; step < 16; step++) {
             TFM__UNROLL
-            for (c = 0; c < columns; c++)
-                weights[c] = vi_load(integers + (size_t)(c / TFM__PARTS) * panel_bytes + (g * 16 + (size_t)step) * 64 +
-                                     (size_t)(c % TFM__PARTS * TFM__LANES * 4));
+            for (c = 0; c < columns; c++) {
+                const unsigned char *panel = integers + (size_t)(c / TFM__PARTS) * panel_bytes;
+                const size_t at = (g * 16 + (size_t)step) * 64;
+                if (c % TFM__PARTS == 0)
+                    TFM__FETCH(panel + at + TFM__AHEAD);
+                weights[c] = vi_load(panel + at + (size_t)(c % TFM__PARTS * TFM__LANES * 4));
+            }
             TFM__UNROLL
             for (r = 0; r < rows; r++) {
                 int32_t four;
@@ -3874,6 +3889,7 @@ static const tfm__kernels TFM__FN(kernels) = {
 #undef TFM__ROWS
 #undef TFM__PANELS
 #undef TFM__PARTS
+#undef TFM__AHEAD
 #undef v16
 #undef TFM__SIXTEENS
 #undef vf

@@ -1211,7 +1211,7 @@ static void read_piece(void *argument, size_t index) {
     uint64_t seen = 0;
     for (; p < end; p += 8) {
 #if defined(__GNUC__) || defined(__clang__)
-        __builtin_prefetch(p + 256);
+        __builtin_prefetch(p + 1024);
 #endif
         seen |= ((p[0] | p[1]) | (p[2] | p[3])) | ((p[4] | p[5]) | (p[6] | p[7]));
     }
