@@ -2903,9 +2903,11 @@ static const tfm__kernels tfm__scalar_kernels = {
 #define TFM__ROWS_I8 3
 #define TFM__PANELS_I8 1
 #define TFM__TALL_I8 3
+#define TFM__TURNS_I8 2
 #define vi __m256i
 #define vi_load(p) _mm256_loadu_si256((const __m256i *)(p))
 #define vi_set1 _mm256_set1_epi32
+#define vi_add _mm256_add_epi32
 #define vi_to_floats _mm256_cvtepi32_ps
 /* floats with the bits base[i] + code[i] * 2^19 */
 #define vi_scales(base, code)                                                                                          \
@@ -2948,9 +2950,11 @@ static const tfm__kernels tfm__scalar_kernels = {
 #define TFM__ROWS_I8 4
 #define TFM__PANELS_I8 3
 #define TFM__TALL_I8 8
+#define TFM__TURNS_I8 4
 #define vi __m512i
 #define vi_load(p) _mm512_loadu_si512(p)
 #define vi_set1 _mm512_set1_epi32
+#define vi_add _mm512_add_epi32
 #define vi_to_floats _mm512_cvtepi32_ps
 #define vi_scales(base, code)                                                                                          \
     _mm512_castsi512_ps(_mm512_add_epi32(                                                                              \
@@ -2995,9 +2999,11 @@ static const tfm__kernels tfm__scalar_kernels = {
 #define TFM__ROWS_I8 3
 #define TFM__PANELS_I8 1
 #define TFM__TALL_I8 3
+#define TFM__TURNS_I8 2
 #define vi int32x4_t
 #define vi_load(p) vld1q_s32((const int32_t *)(const void *)(p))
 #define vi_set1 vdupq_n_s32
+#define vi_add vaddq_s32
 #define vi_to_floats vcvtq_f32_s32
 #define vi_scales(base, code) vreinterpretq_f32_s32(vaddq_s32(vi_load(base), TFM__FN(codes)(code)))
 #endif
@@ -3753,9 +3759,11 @@ static TFM__TARGET TFM__INLINE int32x4_t TFM__FN(codes)(const unsigned char *cod
 
 /* One tile: rows x (16 * panels) of y. For each group the integer sums become floats, times
  * both scales, and are added to the float sums: 2 x 12 accumulators for 4 rows x 48 outputs on AVX-512, all in registers.
- * Beside 192 products on the two multipliers stand the 24 multiplications of the scales: 89 % of the peak at most. */
-static TFM__TARGET TFM__INLINE void TFM__FN(tile_i8)(const int rows, const int panels, const tfm__matmul *job,
-                                                     size_t row, const unsigned char *w, float *y, size_t y_stride) {
+ * Beside 192 products on the two multipliers stand the 24 multiplications of the scales: 89 % of the peak at most.
+ * A narrow tile would wait for its few accumulators; its integer sums, which are exact in any order, take `turns`. */
+static TFM__TARGET TFM__INLINE void TFM__FN(tile_i8)(const int rows, const int panels, const int turns,
+                                                     const tfm__matmul *job, size_t row, const unsigned char *w,
+                                                     float *y, size_t y_stride) {
     const int columns = panels * TFM__PARTS;
     const size_t groups = tfm__groups(job->k), panel_bytes = job->panel_bytes, q_stride = groups * TFM__GROUP;
     const unsigned char *integers = w + tfm__integers_at(groups), *codes = w + TFM__CACHE_LINE;
@@ -3764,24 +3772,28 @@ static TFM__TARGET TFM__INLINE void TFM__FN(tile_i8)(const int rows, const int p
     const int32_t *offsets = job->quantized.offsets + row * groups;
     vf sum[TFM__TALL_I8][TFM__PANELS_I8 * TFM__PARTS];
     size_t g;
-    int r, c, step;
+    int r, c, step, t;
     TFM__UNROLL
     for (r = 0; r < rows; r++)
         TFM__UNROLL
     for (c = 0; c < columns; c++)
         sum[r][c] = vf_set1(0);
     for (g = 0; g < groups; g++) {
-        vi part[TFM__TALL_I8][TFM__PANELS_I8 * TFM__PARTS], weights[TFM__PANELS_I8 * TFM__PARTS];
+        vi part[TFM__TALL_I8][TFM__TURNS_I8][TFM__PANELS_I8 * TFM__PARTS], weights[TFM__PANELS_I8 * TFM__PARTS];
         TFM__UNROLL
         for (r = 0; r < rows; r++)
             TFM__UNROLL
+        for (t = 0; t < turns; t++)
+            TFM__UNROLL
         for (c = 0; c < columns; c++)
-            part[r][c] = vi_set1(TFM__BIASED ? offsets[(size_t)r * groups + g] : 0);
-        for (step = 0; step < 16; step++) {
+            part[r][t][c] = vi_set1(TFM__BIASED && t == 0 ? offsets[(size_t)r * groups + g] : 0);
+        for (step = 0; step < 16; step += turns)
+            TFM__UNROLL
+        for (t = 0; t < turns; t++) {
             TFM__UNROLL
             for (c = 0; c < columns; c++) {
                 const unsigned char *panel = integers + (size_t)(c / TFM__PARTS) * panel_bytes;
-                const size_t at = (g * 16 + (size_t)step) * 64;
+                const size_t at = (g * 16 + (size_t)(step + t)) * 64;
                 if (c % TFM__PARTS == 0)
                     TFM__FETCH(panel + at + TFM__AHEAD);
                 weights[c] = vi_load(panel + at + (size_t)(c % TFM__PARTS * TFM__LANES * 4));
@@ -3790,11 +3802,11 @@ static TFM__TARGET TFM__INLINE void TFM__FN(tile_i8)(const int rows, const int p
             for (r = 0; r < rows; r++) {
                 int32_t four;
                 vi inputs;
-                memcpy(&four, q + (size_t)r * q_stride + g * 64 + (size_t)step * 4, sizeof four);
+                memcpy(&four, q + (size_t)r * q_stride + g * 64 + (size_t)(step + t) * 4, sizeof four);
                 inputs = vi_set1(four);
                 TFM__UNROLL
                 for (c = 0; c < columns; c++)
-                    part[r][c] = TFM__FN(dot)(part[r][c], weights[c], inputs);
+                    part[r][t][c] = TFM__FN(dot)(part[r][t][c], weights[c], inputs);
             }
         }
         TFM__UNROLL
@@ -3804,9 +3816,13 @@ static TFM__TARGET TFM__INLINE void TFM__FN(tile_i8)(const int rows, const int p
             const vf scale =
                 vi_scales(panel + lane * 4, codes + (size_t)(c / TFM__PARTS) * panel_bytes + g * 16 + lane);
             TFM__UNROLL
-            for (r = 0; r < rows; r++)
-                sum[r][c] =
-                    vf_fma(vi_to_floats(part[r][c]), vf_mul(scale, vf_set1(scales[(size_t)r * groups + g])), sum[r][c]);
+            for (r = 0; r < rows; r++) {
+                TFM__UNROLL
+                for (t = 1; t < turns; t++)
+                    part[r][0][c] = vi_add(part[r][0][c], part[r][t][c]);
+                sum[r][c] = vf_fma(vi_to_floats(part[r][0][c]), vf_mul(scale, vf_set1(scales[(size_t)r * groups + g])),
+                                   sum[r][c]);
+            }
         }
     }
     TFM__UNROLL
@@ -3816,53 +3832,68 @@ static TFM__TARGET TFM__INLINE void TFM__FN(tile_i8)(const int rows, const int p
         vf_store(y + (size_t)r * y_stride + c * TFM__LANES, sum[r][c]);
 }
 
-static TFM__TARGET TFM__INLINE void TFM__FN(tile_rows_i8)(size_t rows, const int panels, const tfm__matmul *job,
-                                                          size_t row, const unsigned char *w, float *y,
-                                                          size_t y_stride) {
+/* A wide tile, for many rows: `rows` of TFM__ROWS_I8. */
+static TFM__TARGET TFM__INLINE void TFM__FN(wide_i8)(size_t rows, const int panels, const tfm__matmul *job, size_t row,
+                                                     const unsigned char *w, float *y, size_t y_stride) {
     switch (rows) {
-    case 1: TFM__FN(tile_i8)(1, panels, job, row, w, y, y_stride); break;
-    case 2: TFM__FN(tile_i8)(2, panels, job, row, w, y, y_stride); break;
+    case 1: TFM__FN(tile_i8)(1, panels, 1, job, row, w, y, y_stride); break;
+    case 2: TFM__FN(tile_i8)(2, panels, 1, job, row, w, y, y_stride); break;
 #if TFM__ROWS_I8 == 4
-    case 3: TFM__FN(tile_i8)(3, panels, job, row, w, y, y_stride); break;
+    case 3: TFM__FN(tile_i8)(3, panels, 1, job, row, w, y, y_stride); break;
 #endif
+    default: TFM__FN(tile_i8)(TFM__ROWS_I8, panels, 1, job, row, w, y, y_stride);
+    }
+}
+
+/* A tall one, for the few rows of decoding: `rows` of TFM__TALL_I8. */
+static TFM__TARGET TFM__INLINE void TFM__FN(tall_i8)(size_t rows, const tfm__matmul *job, size_t row,
+                                                     const unsigned char *w, float *y, size_t y_stride) {
+    switch (rows) {
+    case 1: TFM__FN(tile_i8)(1, 1, TFM__TURNS_I8, job, row, w, y, y_stride); break;
+    case 2: TFM__FN(tile_i8)(2, 1, TFM__TURNS_I8, job, row, w, y, y_stride); break;
 #if TFM__TALL_I8 == 8
-    case 5: TFM__FN(tile_i8)(5, 1, job, row, w, y, y_stride); break;
-    case 6: TFM__FN(tile_i8)(6, 1, job, row, w, y, y_stride); break;
-    case 7: TFM__FN(tile_i8)(7, 1, job, row, w, y, y_stride); break;
-    case 8: TFM__FN(tile_i8)(8, 1, job, row, w, y, y_stride); break;
+    case 3: TFM__FN(tile_i8)(3, 1, 2, job, row, w, y, y_stride); break;
+    case 4: TFM__FN(tile_i8)(4, 1, 2, job, row, w, y, y_stride); break;
+    case 5: TFM__FN(tile_i8)(5, 1, 2, job, row, w, y, y_stride); break;
+    case 6: TFM__FN(tile_i8)(6, 1, 2, job, row, w, y, y_stride); break;
+    case 7: TFM__FN(tile_i8)(7, 1, 1, job, row, w, y, y_stride); break;
 #endif
-    default: TFM__FN(tile_i8)(TFM__ROWS_I8, panels, job, row, w, y, y_stride);
+    default: TFM__FN(tile_i8)(TFM__TALL_I8, 1, 1, job, row, w, y, y_stride);
     }
 }
 
 /* All rows of y, `at_once` a time, from the column on, in one tile's width: `step` columns. */
 static TFM__TARGET TFM__INLINE void TFM__FN(columns_i8)(const tfm__matmul *job, size_t column, size_t step,
-                                                        size_t at_once) {
+                                                        const int tall) {
     const unsigned char *w = (const unsigned char *)job->w + column / 16 * job->panel_bytes;
-    size_t row, r, lanes = TFM__MIN(job->n - column, (size_t)16);
+    const size_t lanes = TFM__MIN(job->n - column, (size_t)16), at_once = tall ? TFM__TALL_I8 : TFM__ROWS_I8;
+    size_t row, r;
     for (row = 0; row < job->n_rows; row += at_once) {
         float *y = job->y + row * job->y_stride + column, side[TFM__TALL_I8 * 16];
-        size_t rows = TFM__MIN(job->n_rows - row, at_once);
-        if (step > 16)
-            TFM__FN(tile_rows_i8)(rows, TFM__PANELS_I8, job, row, w, y, job->y_stride);
-        else if (lanes == 16)
-            TFM__FN(tile_rows_i8)(rows, 1, job, row, w, y, job->y_stride);
-        else { /* the last panel when n is not a multiple of 16 */
-            TFM__FN(tile_rows_i8)(rows, 1, job, row, w, side, 16);
-            for (r = 0; r < rows; r++)
-                memcpy(y + r * job->y_stride, side + r * 16, lanes * sizeof *y);
-        }
+        const size_t rows = TFM__MIN(job->n_rows - row, at_once);
+        float *to = lanes == 16 ? y : side; /* the last panel when n is not a multiple of 16 */
+        const size_t to_stride = lanes == 16 ? job->y_stride : 16;
+        if (tall)
+            TFM__FN(tall_i8)(rows, job, row, w, to, to_stride);
+        else if (step > 16)
+            TFM__FN(wide_i8)(rows, TFM__PANELS_I8, job, row, w, to, to_stride);
+        else
+            TFM__FN(wide_i8)(rows, 1, job, row, w, to, to_stride);
+        for (r = 0; r < rows && lanes < 16; r++)
+            memcpy(y + r * job->y_stride, side + r * 16, lanes * sizeof *y);
     }
 }
 
-/* With few rows, as in batched decoding, the weights come from memory, and most of the time with them: all rows go in one
- * tall, narrow tile, so that reading never pauses for rows that come after. */
+/* With few rows, as in decoding, the weights come from memory, and most of the time with them: the rows go in one tall,
+ * narrow tile, or two, so that memory is read in one stream, which does not pause for rows that come after. */
 static TFM__TARGET void TFM__FN(matmul_i8)(const tfm__matmul *job) {
-    const int tall = job->n_rows <= TFM__TALL_I8 && job->n_rows > TFM__ROWS_I8;
     size_t column = 0, step;
+    if (job->n_rows <= 2 * TFM__TALL_I8)
+        for (; column < job->n; column += 16)
+            TFM__FN(columns_i8)(job, column, 16, 1);
     for (; column < job->n; column += step) {
-        step = !tall && column + 16 * TFM__PANELS_I8 <= job->n ? 16 * TFM__PANELS_I8 : 16;
-        TFM__FN(columns_i8)(job, column, step, tall ? job->n_rows : TFM__ROWS_I8);
+        step = column + 16 * TFM__PANELS_I8 <= job->n ? 16 * TFM__PANELS_I8 : 16;
+        TFM__FN(columns_i8)(job, column, step, 0);
     }
 }
 
@@ -3913,6 +3944,7 @@ static const tfm__kernels TFM__FN(kernels) = {
 #undef TFM__ROWS_I8
 #undef TFM__PANELS_I8
 #undef TFM__TALL_I8
+#undef TFM__TURNS_I8
 #undef TFM__BIASED
 #undef TFM__ROWS_KV
 #undef TFM__PANELS_KV
@@ -3920,6 +3952,7 @@ static const tfm__kernels TFM__FN(kernels) = {
 #undef vi
 #undef vi_load
 #undef vi_set1
+#undef vi_add
 #undef vi_to_floats
 #undef vi_scales
 
