@@ -1311,6 +1311,7 @@ typedef struct tfm__team {
     char apart2[64];   /* in cache lines of their own: waiting for one must not disturb the other */
     uint32_t finished; /* atomic: pieces of this generation that are done */
     uint32_t over;     /* atomic: 1: no more jobs */
+    uint32_t rests;    /* atomic: 1: see tfm__rest */
 } tfm__team;
 #endif
 
@@ -1320,6 +1321,7 @@ typedef struct tfm__threads {
     int count;
 #ifdef TFM__TEAM
     tfm__team *team;                /* the threads that wait for work, or NULL */
+    double rests_until;             /* seconds: see tfm__rest */
     double alone_until, alone_time; /* seconds: see tfm__held_up */
     unsigned on_time;               /* passes since a thread was held up */
 #endif
@@ -1353,6 +1355,16 @@ static int tfm__thread_count(int count) {
 }
 
 #ifdef TFM__TEAM
+/* Leaves the core for some 0.1 ms. */
+static void tfm__nap(void) {
+#if defined(__unix__) || defined(__APPLE__)
+    struct timeval nap;
+    nap.tv_sec = 0;
+    nap.tv_usec = 20;
+    (void)select(0, NULL, NULL, NULL, &nap);
+#endif
+}
+
 /* Waits a moment: at first without leaving the core, for jobs follow each other within microseconds; after about 100 of
  * these asleep, so that the system may run the thread that is being waited for on this core. */
 static void tfm__pause(unsigned *waited) {
@@ -1364,20 +1376,26 @@ static void tfm__pause(unsigned *waited) {
 #endif
         return;
     }
-#if defined(__unix__) || defined(__APPLE__)
-    {
-        struct timeval nap;
-        nap.tv_sec = 0;
-        nap.tv_usec = 20;
-        (void)select(0, NULL, NULL, NULL, &nap);
-    }
-#endif
+    tfm__nap();
+}
+
+/* Another process wants a core. The system takes it from a thread every few milliseconds, for as long, and most often while
+ * the thread has a piece in hand: all others wait for that. So for a while the threads that serve the leader sleep a
+ * moment, with nothing in hand, after 3 ms of work: less than the 4 ms or so that a thread is given at a time, and the
+ * other process gets its turn then. `rested`: when this one did so last; NULL: of the leader, who does not. */
+#define TFM__REST_AFTER 3e-3
+
+static void tfm__rest(const tfm__team *team, double *rested) {
+    if (!rested || !__atomic_load_n(&team->rests, __ATOMIC_RELAXED) || omp_get_wtime() - *rested < TFM__REST_AFTER)
+        return;
+    tfm__nap();
+    *rested = omp_get_wtime();
 }
 
 /* Takes pieces as long as there are any: an eighth of each thread's share of those left, at least one. Neighbours share
  * their memory's pages and one visit to `ticket`, which the threads fight over; the small ones at the end make all
  * threads finish together. */
-static void tfm__team_work(tfm__team *team) {
+static void tfm__team_work(tfm__team *team, double *rested) {
     uint64_t ticket = __atomic_load_n(&team->ticket, __ATOMIC_ACQUIRE);
     while ((uint32_t)ticket) {
         const unsigned job = (unsigned)(ticket >> 32) & 1;
@@ -1387,23 +1405,25 @@ static void tfm__team_work(tfm__team *team) {
             continue; /* `ticket` is now what it was found to be */
         for (i = 0; i < take; i++)
             team->task[job](team->argument[job], team->n[job] - left + i);
-        ticket = __atomic_load_n(&team->ticket, __ATOMIC_ACQUIRE);
         __atomic_fetch_add(&team->finished, take, __ATOMIC_RELEASE);
+        tfm__rest(team, rested);
+        ticket = __atomic_load_n(&team->ticket, __ATOMIC_ACQUIRE);
     }
 }
 
 static void tfm__team_wait(tfm__team *team) {
+    double rested = omp_get_wtime();
     unsigned waited = 0;
     while (!__atomic_load_n(&team->over, __ATOMIC_ACQUIRE))
         if ((uint32_t)__atomic_load_n(&team->ticket, __ATOMIC_ACQUIRE)) {
-            tfm__team_work(team);
+            tfm__team_work(team, &rested);
             waited = 0;
         } else
             tfm__pause(&waited);
 }
 
-/* Another process has one of the cores: a thread that took a piece was put to sleep for milliseconds, and all waited for
- * it. For a while this thread works alone; the while doubles each time that the others turn out to be late again. */
+/* Another process has one of the cores, and a pass is short beside the time for which it keeps it: at its end all waited
+ * for a thread that slept. For a while the leader works alone; the while doubles each time that others are late again. */
 static void tfm__held_up(tfm__threads *threads) {
     threads->alone_time = threads->alone_time > 0 ? TFM__MIN(2 * threads->alone_time, 0.5) : 0.03;
     threads->alone_until = omp_get_wtime() + threads->alone_time;
@@ -1414,26 +1434,24 @@ static void tfm__held_up(tfm__threads *threads) {
 static void tfm__team_for(tfm__threads *threads, size_t n, tfm_task task, void *argument) {
     tfm__team *team = threads->team;
     uint64_t generation = (__atomic_load_n(&team->ticket, __ATOMIC_RELAXED) >> 32) + 1;
-    double start, done;
+    const double start = omp_get_wtime();
+    double done;
     unsigned waited = 0;
-    if (threads->on_time == 0 && threads->alone_until > omp_get_wtime()) {
-        tfm__serial_for(NULL, n, task, argument);
-        return;
-    }
-    start = omp_get_wtime();
     team->task[generation & 1] = task;
     team->argument[generation & 1] = argument;
     team->n[generation & 1] = (uint32_t)n;
     __atomic_store_n(&team->finished, 0, __ATOMIC_RELAXED);
     __atomic_store_n(&team->ticket, generation << 32 | n, __ATOMIC_RELEASE);
-    tfm__team_work(team);
+    tfm__team_work(team, NULL);
     done = omp_get_wtime();
     while (__atomic_load_n(&team->finished, __ATOMIC_ACQUIRE) != n)
         tfm__pause(&waited);
-    if (waited > 1000) { /* longer than work, and longer than pieces take: held up */
-        double now = omp_get_wtime();
-        if (now - done > 3e-4 && now - done > done - start)
-            tfm__held_up(threads);
+    if (waited > 1000) { /* longer than pieces take? */
+        const double now = omp_get_wtime();
+        if (now - done > 3e-4 && now - done > (done - start) / 4) {
+            __atomic_store_n(&team->rests, 1, __ATOMIC_RELAXED);
+            threads->rests_until = now + 0.5;
+        }
     }
 }
 #endif
@@ -1480,10 +1498,12 @@ static void tfm__with_threads(tfm__threads *threads, void (*body)(void *argument
 #ifdef TFM__TEAM
     if (!threads->parallel_for && threads->count > 1 && !threads->team &&
         (threads->on_time || threads->alone_until <= omp_get_wtime())) {
-        double over = 0;
+        const double start = omp_get_wtime();
+        double over = 0, end;
         tfm__team team;
         memset(&team, 0, sizeof team);
         team.share = 4 * (uint32_t)threads->count;
+        team.rests = threads->rests_until > start;
         threads->on_time++;
 #ifdef TFM__APART
         if (tfm__is_apart(threads)) {
@@ -1503,7 +1523,8 @@ static void tfm__with_threads(tfm__threads *threads, void (*body)(void *argument
                 __atomic_store_n(&team.over, 1, __ATOMIC_RELEASE);
             }
         }
-        if (threads->on_time && omp_get_wtime() - over > 3e-4)
+        end = omp_get_wtime();
+        if (end - over > 3e-4 && end - over > (over - start) / 8)
             tfm__held_up(threads);
         if (threads->on_time > 50) {
             threads->alone_time = 0;
