@@ -1990,6 +1990,14 @@ static int tfm__is_between(float x, float low, float high) {
     return tfm__is_finite(x) && x >= low && x <= high;
 }
 
+static int tfm__has_nan(const float *x, size_t n) {
+    size_t i;
+    int any = 0;
+    for (i = 0; i < n; i++)
+        any |= (tfm__float_bits(x[i]) & 0x7FFFFFFFu) > 0x7F800000u;
+    return any;
+}
+
 static int tfm__is_finite_double(double x) {
     const uint64_t exponent = (uint64_t)0x7FF << 52;
     uint64_t bits;
@@ -2657,37 +2665,31 @@ static const int8_t *tfm__values_i8(const tfm__matmul *job, size_t column, const
     return (const int8_t *)(*scales + TFM_KV_PAGE) + TFM_KV_PAGE * (column % TFM__KV_GROUP);
 }
 
-static void tfm__scalar_matmul_keys(const tfm__matmul *job) {
+/* The product with keys (values = 0) or values (1), whose scales belong to groups of inputs, or to each input. */
+static void tfm__scalar_matmul_kv(const int values, const tfm__matmul *job) {
     size_t column, r, k;
     for (column = 0; column < job->n; column++) {
         const size_t lane = column % TFM__PANEL;
         const uint16_t *scales;
-        const int8_t *q = tfm__keys_i8(job, column - lane, &scales);
+        const int8_t *q = (values ? tfm__values_i8 : tfm__keys_i8)(job, column - lane, &scales);
         for (r = 0; r < job->n_rows; r++) {
             const float *x = job->x + r * job->x_stride;
             float *y = job->y + r * job->y_stride + column, sum = job->add ? *y : 0;
-            for (k = 0; k < job->k; k++)
-                sum += x[k] * (tfm__from_bf16(scales[k / TFM__KV_GROUP * TFM__PANEL + lane]) *
-                               (float)q[k * TFM__PANEL + lane]);
+            for (k = 0; k < job->k; k++) {
+                const uint16_t scale = scales[values ? k : k / TFM__KV_GROUP * TFM__PANEL + lane];
+                sum += x[k] * (tfm__from_bf16(scale) * (float)q[k * TFM__PANEL + lane]);
+            }
             *y = sum;
         }
     }
 }
 
+static void tfm__scalar_matmul_keys(const tfm__matmul *job) {
+    tfm__scalar_matmul_kv(0, job);
+}
+
 static void tfm__scalar_matmul_values(const tfm__matmul *job) {
-    size_t column, r, k;
-    for (column = 0; column < job->n; column++) {
-        const size_t lane = column % TFM__PANEL;
-        const uint16_t *scales;
-        const int8_t *q = tfm__values_i8(job, column - lane, &scales);
-        for (r = 0; r < job->n_rows; r++) {
-            const float *x = job->x + r * job->x_stride;
-            float *y = job->y + r * job->y_stride + column, sum = job->add ? *y : 0;
-            for (k = 0; k < job->k; k++)
-                sum += x[k] * (tfm__from_bf16(scales[k]) * (float)q[k * TFM__PANEL + lane]);
-            *y = sum;
-        }
-    }
+    tfm__scalar_matmul_kv(1, job);
 }
 
 /* The scale of numbers whose largest magnitude that is (found on the bits, as above): largest / 127 rounded up to bf16, so
@@ -4755,14 +4757,6 @@ static float tfm__weigh(const tfm__attention_job *job, const tfm__span_view *vie
 /* The product of attention with keys (what = 0) or values (1) of that type. */
 static void tfm__matmul_kv(const tfm__kernels *kernels, tfm_dtype dtype, size_t what, const tfm__matmul *product) {
     (dtype == TFM_I8 ? kernels->matmul_kv[what] : kernels->matmul[dtype])(product);
-}
-
-static int tfm__has_nan(const float *x, size_t n) {
-    size_t i;
-    int any = 0;
-    for (i = 0; i < n; i++)
-        any |= (tfm__float_bits(x[i]) & 0x7FFFFFFFu) > 0x7F800000u;
-    return any;
 }
 
 /* softmax(q k^T scale + mask) v, page by page with a running softmax, in the same order for every query whatever
