@@ -1392,7 +1392,7 @@ static void tfm__rest(const tfm__team *team, double *rested) {
     *rested = omp_get_wtime();
 }
 
-/* Takes pieces as long as there are any: an eighth of each thread's share of those left, at least one. Neighbours share
+/* Takes pieces as long as there are any: a quarter of each thread's share of those left, at least one. Neighbours share
  * their memory's pages and one visit to `ticket`, which the threads fight over; the small ones at the end make all
  * threads finish together. */
 static void tfm__team_work(tfm__team *team, double *rested) {
@@ -1406,7 +1406,8 @@ static void tfm__team_work(tfm__team *team, double *rested) {
         for (i = 0; i < take; i++)
             team->task[job](team->argument[job], team->n[job] - left + i);
         __atomic_fetch_add(&team->finished, take, __ATOMIC_RELEASE);
-        tfm__rest(team, rested);
+        if ((uint32_t)__atomic_load_n(&team->ticket, __ATOMIC_RELAXED))
+            tfm__rest(team, rested);
         ticket = __atomic_load_n(&team->ticket, __ATOMIC_ACQUIRE);
     }
 }
@@ -3543,7 +3544,7 @@ static TFM__TARGET TFM__INLINE void TFM__FN(quantize_group)(const float *x, size
                                                             size_t g) {
     const v16 magic = TFM__FN(set16)(12582912.0f);
     v16 parts[TFM__GROUP / 16], lanes = TFM__FN(set16)(0), sum = lanes, factor;
-    float largest, inverse;
+    float largest, inverse, total;
     size_t i;
     TFM__UNROLL
     for (i = 0; i < TFM__GROUP / 16; i++) {
@@ -3562,7 +3563,8 @@ static TFM__TARGET TFM__INLINE void TFM__FN(quantize_group)(const float *x, size
         sum = TFM__FN(add16)(sum, TFM__FN(sub16)(scaled, magic)); /* integers below 2^13: exact */
     }
     row->scales[g] = largest / 127;
-    row->offsets[g] = -128 * (int32_t)TFM__FN(sum_lanes)(sum);
+    total = TFM__FN(sum_lanes)(sum);
+    row->offsets[g] = tfm__is_finite(total) ? -128 * (int32_t)total : 0; /* if not, the q are 0 and the scale says so */
 }
 
 static TFM__TARGET void TFM__FN(quantize)(const float *x, size_t n, const tfm__quantized *row) {
@@ -3780,10 +3782,10 @@ static TFM__TARGET TFM__INLINE int32x4_t TFM__FN(codes)(const unsigned char *cod
 }
 #endif
 
-/* One tile: rows x (16 * panels) of y. For each group the integer sums become floats, times
- * both scales, and are added to the float sums: 2 x 12 accumulators for 4 rows x 48 outputs on AVX-512, all in registers.
- * Beside 192 products on the two multipliers stand the 24 multiplications of the scales: 89 % of the peak at most.
- * A narrow tile would wait for its few accumulators; its integer sums, which are exact in any order, take `turns`. */
+/* One tile: rows x (16 * panels) of y. For each group the integer sums become floats, times both scales, and are added to
+ * the float sums. A wide tile has 2 x 12 accumulators, for 4 rows x 48 outputs on AVX-512, all in registers. Beside its 192
+ * products on the two multipliers stand the 24 multiplications of the scales: 89 % of the peak at most. A narrow tile would
+ * wait for its few accumulators; its integer sums, which are exact in any order, take `turns`. */
 static TFM__TARGET TFM__INLINE void TFM__FN(tile_i8)(const int rows, const int panels, const int turns,
                                                      const tfm__matmul *job, size_t row, const unsigned char *w,
                                                      float *y, size_t y_stride) {
@@ -3885,7 +3887,7 @@ static TFM__TARGET TFM__INLINE void TFM__FN(tall_i8)(size_t rows, const tfm__mat
     }
 }
 
-/* All rows of y, `at_once` a time, from the column on, in one tile's width: `step` columns. */
+/* All rows of y from the column on: in tall tiles, or in wide ones of `step` columns. */
 static TFM__TARGET TFM__INLINE void TFM__FN(columns_i8)(const tfm__matmul *job, size_t column, size_t step,
                                                         const int tall) {
     const unsigned char *w = (const unsigned char *)job->w + column / 16 * job->panel_bytes;
@@ -4565,14 +4567,14 @@ static size_t tfm__store_pieces(const tfm__attention_job *job, size_t span) {
     return tfm__divide_up(tfm__past(from) % TFM__PANEL + from->n_rows, TFM__PANEL);
 }
 
-/* Turns rows [n][dim], `stride` apart, into columns [dim][16], of which it writes n. In the order of the columns: row by
- * row, each number would go to a cache line of its own. */
-static TFM__INLINE void tfm__turn_rows(const float *rows, size_t stride, const size_t n, size_t dim, float *columns) {
+/* Turns 16 rows of [dim] numbers, `stride` apart, into columns [dim][16]. In the order of the columns: row by row, each
+ * number would go to a cache line of its own. */
+static void tfm__turn_rows(const float *rows, size_t stride, size_t dim, float *columns) {
     size_t d, i;
     for (d = 0; d < dim; d++) {
         const float *from = rows + d;
         TFM__UNROLL
-        for (i = 0; i < n; i++, from += stride)
+        for (i = 0; i < TFM__PANEL; i++, from += stride)
             columns[d * TFM__PANEL + i] = *from;
     }
 }
@@ -4583,9 +4585,11 @@ static void tfm__store_f32(const float *key, const float *value, size_t stride, 
                            size_t page_tokens, float *keys, float *values) {
     size_t d, i;
     if (n == TFM__PANEL)
-        tfm__turn_rows(key, stride, TFM__PANEL, dim, keys);
+        tfm__turn_rows(key, stride, dim, keys);
     else
-        tfm__turn_rows(key, stride, n, dim, keys);
+        for (i = 0; i < n; i++)
+            for (d = 0; d < dim; d++)
+                keys[d * TFM__PANEL + i] = key[i * stride + d];
     for (d = 0; d + TFM__PANEL <= dim; d += TFM__PANEL)
         for (i = 0; i < n; i++)
             memcpy(values + d * page_tokens + i * TFM__PANEL, value + i * stride + d, TFM__PANEL * sizeof *value);
@@ -4601,7 +4605,7 @@ static void tfm__store_f16(const tfm__kernels *kernels, const float *key, const 
     for (d = 0; d < dim; d += some) {
         some = TFM__MIN(TFM__PANEL, dim - d);
         if (n == TFM__PANEL) {
-            tfm__turn_rows(key + d, stride, TFM__PANEL, some, columns);
+            tfm__turn_rows(key + d, stride, some, columns);
             kernels->to_f16(columns, some * TFM__PANEL, keys + d * TFM__PANEL);
         } else
             for (i = 0; i < n; i++) {
@@ -5034,7 +5038,8 @@ static const tfm_kv *tfm__take_uncached(tfm_engine *engine, const tfm__attention
 static void tfm__run_store(tfm_engine *engine, tfm__attention_job *job) {
     const size_t numbers = 2 * job->attention->n_kv_heads * job->attention->head_dim;
     tfm__run(engine, tfm__all_pieces(job, tfm__store_pieces),
-             4 * numbers * tfm__divide_up(job->pass->n_rows, job->pass->n_spans), tfm__store_piece, job);
+             4 * numbers * TFM__MIN(TFM__PANEL, tfm__divide_up(job->pass->n_rows, job->pass->n_spans)),
+             tfm__store_piece, job);
 }
 
 /* Runs the pieces of a job whose keys and values are in place or are stored now. */
@@ -12044,7 +12049,7 @@ static tfm_status tfm__check_sampling(const tfm_sampling *sampling, size_t vocab
     if (!tfm__is_between(sampling->min_p, 0, 1))
         return tfm__fail(error, TFM_ERROR_ARGUMENT, "min_p is %g, expected 0 to 1", (double)sampling->min_p);
     if (!tfm__is_finite(sampling->repeat_penalty) || sampling->repeat_penalty < 0)
-        return tfm__fail(error, TFM_ERROR_ARGUMENT, "the repeat penalty is %g, expected more than 0",
+        return tfm__fail(error, TFM_ERROR_ARGUMENT, "the repeat penalty is %g, expected 0 or more",
                          (double)sampling->repeat_penalty);
     for (i = 0; i < sampling->n_logit_bias; i++)
         if (sampling->logit_bias[i].token < 0 || (size_t)sampling->logit_bias[i].token >= vocab_size)

@@ -8,7 +8,7 @@
  * model of sentences may say at how many tokens texts should be cut; without that a line that is too long is an error,
  * which is found before any of the BATCH lines that are encoded with it is printed. Lines end with LF or CR LF; the last
  * one need not. What is no UTF-8 the tokenizer takes as U+FFFD, or, byte by byte, as it is. When there are many lines,
- * progress goes to stderr if that is a terminal.
+ * progress goes to stderr if that is a terminal and no vectors go to it.
  * Exit status: 0, 1 for errors, 2 for wrong usage.
  */
 #define _POSIX_C_SOURCE 200809L
@@ -235,15 +235,14 @@ static int compare_lines(const void *a, const void *b) {
 
 /* A line on stderr that is written over, if that is a terminal, there is much to wait for, and no vectors appear on the
  * terminal meanwhile. */
-static void show_progress(size_t done, size_t total, int is_ranking) {
-    if (total <= 4 * BATCH || !isatty(2) || (!is_ranking && isatty(1)))
-        return;
-    fprintf(stderr, "\r%lu of %lu lines%s", (unsigned long)done, (unsigned long)total, done == total ? "\n" : "");
+static int is_progress_shown(size_t total, int is_ranking) {
+    return total > 4 * BATCH && isatty(2) && (is_ranking || !isatty(1));
 }
 
 /* Prints the lines' vectors, or, where there is a query's vector, finds how near they are to it. */
 static int embed_lines(const embedder *e, line *lines, size_t n_lines, const float *query) {
     float *vectors = (float *)malloc(BATCH * e->d_model * sizeof *vectors);
+    const int shown = is_progress_shown(n_lines, query != NULL);
     tfm_error error = {TFM_OK, ""};
     size_t start, n = 0, i, bad;
     if (!vectors)
@@ -257,8 +256,11 @@ static int embed_lines(const embedder *e, line *lines, size_t n_lines, const flo
                 lines[start + i].similarity = cosine(vectors + i * e->d_model, query, e->d_model);
             else
                 print_vector(vectors + i * e->d_model, e->d_model);
-        show_progress(start + n, n_lines, query != NULL);
+        if (shown)
+            fprintf(stderr, "\r%lu of %lu lines", (unsigned long)(start + n), (unsigned long)n_lines);
     }
+    if (shown && start)
+        fputc('\n', stderr);
     free(vectors);
     if (error.status == TFM_OK)
         return 0;

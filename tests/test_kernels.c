@@ -1056,6 +1056,30 @@ static void test_i8_shape(int8_product *p, int8_product *other, size_t rows, siz
     tfm_unpack(&packed, NULL);
 }
 
+/* An activation that is not finite: the others of its group are 0, to the bit as in plain C, and the scale is not finite. */
+static void test_quantize_spoiled(void) {
+    static const float spoilt[] = {NAN, INFINITY, -INFINITY};
+    int8_product *p = (int8_product *)test_allocate(sizeof *p), *other = (int8_product *)test_allocate(sizeof *other);
+    size_t i, n, k = 150;
+    for (n = 0; n < 3; n++) {
+        test_fill(p->x, k, 1);
+        p->x[70 + n] = spoilt[n];
+        quantize_rows(&tfm__scalar_kernels, p, 1, k);
+        CHECK(isnan(p->scales[1]) || isinf(p->scales[1]));
+        CHECK(p->offsets[1] == 0 && p->offsets[0] != 0);
+        for (i = 0; i < n_kernels_here; i++) {
+            memcpy(other->x, p->x, sizeof p->x);
+            quantize_rows(kernels_here[i], other, 1, k);
+            CHECK_MSG(!memcmp(other->q, p->q, sizeof p->q) &&
+                          !memcmp(other->offsets, p->offsets, 3 * sizeof *p->offsets),
+                      "%s: quantize with a number that is %g", name_of(kernels_here[i]), (double)spoilt[n]);
+            CHECK(isnan(other->scales[1]) || isinf(other->scales[1]));
+        }
+    }
+    free(p);
+    free(other);
+}
+
 static void test_i8(void) {
     static const size_t inputs[] = {1, 3, 63, 64, 65, 130, 257, 400}, outputs[] = {1, 15, 16, 17, 47, 48, 49, 100, 210};
     int8_product *p = (int8_product *)test_allocate(sizeof *p), *other = (int8_product *)test_allocate(sizeof *other);
@@ -1323,6 +1347,7 @@ void test_kernels(void) {
         test_kv_products(kernels);
     }
     test_i8();
+    test_quantize_spoiled();
     test_agreement();
     print_kernels(); /* at the end: these really ran */
 }

@@ -174,7 +174,10 @@ echo before >"$dir/file.tfm"
 run build/tfm quantize $model "$dir/link.tfm"
 check "quantize to a link" cmp -s "$dir/file.tfm" $model
 check "a link stays what it is" [ -h "$dir/link.npy" -a -h "$dir/link.tfm" ]
-rm "$dir/link.tfm" "$dir/file.tfm"
+rm "$dir/file.tfm"
+fails 1 "link.tfm: a link that leads to no file" build/tfm quantize $model "$dir/link.tfm"
+check "quantize to a link that leads nowhere: it stays" [ -h "$dir/link.tfm" ]
+rm "$dir/link.tfm"
 ln -s /dev/stdout "$dir/stdout"
 build/tfm dump $model --ids 1,2 -o "$dir/stdout" >"$dir/out"
 check "dump to /dev/stdout, a file" cmp -s "$dir/out" "$dir/file.npy"

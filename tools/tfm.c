@@ -3,8 +3,9 @@
  *   tfm info MODEL [--verify]
  *   tfm quantize IN.tfm OUT.tfm [--type int8|f16|bf16|f32] [--threads N]
  *   tfm dump MODEL --ids 1,2,3 [--decoder-ids 0,5] [--types 0,0,1] [--mask 1,1,0] [--what logits|hidden|pooled]
- *       [--isa NAME] [--threads N] -o OUT.npy
- *   tfm dump MODEL --input X.npy [--decoder-input Y.npy] [--mask 1,1,0] [--isa NAME] [--threads N] -o OUT.npy
+ *       [--kv f32|f16|int8] [--isa NAME] [--threads N] -o OUT.npy
+ *   tfm dump MODEL --input X.npy [--decoder-input Y.npy] [--mask 1,1,0] [--kv f32|f16|int8] [--isa NAME] [--threads N]
+ *       -o OUT.npy
  *   tfm tokenize MODEL [--decode] [--special] [--whole] [--plain] [--pair] [--types] < text
  *   tfm perplexity MODEL TEXTFILE [--context N] [--stride N] [--isa NAME] [--threads N]
  *   tfm bench MODEL [--type f32,f16,int8] [--threads N] [--isa NAME] [--prompt 512|4-128] [--gen 64] [--batch 1]
@@ -406,6 +407,12 @@ static int quantize(int argc, char **argv) {
     path = follow_link(args.paths[1]);
     if (!path)
         return fail("out of memory");
+    if (is_link(path)) {
+        free(path);
+        fprintf(stderr, "tfm: %s: a link that leads to no file; expected a file, or a name for a new one\n",
+                args.paths[1]);
+        return 1;
+    }
     status = tfm_quantize(args.paths[0], path, &options, &error) == TFM_OK ? 0 : fail(error.message);
     free(path);
     if (status)

@@ -7,7 +7,7 @@ seconds=${1:-60}
 dir=build/fuzz
 status=0
 mkdir -p $dir
-flags="-std=c99 -O1 -g -DTFM_NO_SIMD -Wno-pass-failed" # sanitizers keep loops from being unrolled
+flags="-std=c99 -O1 -g -DTFM_NO_SIMD"
 export TFM_FUZZ_MODELS=$dir/seeds/models
 build_afl() { # and, as a library, what adds checksums to the inputs that AFL++ makes
     afl-clang-fast $flags -fsanitize=address tests/fuzz/fuzz.c /usr/lib/afl/libAFLDriver.a -o $dir/fuzz-afl -lm &&
