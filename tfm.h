@@ -1382,11 +1382,13 @@ static void tfm__pause(unsigned *waited) {
 /* Another process wants a core. The system takes it from a thread every few milliseconds, for as long, and most often while
  * the thread has a piece in hand: all others wait for that. So for a while the threads that serve the leader sleep a
  * moment, with nothing in hand, after 3 ms of work: less than the 4 ms or so that a thread is given at a time, and the
- * other process gets its turn then. `rested`: when this one did so last; NULL: of the leader, who does not. */
+ * other process gets its turn then. Not after the last piece: the pass may be over. `rested`: when this one did so last;
+ * NULL: of the leader, who does not. */
 #define TFM__REST_AFTER 3e-3
 
 static void tfm__rest(const tfm__team *team, double *rested) {
-    if (!rested || !__atomic_load_n(&team->rests, __ATOMIC_RELAXED) || omp_get_wtime() - *rested < TFM__REST_AFTER)
+    if (!rested || !__atomic_load_n(&team->rests, __ATOMIC_RELAXED) ||
+        !(uint32_t)__atomic_load_n(&team->ticket, __ATOMIC_RELAXED) || omp_get_wtime() - *rested < TFM__REST_AFTER)
         return;
     tfm__nap();
     *rested = omp_get_wtime();
@@ -1406,8 +1408,7 @@ static void tfm__team_work(tfm__team *team, double *rested) {
         for (i = 0; i < take; i++)
             team->task[job](team->argument[job], team->n[job] - left + i);
         __atomic_fetch_add(&team->finished, take, __ATOMIC_RELEASE);
-        if ((uint32_t)__atomic_load_n(&team->ticket, __ATOMIC_RELAXED))
-            tfm__rest(team, rested);
+        tfm__rest(team, rested);
         ticket = __atomic_load_n(&team->ticket, __ATOMIC_ACQUIRE);
     }
 }
@@ -12041,14 +12042,14 @@ static void tfm__select(uint32_t *items, size_t n, size_t k, tfm__compare compar
 
 static tfm_status tfm__check_sampling(const tfm_sampling *sampling, size_t vocab_size, tfm_error *error) {
     size_t i;
-    if (!tfm__is_finite(sampling->temperature) || sampling->temperature < 0)
+    if (!tfm__is_between(sampling->temperature, 0, FLT_MAX))
         return tfm__fail(error, TFM_ERROR_ARGUMENT, "the temperature is %g, expected 0 or more",
                          (double)sampling->temperature);
     if (!tfm__is_between(sampling->top_p, 0, 1))
         return tfm__fail(error, TFM_ERROR_ARGUMENT, "top_p is %g, expected 0 to 1", (double)sampling->top_p);
     if (!tfm__is_between(sampling->min_p, 0, 1))
         return tfm__fail(error, TFM_ERROR_ARGUMENT, "min_p is %g, expected 0 to 1", (double)sampling->min_p);
-    if (!tfm__is_finite(sampling->repeat_penalty) || sampling->repeat_penalty < 0)
+    if (!tfm__is_between(sampling->repeat_penalty, 0, FLT_MAX))
         return tfm__fail(error, TFM_ERROR_ARGUMENT, "the repeat penalty is %g, expected 0 or more",
                          (double)sampling->repeat_penalty);
     for (i = 0; i < sampling->n_logit_bias; i++)

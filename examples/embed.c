@@ -233,8 +233,8 @@ static int compare_lines(const void *a, const void *b) {
     return x->text < y->text ? -1 : 1; /* equals stay in their order */
 }
 
-/* A line on stderr that is written over, if that is a terminal, there is much to wait for, and no vectors appear on the
- * terminal meanwhile. */
+/* Progress is a line on stderr that is written over: if that is a terminal, there is much to wait for, and no vectors
+ * appear on the terminal meanwhile. */
 static int is_progress_shown(size_t total, int is_ranking) {
     return total > 4 * BATCH && isatty(2) && (is_ranking || !isatty(1));
 }

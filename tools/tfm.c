@@ -609,6 +609,30 @@ static tfm_model *dump_load(const char *path, tfm_error *error) {
     return file ? tfm_load(path, &options, error) : NULL;
 }
 
+/* The results of a model on the ids of the options. */
+static int dump_ids(const arguments *args, tfm_output what) {
+    tfm_error error = {TFM_OK, ""};
+    tfm_model *model = NULL;
+    tfm_session *session = NULL;
+    dumping d;
+    int status;
+    memset(&d, 0, sizeof d);
+    d.what = what;
+    status = dump_inputs(args, &d);
+    if (!status) {
+        model = dump_load(args->paths[0], &error);
+        session = model ? create_session_for(model, args, &d.text, d.n_decoder_ids, &error) : NULL;
+        if (session && dump_shape(&d, model, &error) == TFM_OK && dump_run(&d, session, &error) == TFM_OK)
+            status = write_npy(args->output, d.outputs, what == TFM_POOLED ? 0 : d.rows, d.columns);
+        if (error.status != TFM_OK)
+            status = fail(error.message);
+    }
+    dump_free(&d);
+    tfm_session_free(session);
+    tfm_free(model);
+    return status;
+}
+
 /* ---- dump: models without token embeddings, which take vectors */
 
 /* [rows][columns] */
@@ -803,16 +827,12 @@ static int dump_vectors(const arguments *args) {
 
 static int dump(int argc, char **argv) {
     arguments args;
-    tfm_error error = {TFM_OK, ""};
-    tfm_model *model = NULL;
-    tfm_session *session = NULL;
-    dumping d;
+    tfm_output what = TFM_LOGITS;
     int status =
         parse(argc, argv, 1,
               " --ids --decoder-ids --types --mask --what --kv --isa --threads --input --decoder-input -o ", &args);
     if (status)
         return status;
-    memset(&d, 0, sizeof d);
     if (!(args.ids || args.input) || !args.output)
         return usage("dump needs --ids and -o", ", or --input and -o");
     if (args.input && (args.ids || args.decoder_ids || args.type_ids))
@@ -820,27 +840,14 @@ static int dump(int argc, char **argv) {
     if (!args.input && args.decoder_input)
         return usage("--decoder-input is for --input", "");
     if (args.what && !strcmp(args.what, "hidden"))
-        d.what = TFM_HIDDEN;
+        what = TFM_HIDDEN;
     else if (args.what && !strcmp(args.what, "pooled"))
-        d.what = TFM_POOLED;
+        what = TFM_POOLED;
     else if (args.what && strcmp(args.what, "logits"))
         return usage("--what: expected logits, hidden or pooled, found ", args.what);
-    if (args.input && args.what && d.what != TFM_HIDDEN)
+    if (args.input && args.what && what != TFM_HIDDEN)
         return usage("--what: expected hidden, the results of --input, found ", args.what);
-    status = args.input ? dump_vectors(&args) : dump_inputs(&args, &d);
-    if (!status && !args.input) {
-        const int wants_pooled = d.what == TFM_POOLED;
-        model = dump_load(args.paths[0], &error);
-        session = model ? create_session_for(model, &args, &d.text, d.n_decoder_ids, &error) : NULL;
-        if (session && dump_shape(&d, model, &error) == TFM_OK && dump_run(&d, session, &error) == TFM_OK)
-            status = write_npy(args.output, d.outputs, wants_pooled ? 0 : d.rows, d.columns);
-        if (error.status != TFM_OK)
-            status = fail(error.message);
-    }
-    dump_free(&d);
-    tfm_session_free(session);
-    tfm_free(model);
-    return status;
+    return args.input ? dump_vectors(&args) : dump_ids(&args, what);
 }
 
 /* ---- tokenize */
