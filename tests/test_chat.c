@@ -596,21 +596,15 @@ static void test_wrong_fields(void) {
         unsigned char value;
         const char *what;
         tfm_status status;
-    } cases[] = {{8, 2, "version 2", TFM_ERROR_UNSUPPORTED},
-                 {12, 2, "are f16, the session's f32", TFM_ERROR_ARGUMENT},
-                 {12, 9, "another type", TFM_ERROR_ARGUMENT},
-                 {22, 1, "truncated", TFM_ERROR_FORMAT},
-                 {32, 1, "number of turns", TFM_ERROR_FORMAT},
-                 {39, 1, "number of turns", TFM_ERROR_FORMAT},
-                 {40, 3, "size of its caches", TFM_ERROR_FORMAT},
-                 {46, 1, "room for 384", TFM_ERROR_CONTEXT_FULL},
-                 {64, 1, "a turn is impossible", TFM_ERROR_FORMAT},
-                 {68, 1, "a turn is impossible", TFM_ERROR_FORMAT},
-                 {78, 1, "larger than the file", TFM_ERROR_FORMAT},
-                 {86, 1, "larger than the file", TFM_ERROR_FORMAT},
-                 {88, 1, "a turn is impossible", TFM_ERROR_FORMAT},
-                 {28, 1, "keeps free", TFM_ERROR_FORMAT},
-                 {60, 1, "keeps free", TFM_ERROR_FORMAT}};
+    } cases[] = {
+        {8, 2, "version 2", TFM_ERROR_UNSUPPORTED},        {12, 2, "are f16, the session's f32", TFM_ERROR_ARGUMENT},
+        {12, 9, "another type", TFM_ERROR_ARGUMENT},       {22, 1, "truncated", TFM_ERROR_FORMAT},
+        {32, 1, "number of turns", TFM_ERROR_FORMAT},      {39, 1, "number of turns", TFM_ERROR_FORMAT},
+        {55, 0x80, "number of turns", TFM_ERROR_FORMAT},   {40, 3, "size of its caches", TFM_ERROR_FORMAT},
+        {46, 1, "room for 384", TFM_ERROR_CONTEXT_FULL},   {64, 1, "a turn is impossible", TFM_ERROR_FORMAT},
+        {68, 1, "a turn is impossible", TFM_ERROR_FORMAT}, {78, 1, "larger than the file", TFM_ERROR_FORMAT},
+        {86, 1, "larger than the file", TFM_ERROR_FORMAT}, {88, 1, "a turn is impossible", TFM_ERROR_FORMAT},
+        {28, 1, "keeps free", TFM_ERROR_FORMAT},           {60, 1, "keeps free", TFM_ERROR_FORMAT}};
     unsigned char *bytes, *other_bytes, *data, *damaged;
     tfm_model *model = chat_model(NULL, 0, 1, NULL, 1, &bytes),
               *other_model = chat_model(NULL, 0, 1, NULL, 2, &other_bytes);
