@@ -393,7 +393,7 @@ typedef struct tfm_block {
  * panels that the matrix kernels read. Make one with tfm_kv_create, or let a session manage them. */
 #define TFM_KV_PAGE 128
 typedef struct tfm_kv {
-    tfm_dtype dtype; /* TFM_F32, TFM_F16 or TFM_I8 */
+    tfm_dtype dtype; /* TFM_F32, TFM_F16, TFM_BF16 or TFM_I8 */
     size_t n_layers, n_kv_heads, head_dim;
     size_t capacity;       /* tokens that there are pages for */
     size_t n_tokens;       /* tokens that are in it. The caller moves it on, after the last block of a step. */
@@ -405,7 +405,8 @@ typedef struct tfm_kv {
 } tfm_kv;
 
 /* Makes an empty cache with its own pool. dtype TFM_F32; or TFM_F16 for half the memory: keys and values are rounded to
- * 11 bits, and held to +-65504; or TFM_I8 for about a quarter of it: integers from -127 to 127 with a scale (8 bits of
+ * 11 bits, and held to +-65504; or TFM_BF16, with which attention is fastest: they are rounded to 8 bits, and so are the
+ * queries and probabilities that they are multiplied with; or TFM_I8 for about a quarter of the memory: integers from -127 to 127 with a scale (8 bits of
  * mantissa, no less than largest / 127) for each 32 numbers of a head's key or value. Free with tfm_kv_free and the same
  * allocator (NULL: the default one). */
 TFM_API tfm_status tfm_kv_create(tfm_kv *kv, tfm_dtype dtype, size_t n_layers, size_t n_kv_heads, size_t head_dim,
@@ -687,8 +688,8 @@ typedef struct tfm_session_options {
     size_t source;      /* tokens that a text for the encoder may have; 0: the encoder's n_positions */
     size_t n_sequences; /* independent sequences; 0: 1 */
     size_t max_rows;    /* tokens evaluated in one pass; longer input is cut into passes. 0: 512 */
-    tfm_dtype kv_dtype; /* of the KV cache: TFM_F32, TFM_F16, TFM_I8, as in tfm_kv_create; 0: TFM_F16 if the weights are
-                         * i8, else TFM_F32 */
+    tfm_dtype kv_dtype; /* of the KV cache: TFM_F32, TFM_F16, TFM_BF16, TFM_I8, as in tfm_kv_create; 0: TFM_BF16 if the
+                         * weights are i8, else TFM_F32 */
     tfm_engine_options engine;
 } tfm_session_options;
 
@@ -1093,6 +1094,9 @@ TFM_API tfm_status tfm_chat_load(tfm_chat *chat, const char *path, tfm_error *er
 #if (defined(__clang__) && __clang_major__ >= 12) || (!defined(__clang__) && __GNUC__ >= 11)
 #define TFM__HAS_AVXVNNI /* the compiler knows it */
 #endif
+#if (defined(__clang__) && __clang_major__ >= 9) || (!defined(__clang__) && __GNUC__ >= 10)
+#define TFM__HAS_AVX512BF16
+#endif
 #elif !defined(TFM_NO_SIMD) && (defined(__GNUC__) || defined(__clang__)) && defined(__aarch64__) && defined(__ARM_NEON)
 #define TFM__NEON
 #include <arm_neon.h>
@@ -1241,11 +1245,13 @@ static int tfm__has_f16c(void) {
 }
 #endif
 
-#ifdef TFM__HAS_AVXVNNI
-/* AVX-VNNI: leaf 7, subleaf 1, EAX bit 4. */
-static int tfm__has_avxvnni(void) {
+#if defined(TFM__HAS_AVXVNNI) || defined(TFM__HAS_AVX512BF16)
+enum { TFM__AVXVNNI = 4, TFM__AVX512BF16 = 5 };
+
+/* These: bits of leaf 7, subleaf 1, EAX. */
+static int tfm__has_leaf_7_1(int bit) {
     unsigned a = 0, b = 0, c = 0, d = 0;
-    return __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a >> 4 & 1);
+    return __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a >> bit & 1);
 }
 #endif
 
@@ -1262,7 +1268,7 @@ TFM_API int tfm_isa_supported(tfm_isa isa) {
                __builtin_cpu_supports("avx512vl");
     case TFM_ISA_AVX512VNNI: return tfm_isa_supported(TFM_ISA_AVX512) && __builtin_cpu_supports("avx512vnni");
 #ifdef TFM__HAS_AVXVNNI
-    case TFM_ISA_AVXVNNI: return tfm_isa_supported(TFM_ISA_AVX2) && tfm__has_avxvnni();
+    case TFM_ISA_AVXVNNI: return tfm_isa_supported(TFM_ISA_AVX2) && tfm__has_leaf_7_1(TFM__AVXVNNI);
 #endif
 #elif defined(TFM__NEON)
     case TFM_ISA_NEON: return 1;
@@ -2533,6 +2539,10 @@ typedef struct tfm__kernels {
     void (*quantize)(const float *x, size_t n, const tfm__quantized *row);
     /* The same product with an int8 cache's keys (0) or values (1) of one head in one page: see "int8 keys and values". */
     void (*matmul_kv[2])(const tfm__matmul *job);
+    /* The same with bf16 keys or values, for which x is rounded to bf16: see "bf16 keys and values". */
+    void (*matmul_pairs)(const tfm__matmul *job);
+    /* first[n], second[n] -> bf16 pairs[n][2] */
+    void (*pair)(const float *first, const float *second, size_t n, uint16_t *pairs);
     /* x[n], n <= TFM__KV_GROUP -> q[n rounded up to 16], 0 past the last, and the bits of its scale */
     void (*quantize_kv)(const float *x, size_t n, int8_t *q, uint16_t *scale);
     void (*finish)(const tfm__finish *job);
@@ -2631,6 +2641,40 @@ static void tfm__scalar_quantize(const float *x, size_t n, const tfm__quantized 
         }
         row->scales[g] = tfm__float_from_bits(largest) / 127;
         row->offsets[g] = -128 * sum;
+    }
+}
+
+/* ---- bf16 keys and values
+ * What a bf16 KV cache holds of one head in one page: numbers that a product adds one after another stand side by side, as
+ * the bf16 dot product of AVX-512 takes them:
+ *     keys     [tokens / 16] panels of  bf16 [head_dim / 2][16][2]       (outputs: tokens)
+ *     values   [head_dim / 16] panels of  bf16 [tokens / 2][16][2]       (outputs: dimensions)
+ * Queries and probabilities are rounded to bf16 too. Their products are then exact in fp32 (8 bits times 8), and of a pair
+ * the second is added first: as the instruction does, so that all instruction sets have the same bits. (Only that it takes
+ * numbers below 2^-126 for 0.) Where k is odd, what stands beside the last number does not count. */
+static void tfm__scalar_matmul_pairs(const tfm__matmul *job) {
+    size_t column, r, k;
+    for (column = 0; column < job->n; column++) {
+        const char *panel = (const char *)job->w + column / TFM__PANEL * job->panel_bytes;
+        const uint16_t *w = (const uint16_t *)(const void *)panel + column % TFM__PANEL * 2;
+        for (r = 0; r < job->n_rows; r++) {
+            const float *x = job->x + r * job->x_stride;
+            float *y = job->y + r * job->y_stride + column, sum = job->add ? *y : 0;
+            for (k = 0; k < job->k; k += 2) {
+                if (k + 1 < job->k)
+                    sum += tfm__from_bf16(tfm__to_bf16(x[k + 1])) * tfm__from_bf16(w[k * TFM__PANEL + 1]);
+                sum += tfm__from_bf16(tfm__to_bf16(x[k])) * tfm__from_bf16(w[k * TFM__PANEL]);
+            }
+            *y = sum;
+        }
+    }
+}
+
+static void tfm__scalar_pair(const float *first, const float *second, size_t n, uint16_t *pairs) {
+    size_t i;
+    for (i = 0; i < n; i++) {
+        pairs[2 * i] = tfm__to_bf16(first[i]);
+        pairs[2 * i + 1] = tfm__to_bf16(second[i]);
     }
 }
 
@@ -2829,6 +2873,8 @@ static const tfm__kernels tfm__scalar_kernels = {
     {NULL, tfm__scalar_matmul_f32, tfm__scalar_matmul_f16, tfm__scalar_matmul_bf16, tfm__scalar_matmul_i8},
     tfm__scalar_quantize,
     {tfm__scalar_matmul_keys, tfm__scalar_matmul_values},
+    tfm__scalar_matmul_pairs,
+    tfm__scalar_pair,
     tfm__scalar_quantize_kv,
     tfm__scalar_finish,
     {tfm__scalar_layer_norm, tfm__scalar_rms_norm},
@@ -2887,7 +2933,9 @@ static const tfm__kernels tfm__scalar_kernels = {
  * accumulators, the fewer loads for each multiplication.
  *   AVX-512: 32 registers: 8 rows x 48 outputs = 24 accumulators + 3 weights + 1 broadcast. 97 % of the multiplier's peak.
  *   AVX2:    16 registers: 6 rows x 16 outputs = 12 accumulators + 2 weights + 1 broadcast.
- *   NEON:    32 registers: 6 rows x 16 outputs = 24 accumulators + 4 weights + 1 broadcast. */
+ *   NEON:    32 registers: 6 rows x 16 outputs = 24 accumulators + 4 weights + 1 broadcast.
+ * Keys and values in bf16 or int8 have tiles of their own, TFM__ROWS_KV x TFM__PANELS_KV: heads of 64 and pages of 128 are
+ * whole tiles of 64 outputs, and of 32. */
 #if TFM__TIER == 20 || TFM__TIER == 21
 #if TFM__TIER == 20
 #define TFM__FN(name) tfm__avx2_##name
@@ -2922,9 +2970,12 @@ static const tfm__kernels tfm__scalar_kernels = {
 #define vf_max_bits(a, b) _mm256_castsi256_ps(_mm256_max_epi32(_mm256_castps_si256(a), _mm256_castps_si256(b)))
 /* a < b ? yes : no */
 #define vf_if_less(a, b, yes, no) _mm256_blendv_ps(no, yes, _mm256_cmp_ps(a, b, _CMP_LT_OQ))
+#define vf_if_nan(a, yes, no) _mm256_blendv_ps(no, yes, _mm256_cmp_ps(a, a, _CMP_UNORD_Q))
 /* a times two to the n, for n = the low bits of t */
 #define vf_times_2_to(a, t)                                                                                            \
     _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(a), _mm256_slli_epi32(_mm256_castps_si256(t), 23)))
+#define TFM__ROWS_KV 3
+#define TFM__PANELS_KV 2
 #define TFM__ROWS_I8 3
 #define TFM__PANELS_I8 1
 #define TFM__TALL_I8 3
@@ -2933,6 +2984,12 @@ static const tfm__kernels tfm__scalar_kernels = {
 #define vi_load(p) _mm256_loadu_si256((const __m256i *)(p))
 #define vi_set1 _mm256_set1_epi32
 #define vi_add _mm256_add_epi32
+#define vi_or _mm256_or_si256
+#define vi_and _mm256_and_si256
+#define vi_shift_left _mm256_slli_epi32
+#define vi_shift_right _mm256_srli_epi32
+#define vi_as_floats _mm256_castsi256_ps
+#define vf_as_integers _mm256_castps_si256
 #define vi_to_floats _mm256_cvtepi32_ps
 /* floats with the bits base[i] + code[i] * 2^19 */
 #define vi_scales(base, code)                                                                                          \
@@ -2970,8 +3027,11 @@ static const tfm__kernels tfm__scalar_kernels = {
 #define vf_abs(a) _mm512_abs_ps(a)
 #define vf_max_bits(a, b) _mm512_castsi512_ps(_mm512_max_epi32(_mm512_castps_si512(a), _mm512_castps_si512(b)))
 #define vf_if_less(a, b, yes, no) _mm512_mask_blend_ps(_mm512_cmp_ps_mask(a, b, _CMP_LT_OQ), no, yes)
+#define vf_if_nan(a, yes, no) _mm512_mask_blend_ps(_mm512_cmp_ps_mask(a, a, _CMP_UNORD_Q), no, yes)
 #define vf_times_2_to(a, t)                                                                                            \
     _mm512_castsi512_ps(_mm512_add_epi32(_mm512_castps_si512(a), _mm512_slli_epi32(_mm512_castps_si512(t), 23)))
+#define TFM__ROWS_KV 6
+#define TFM__PANELS_KV 4
 #define TFM__ROWS_I8 4
 #define TFM__PANELS_I8 3
 #define TFM__TALL_I8 8
@@ -2980,6 +3040,12 @@ static const tfm__kernels tfm__scalar_kernels = {
 #define vi_load(p) _mm512_loadu_si512(p)
 #define vi_set1 _mm512_set1_epi32
 #define vi_add _mm512_add_epi32
+#define vi_or _mm512_or_si512
+#define vi_and _mm512_and_si512
+#define vi_shift_left _mm512_slli_epi32
+#define vi_shift_right _mm512_srli_epi32
+#define vi_as_floats _mm512_castsi512_ps
+#define vf_as_integers _mm512_castps_si512
 #define vi_to_floats _mm512_cvtepi32_ps
 #define vi_scales(base, code)                                                                                          \
     _mm512_castsi512_ps(_mm512_add_epi32(                                                                              \
@@ -3019,8 +3085,11 @@ static const tfm__kernels tfm__scalar_kernels = {
 #define vf_abs vabsq_f32
 #define vf_max_bits(a, b) vreinterpretq_f32_s32(vmaxq_s32(vreinterpretq_s32_f32(a), vreinterpretq_s32_f32(b)))
 #define vf_if_less(a, b, yes, no) vbslq_f32(vcltq_f32(a, b), yes, no)
+#define vf_if_nan(a, yes, no) vbslq_f32(vceqq_f32(a, a), no, yes)
 #define vf_times_2_to(a, t)                                                                                            \
     vreinterpretq_f32_s32(vaddq_s32(vreinterpretq_s32_f32(a), vshlq_n_s32(vreinterpretq_s32_f32(t), 23)))
+#define TFM__ROWS_KV 3
+#define TFM__PANELS_KV 2
 #define TFM__ROWS_I8 3
 #define TFM__PANELS_I8 1
 #define TFM__TALL_I8 3
@@ -3029,6 +3098,12 @@ static const tfm__kernels tfm__scalar_kernels = {
 #define vi_load(p) vld1q_s32((const int32_t *)(const void *)(p))
 #define vi_set1 vdupq_n_s32
 #define vi_add vaddq_s32
+#define vi_or vorrq_s32
+#define vi_and vandq_s32
+#define vi_shift_left vshlq_n_s32
+#define vi_shift_right(a, n) vreinterpretq_s32_u32(vshrq_n_u32(vreinterpretq_u32_s32(a), n))
+#define vi_as_floats vreinterpretq_f32_s32
+#define vf_as_integers vreinterpretq_s32_f32
 #define vi_to_floats vcvtq_f32_s32
 #define vi_scales(base, code) vreinterpretq_f32_s32(vaddq_s32(vi_load(base), TFM__FN(codes)(code)))
 #endif
@@ -3580,16 +3655,10 @@ static TFM__TARGET void TFM__FN(quantize)(const float *x, size_t n, const tfm__q
 /* ---- int8 keys and values: as the plain C ones */
 
 #if TFM__LANES == 16
-#define TFM__ROWS_KV 6 /* 24 accumulators, 4 scales, an integer, a broadcast */
-#define TFM__PANELS_KV 4
 #define vf_load_i8(p) _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)(const void *)(p))))
 #elif TFM__LANES == 8
-#define TFM__ROWS_KV 3 /* 12 accumulators */
-#define TFM__PANELS_KV 2
 #define vf_load_i8(p) _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)(const void *)(p))))
 #else
-#define TFM__ROWS_KV 3 /* 24 accumulators */
-#define TFM__PANELS_KV 2
 #define vf_load_i8 TFM__FN(load_i8)
 static TFM__TARGET TFM__INLINE float32x4_t TFM__FN(load_i8)(const int8_t *p) {
     uint32_t four;
@@ -3721,6 +3790,192 @@ static TFM__TARGET void TFM__FN(quantize_kv)(const float *x, size_t n, int8_t *q
 }
 
 #endif /* what the tiers of one register have in common */
+
+#if TFM__TIER % 10 == 0 || (TFM__TIER == 51 && defined(TFM__HAS_AVX512BF16))
+
+/* ---- bf16 keys and values: as the plain C ones, to the bit
+ * With AVX-512 BF16, one instruction takes sixteen pairs; its peak is 1.65 (Zen 5) to 2 times that of fp32. Without, a pair
+ * becomes two floats: the first is its lower half moved up, the second the upper half. It is inline assembly as the int8
+ * product is, for the same reason. */
+#if TFM__TIER == 51
+#define TFM__TARGET_PAIRS                                                                                              \
+    __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx512bf16,avx2,fma,f16c")))
+#define TFM__INPUT_PAIR uint32_t
+#define TFM__INPUT_STEP 1 /* a pair of inputs is one of these */
+#else
+#define TFM__TARGET_PAIRS TFM__TARGET
+#define TFM__INPUT_PAIR float
+#define TFM__INPUT_STEP 2 /* or two */
+
+/* The nearest bf16, ties to even; NaN stays one. */
+static TFM__TARGET TFM__INLINE vi TFM__FN(round_bf16)(vf x) {
+    const vi bits = vf_as_integers(x), odd = vi_and(vi_shift_right(bits, 16), vi_set1(1));
+    const vf rounded = vi_as_floats(vi_add(bits, vi_add(odd, vi_set1(0x7FFF))));
+    return vi_and(vf_as_integers(vf_if_nan(x, vi_as_floats(vi_or(bits, vi_set1(0x400000))), rounded)), vi_set1(-65536));
+}
+
+static TFM__TARGET void TFM__FN(pair)(const float *first, const float *second, size_t n, uint16_t *pairs) {
+    size_t i;
+    int c;
+    TFM__SIXTEENS(i, lanes, n, {
+        const v16 a = TFM__FN(load_part)(first + i, lanes, 0), b = TFM__FN(load_part)(second + i, lanes, 0);
+        v16 both;
+        TFM__UNROLL
+        for (c = 0; c < TFM__PARTS; c++)
+            both.part[c] =
+                vi_as_floats(vi_or(vi_shift_right(TFM__FN(round_bf16)(a.part[c]), 16), TFM__FN(round_bf16)(b.part[c])));
+        TFM__FN(store_part)((float *)(void *)(pairs + 2 * i), both, lanes);
+    })
+}
+#endif
+
+/* Inputs of a tile that are rounded at once. */
+#define TFM__INPUTS ((size_t)256)
+
+/* 16 inputs, rounded. */
+static TFM__TARGET_PAIRS TFM__INLINE void TFM__FN(round_16)(const float *x, TFM__INPUT_PAIR *rounded) {
+#if TFM__TIER == 51
+    __m256i pairs;
+    __asm__("vcvtneps2bf16 {%1, %0|%0, %1}" : "=v"(pairs) : "v"(vf_load(x)));
+    _mm256_storeu_si256((__m256i *)rounded, pairs);
+#else
+    int c;
+    TFM__UNROLL
+    for (c = 0; c < TFM__PARTS; c++)
+        vf_store(rounded + c * TFM__LANES, vi_as_floats(TFM__FN(round_bf16)(vf_load(x + c * TFM__LANES))));
+#endif
+}
+
+static TFM__TARGET_PAIRS TFM__INLINE void TFM__FN(round_inputs)(const float *x, size_t n, TFM__INPUT_PAIR *rounded) {
+    float side[16];
+    size_t i;
+    for (i = 0; i + 16 <= n; i += 16)
+        TFM__FN(round_16)(x + i, rounded + i / 2 * TFM__INPUT_STEP);
+    if (i == n)
+        return;
+    memset(side, 0, sizeof side);
+    memcpy(side, x + i, (n - i) * sizeof *x);
+    TFM__FN(round_16)(side, rounded + i / 2 * TFM__INPUT_STEP);
+}
+
+/* sum[rows][columns] += the products of one pair of inputs; `odd`: of the first of them alone. w: the pair's weights in the
+ * first panel. */
+static TFM__TARGET_PAIRS TFM__INLINE void TFM__FN(add_pair)(const int rows, const int columns, const int odd,
+                                                            const char *w, size_t panel_bytes, const TFM__INPUT_PAIR *x,
+                                                            vf (*sum)[TFM__PANELS_KV * TFM__PARTS]) {
+    int r, c;
+#if TFM__TIER == 51
+    vi weights[TFM__PANELS_KV];
+    TFM__UNROLL
+    for (c = 0; c < columns; c++) {
+        weights[c] = vi_load(w + (size_t)c * panel_bytes);
+        if (odd)
+            weights[c] = vi_and(weights[c], vi_set1(0xFFFF));
+    }
+    TFM__UNROLL
+    for (r = 0; r < rows; r++) {
+        const vi input = vi_set1((int32_t)x[(size_t)r * (TFM__INPUTS / 2)]);
+        TFM__UNROLL
+        for (c = 0; c < columns; c++)
+            __asm__("vdpbf16ps {%2, %1, %0|%0, %1, %2}" : "+v"(sum[r][c]) : "v"(weights[c]), "v"(input));
+    }
+#else
+    TFM__UNROLL
+    for (c = 0; c < columns; c++) {
+        const vi pair = vi_load(w + (size_t)(c / TFM__PARTS) * panel_bytes + c % TFM__PARTS * TFM__LANES * 4);
+        const vf first = vi_as_floats(vi_shift_left(pair, 16)), second = vi_as_floats(vi_and(pair, vi_set1(-65536)));
+        TFM__UNROLL
+        for (r = 0; r < rows; r++) {
+            if (!odd)
+                sum[r][c] = vf_fma(vf_set1(x[(size_t)r * TFM__INPUTS + 1]), second, sum[r][c]);
+            sum[r][c] = vf_fma(vf_set1(x[(size_t)r * TFM__INPUTS]), first, sum[r][c]);
+        }
+    }
+#endif
+}
+
+/* One tile: rows x (16 * panels) of y, for n <= TFM__INPUTS inputs x. */
+static TFM__TARGET_PAIRS TFM__INLINE void TFM__FN(tile_pairs)(const int rows, const int panels, const tfm__matmul *job,
+                                                              size_t n, const TFM__INPUT_PAIR *x, const char *w,
+                                                              int add, float *y, size_t y_stride) {
+    const int columns = panels * TFM__PARTS;
+    const size_t panel_bytes = job->panel_bytes;
+    vf sum[TFM__ROWS_KV][TFM__PANELS_KV * TFM__PARTS];
+    size_t pair;
+    int r, c;
+    TFM__UNROLL
+    for (r = 0; r < rows; r++)
+        TFM__UNROLL
+    for (c = 0; c < columns; c++)
+        sum[r][c] = add ? vf_load(y + (size_t)r * y_stride + c * TFM__LANES) : vf_set1(0);
+    for (pair = 0; pair < n / 2; pair++)
+        TFM__FN(add_pair)(rows, columns, 0, w + pair * 64, panel_bytes, x + pair * TFM__INPUT_STEP, sum);
+    if (n % 2)
+        TFM__FN(add_pair)(rows, columns, 1, w + pair * 64, panel_bytes, x + pair * TFM__INPUT_STEP, sum);
+    TFM__UNROLL
+    for (r = 0; r < rows; r++)
+        TFM__UNROLL
+    for (c = 0; c < columns; c++)
+        vf_store(y + (size_t)r * y_stride + c * TFM__LANES, sum[r][c]);
+}
+
+static TFM__TARGET_PAIRS TFM__INLINE void TFM__FN(tile_rows_pairs)(size_t rows, const int panels,
+                                                                   const tfm__matmul *job, size_t n,
+                                                                   const TFM__INPUT_PAIR *x, const char *w, int add,
+                                                                   float *y, size_t y_stride) {
+    switch (rows) {
+    case 1: TFM__FN(tile_pairs)(1, panels, job, n, x, w, add, y, y_stride); break;
+    case 2: TFM__FN(tile_pairs)(2, panels, job, n, x, w, add, y, y_stride); break;
+#if TFM__ROWS_KV == 6
+    case 3: TFM__FN(tile_pairs)(3, panels, job, n, x, w, add, y, y_stride); break;
+    case 4: TFM__FN(tile_pairs)(4, panels, job, n, x, w, add, y, y_stride); break;
+    case 5: TFM__FN(tile_pairs)(5, panels, job, n, x, w, add, y, y_stride); break;
+#endif
+    default: TFM__FN(tile_pairs)(TFM__ROWS_KV, panels, job, n, x, w, add, y, y_stride);
+    }
+}
+
+/* All columns of y[rows][job->n], for n rounded inputs of each row. w: the first one's weights. */
+static TFM__TARGET_PAIRS TFM__INLINE void TFM__FN(columns_pairs)(const tfm__matmul *job, size_t rows, size_t n,
+                                                                 const TFM__INPUT_PAIR *x, const char *w, int add,
+                                                                 float *y) {
+    float side[TFM__ROWS_KV * 16];
+    size_t column = 0, r, lanes;
+    for (; column + 16 * TFM__PANELS_KV <= job->n;
+         column += 16 * TFM__PANELS_KV, w += TFM__PANELS_KV * job->panel_bytes)
+        TFM__FN(tile_rows_pairs)(rows, TFM__PANELS_KV, job, n, x, w, add, y + column, job->y_stride);
+    for (; column + 16 <= job->n; column += 16, w += job->panel_bytes)
+        TFM__FN(tile_rows_pairs)(rows, 1, job, n, x, w, add, y + column, job->y_stride);
+    if (column == job->n)
+        return;
+    lanes = job->n - column; /* the last panel is made on the side, so as not to write past the row */
+    for (r = 0; r < rows; r++)
+        memcpy(side + r * 16, y + column + r * job->y_stride, lanes * sizeof *y);
+    TFM__FN(tile_rows_pairs)(rows, 1, job, n, x, w, add, side, 16);
+    for (r = 0; r < rows; r++)
+        memcpy(y + column + r * job->y_stride, side + r * 16, lanes * sizeof *y);
+}
+
+static TFM__TARGET_PAIRS void TFM__FN(matmul_pairs)(const tfm__matmul *job) {
+    TFM__INPUT_PAIR x[TFM__ROWS_KV * TFM__INPUTS / 2 * TFM__INPUT_STEP]; /* [rows][TFM__INPUTS], rounded */
+    size_t row, first, r;
+    for (row = 0; row < job->n_rows; row += TFM__ROWS_KV)
+        for (first = 0; first < job->k; first += TFM__INPUTS) {
+            const size_t rows = TFM__MIN(job->n_rows - row, (size_t)TFM__ROWS_KV),
+                         n = TFM__MIN(job->k - first, TFM__INPUTS);
+            for (r = 0; r < rows; r++)
+                TFM__FN(round_inputs)
+            (job->x + (row + r) * job->x_stride + first, n, x + r * (TFM__INPUTS / 2) * TFM__INPUT_STEP);
+            TFM__FN(columns_pairs)
+            (job, rows, n, x, (const char *)job->w + first * 32, job->add || first, job->y + row * job->y_stride);
+        }
+}
+
+#undef TFM__TARGET_PAIRS
+#undef TFM__INPUT_PAIR
+#undef TFM__INPUT_STEP
+#undef TFM__INPUTS
+#endif /* bf16 keys and values */
 
 /* ---- the int8 product
  * vi_dot(sum, w, a): to each 32-bit sum add the products of its four weights with the four activations in `a`. Weights
@@ -3923,20 +4178,18 @@ static TFM__TARGET void TFM__FN(matmul_i8)(const tfm__matmul *job) {
     }
 }
 
-static const tfm__kernels TFM__FN(kernels) = {
-    TFM__ISA,
-    {NULL, TFM__BASE(matmul_f32), TFM__BASE(matmul_f16), TFM__BASE(matmul_bf16), TFM__FN(matmul_i8)},
-    TFM__BASE(quantize),
-    {TFM__BASE(matmul_keys), TFM__BASE(matmul_values)},
-    TFM__BASE(quantize_kv),
-    TFM__BASE(finish),
-    {TFM__BASE(layer_norm), TFM__BASE(rms_norm)},
-    TFM__BASE(softmax_block),
-    TFM__BASE(turn),
-    TFM__BASE(to_f16),
-    TFM__BASE(scale),
-    TFM__BASE(multiply),
-};
+#define TFM__TABLE(matmul_pairs)                                                                                       \
+    {                                                                                                                  \
+        TFM__ISA, {NULL, TFM__BASE(matmul_f32), TFM__BASE(matmul_f16), TFM__BASE(matmul_bf16), TFM__FN(matmul_i8)},    \
+            TFM__BASE(quantize), {TFM__BASE(matmul_keys), TFM__BASE(matmul_values)}, matmul_pairs, TFM__BASE(pair),    \
+            TFM__BASE(quantize_kv), TFM__BASE(finish), {TFM__BASE(layer_norm), TFM__BASE(rms_norm)},                   \
+            TFM__BASE(softmax_block), TFM__BASE(turn), TFM__BASE(to_f16), TFM__BASE(scale), TFM__BASE(multiply),       \
+    }
+static const tfm__kernels TFM__FN(kernels) = TFM__TABLE(TFM__BASE(matmul_pairs));
+#if TFM__TIER == 51 && defined(TFM__HAS_AVX512BF16) /* of most CPUs with AVX-512 VNNI, not of the first ones */
+static const tfm__kernels tfm__avx512bf16_kernels = TFM__TABLE(TFM__FN(matmul_pairs));
+#endif
+#undef TFM__TABLE
 
 #undef TFM__FN
 #undef TFM__BASE
@@ -3966,6 +4219,7 @@ static const tfm__kernels TFM__FN(kernels) = {
 #undef vf_abs
 #undef vf_max_bits
 #undef vf_if_less
+#undef vf_if_nan
 #undef vf_times_2_to
 #undef TFM__ROWS_I8
 #undef TFM__PANELS_I8
@@ -3979,6 +4233,12 @@ static const tfm__kernels TFM__FN(kernels) = {
 #undef vi_load
 #undef vi_set1
 #undef vi_add
+#undef vi_or
+#undef vi_and
+#undef vi_shift_left
+#undef vi_shift_right
+#undef vi_as_floats
+#undef vf_as_integers
 #undef vi_to_floats
 #undef vi_scales
 
@@ -3992,7 +4252,12 @@ static const tfm__kernels TFM__FN(kernels) = {
 static const tfm__kernels *tfm__kernels_of(tfm_isa isa) {
     switch (isa) {
 #if defined(TFM__X86)
-    case TFM_ISA_AVX512VNNI: return &tfm__avx512vnni_kernels;
+    case TFM_ISA_AVX512VNNI:
+#ifdef TFM__HAS_AVX512BF16
+        if (tfm__has_leaf_7_1(TFM__AVX512BF16))
+            return &tfm__avx512bf16_kernels;
+#endif
+        return &tfm__avx512vnni_kernels;
     case TFM_ISA_AVX512: return &tfm__avx512_kernels;
 #ifdef TFM__HAS_AVXVNNI
     case TFM_ISA_AVXVNNI: return &tfm__avxvnni_kernels;
@@ -4382,11 +4647,11 @@ TFM_API tfm_status tfm_activation_forward(tfm_engine *engine, tfm_activation act
 /* ---- keys and values
  * Attention multiplies twice: queries with keys, probabilities with values. Both are the matrix product of floor c when
  * keys lie in panels of 16 tokens [tokens / 16][head_dim][16] (outputs: tokens) and values in panels of 16 dimensions
- * [head_dim / 16][tokens][16] (outputs: dimensions). So that is how the cache stores them; with int8 the scales stand
- * between: see "int8 keys and values" in floor c. */
+ * [head_dim / 16][tokens][16] (outputs: dimensions). So that is how the cache stores them; with bf16 inputs stand in pairs,
+ * and with int8 the scales between: see "bf16 keys and values" and "int8 keys and values" in floor c. */
 
 static int tfm__is_kv_dtype(tfm_dtype dtype) {
-    return dtype == TFM_F32 || dtype == TFM_F16 || dtype == TFM_I8;
+    return dtype == TFM_F32 || dtype == TFM_F16 || dtype == TFM_BF16 || dtype == TFM_I8;
 }
 
 /* Scales of a token's key, or value, of one head. */
@@ -4402,8 +4667,10 @@ static size_t tfm__kv_head_bytes(const tfm_kv *kv) {
 
 /* Bytes from one panel of keys to the next; and from one of values, with int8 from one group. */
 static size_t tfm__key_panel_bytes(const tfm_kv *kv) {
-    return kv->dtype == TFM_I8 ? tfm__keys_i8_bytes(kv->head_dim)
-                               : TFM__PANEL * kv->head_dim * tfm__dtype_sizes[kv->dtype];
+    if (kv->dtype == TFM_I8)
+        return tfm__keys_i8_bytes(kv->head_dim);
+    return TFM__PANEL * (kv->dtype == TFM_BF16 ? tfm__round_up(kv->head_dim, 2) : kv->head_dim) *
+           tfm__dtype_sizes[kv->dtype];
 }
 
 static size_t tfm__value_panel_bytes(const tfm_kv *kv) {
@@ -4421,17 +4688,27 @@ static char *tfm__kv_at(const tfm_kv *kv, size_t layer, size_t page, size_t what
            (((layer * kv->n_pool_pages + in_pool) * 2 + what) * kv->n_kv_heads + head) * tfm__kv_head_bytes(kv);
 }
 
-/* Where in a head's keys or values of one page the numbers [d, ...) of its token `at` begin, d a multiple of 16: keys have
- * them 16 apart, values side by side. */
+/* Where in a head's keys or values of one page the numbers [d, ...) of its token `at` begin, d a multiple of 16. */
 static size_t tfm__kv_number(const tfm_kv *kv, size_t what, size_t at, size_t d) {
     const size_t size = tfm__dtype_sizes[kv->dtype];
     if (!what)
         return at / TFM__PANEL * tfm__key_panel_bytes(kv) + TFM__PANEL * sizeof(uint16_t) * tfm__kv_scales(kv) +
-               (d * TFM__PANEL + at % TFM__PANEL) * size;
+               (d * TFM__PANEL + at % TFM__PANEL * (kv->dtype == TFM_BF16 ? 2 : 1)) * size;
+    if (kv->dtype == TFM_BF16)
+        return (d * kv->page_tokens + at / 2 * 2 * TFM__PANEL + at % 2) * size;
     if (kv->dtype == TFM_I8)
         return d / TFM__KV_GROUP * TFM__VALUES_I8_BYTES + TFM_KV_PAGE * (sizeof(uint16_t) + d % TFM__KV_GROUP) +
                at * TFM__PANEL;
     return (d * kv->page_tokens + at * TFM__PANEL) * size;
+}
+
+/* And the i-th of these numbers: keys have them 16 apart, values side by side, in bf16 with those of another token or of 15
+ * others between. */
+static size_t tfm__kv_step(const tfm_kv *kv, size_t what, size_t i) {
+    const size_t size = tfm__dtype_sizes[kv->dtype];
+    if (kv->dtype == TFM_BF16)
+        return (what ? 2 * i : i / 2 * 2 * TFM__PANEL + i % 2) * size;
+    return (what ? i : i * TFM__PANEL) * size;
 }
 
 /* And the scale of a group, with int8. */
@@ -4447,7 +4724,7 @@ TFM_API tfm_status tfm_kv_create(tfm_kv *kv, tfm_dtype dtype, size_t n_layers, s
     size_t size;
     memset(kv, 0, sizeof *kv);
     if (!tfm__is_kv_dtype(dtype))
-        return tfm__fail(error, TFM_ERROR_ARGUMENT, "tfm_kv_create: keys and values can be f32, f16 or int8");
+        return tfm__fail(error, TFM_ERROR_ARGUMENT, "tfm_kv_create: keys and values can be f32, f16, bf16 or int8");
     kv->dtype = dtype;
     kv->n_layers = n_layers;
     kv->n_kv_heads = n_kv_heads;
@@ -4620,6 +4897,57 @@ static void tfm__store_f16(const tfm__kernels *kernels, const float *key, const 
     }
 }
 
+/* The keys of n tokens go in pairs of dimensions; `keys`: the first token's. */
+static void tfm__store_bf16_keys(const tfm__kernels *kernels, const float *key, size_t stride, size_t n, size_t dim,
+                                 uint16_t *keys) {
+    float columns[TFM__PANEL][TFM__PANEL], first[TFM__PANEL / 2], second[TFM__PANEL / 2];
+    uint16_t pairs[TFM__PANEL];
+    size_t d, i, k, some;
+    memset(second, 0, sizeof second);
+    for (d = 0; d < dim; d += some, keys += TFM__PANEL * TFM__PANEL) {
+        some = TFM__MIN(TFM__PANEL, dim - d);
+        if (n == TFM__PANEL) {
+            tfm__turn_rows(key + d, stride, some, *columns);
+            if (some % 2)
+                memset(columns[some], 0, sizeof *columns);
+            for (k = 0; k < some; k += 2)
+                kernels->pair(columns[k], columns[k + 1], TFM__PANEL, keys + k * TFM__PANEL);
+            continue;
+        }
+        for (i = 0; i < n; i++) {
+            for (k = 0; k < some; k++)
+                (k % 2 ? second : first)[k / 2] = key[i * stride + d + k];
+            if (some % 2)
+                second[some / 2] = 0;
+            kernels->pair(first, second, tfm__divide_up(some, 2), pairs);
+            for (k = 0; k < some; k += 2)
+                memcpy(keys + k * TFM__PANEL + 2 * i, pairs + k, 2 * sizeof *keys);
+        }
+    }
+}
+
+/* The values go in pairs of tokens, the first of which stands at `at` in the page; `values`: the head's. */
+static void tfm__store_bf16_values(const tfm__kernels *kernels, const float *value, size_t stride, size_t n, size_t dim,
+                                   size_t page_tokens, size_t at, uint16_t *values) {
+    uint16_t pairs[2 * TFM__PANEL];
+    size_t d, i, k, some, step;
+    for (d = 0; d < dim; d += some) {
+        some = TFM__MIN(TFM__PANEL, dim - d);
+        for (i = 0; i < n; i += step) {
+            const float *from = value + i * stride + d;
+            uint16_t *to = values + d * page_tokens + (at + i) / 2 * 2 * TFM__PANEL;
+            step = (at + i) % 2 == 0 && i + 1 < n ? 2 : 1;
+            if (step == 2) {
+                kernels->pair(from, from + stride, some, to);
+                continue;
+            }
+            kernels->pair(from, from, some, pairs); /* one half of its pair: the other is somebody else's */
+            for (k = 0; k < some; k++)
+                to[2 * k + (at + i) % 2] = pairs[2 * k];
+        }
+    }
+}
+
 static void tfm__store_i8(const tfm__kernels *kernels, const tfm_kv *kv, const float *key, const float *value,
                           size_t at, char *keys, char *values) {
     int8_t q[TFM__KV_GROUP];
@@ -4631,7 +4959,7 @@ static void tfm__store_i8(const tfm__kernels *kernels, const tfm_kv *kv, const f
         n = TFM__MIN(TFM__KV_GROUP, kv->head_dim - d);
         kernels->quantize_kv(key + d, n, q, key_scale);
         for (i = 0; i < n; i++)
-            to[i * TFM__PANEL] = (char)q[i];
+            to[tfm__kv_step(kv, 0, i)] = (char)q[i];
         kernels->quantize_kv(value + d, n, q, value_scale);
         for (i = 0; i < n; i += TFM__PANEL)
             memcpy(values + tfm__kv_number(kv, 1, at, d + i), q + i, TFM__PANEL);
@@ -4657,6 +4985,11 @@ static void tfm__store(const tfm__attention_job *job, const tfm__span_view *view
         return;
     }
     keys += tfm__kv_number(kv, 0, at, 0);
+    if (kv->dtype == TFM_BF16) {
+        tfm__store_bf16_keys(kernels, key, stride, n, dim, (uint16_t *)(void *)keys);
+        tfm__store_bf16_values(kernels, value, stride, n, dim, kv->page_tokens, at, (uint16_t *)(void *)values);
+        return;
+    }
     values += tfm__kv_number(kv, 1, at, 0);
     if (kv->dtype == TFM_F16)
         tfm__store_f16(kernels, key, value, stride, n, dim, kv->page_tokens, (uint16_t *)(void *)keys,
@@ -4761,7 +5094,9 @@ static float tfm__weigh(const tfm__attention_job *job, const tfm__span_view *vie
 
 /* The product of attention with keys (what = 0) or values (1) of that type. */
 static void tfm__matmul_kv(const tfm__kernels *kernels, tfm_dtype dtype, size_t what, const tfm__matmul *product) {
-    (dtype == TFM_I8 ? kernels->matmul_kv[what] : kernels->matmul[dtype])(product);
+    (dtype == TFM_I8     ? kernels->matmul_kv[what]
+     : dtype == TFM_BF16 ? kernels->matmul_pairs
+                         : kernels->matmul[dtype])(product);
 }
 
 /* softmax(q k^T scale + mask) v, page by page with a running softmax, in the same order for every query whatever
@@ -4990,10 +5325,15 @@ static size_t tfm__uncached_pages(const tfm_span *span) {
     return span->kv ? 0 : tfm__divide_up(span->n_rows, TFM_KV_PAGE);
 }
 
+/* Keys and values as the weights: what int8 weights lose is more than what bf16 does. */
+static tfm_dtype tfm__kv_dtype_of(const tfm_attention *attention) {
+    return attention->qkv.weight.dtype == TFM_I8 ? TFM_BF16 : TFM_F32;
+}
+
 static tfm_kv tfm__uncached_kv(const tfm_attention *attention, const tfm_span *span) {
     tfm_kv kv;
     memset(&kv, 0, sizeof kv);
-    kv.dtype = TFM_F32;
+    kv.dtype = tfm__kv_dtype_of(attention);
     kv.n_layers = 1;
     kv.n_kv_heads = attention->n_kv_heads;
     kv.head_dim = attention->head_dim;
@@ -11309,10 +11649,9 @@ static tfm_status tfm__session_sizes(tfm_session *session, const tfm_session_opt
         session->source = session->context;
     session->kv_dtype = options->kv_dtype;
     if (!session->kv_dtype)
-        session->kv_dtype =
-            stack->shape->n_layers && stack->blocks->attention.qkv.weight.dtype == TFM_I8 ? TFM_F16 : TFM_F32;
+        session->kv_dtype = stack->shape->n_layers ? tfm__kv_dtype_of(&stack->blocks->attention) : TFM_F32;
     if (!tfm__is_kv_dtype(session->kv_dtype))
-        return tfm__fail(error, TFM_ERROR_ARGUMENT, "the KV cache can be f32, f16 or int8");
+        return tfm__fail(error, TFM_ERROR_ARGUMENT, "the KV cache can be f32, f16, bf16 or int8");
     session->n_pages = tfm__kv_pages(TFM__MAX(session->context, session->source));
     if (session->n_sequences > (size_t)TFM__MAX_SIZE / session->n_pages)
         return tfm__fail(error, TFM_ERROR_ARGUMENT, "%lu sequences are too many", (unsigned long)session->n_sequences);
@@ -12917,7 +13256,8 @@ static void tfm__copy_page_layer(void *argument, size_t layer) {
         memcpy(tfm__kv_at(kv, layer, copy->to, 0, head), tfm__kv_at(kv, layer, copy->from, 0, head),
                tfm__divide_up(copy->n_tokens, TFM__PANEL) * tfm__key_panel_bytes(kv));
         for (d = 0; d < dim; d += TFM__PANEL)
-            memcpy(to + tfm__kv_number(kv, 1, 0, d), values + tfm__kv_number(kv, 1, 0, d), copy->n_tokens * size);
+            memcpy(to + tfm__kv_number(kv, 1, 0, d), values + tfm__kv_number(kv, 1, 0, d),
+                   tfm__round_up(copy->n_tokens, 2) * size); /* bf16 ones stand in pairs */
         for (group = 0; group < tfm__kv_scales(kv); group++)
             memcpy(to + tfm__kv_scale_at(kv, 1, 0, group), values + tfm__kv_scale_at(kv, 1, 0, group),
                    copy->n_tokens * sizeof(uint16_t));
@@ -13993,12 +14333,12 @@ static void tfm__chat_put_turn(tfm__chat_writer *writer, const tfm__turn *turn) 
  * back. */
 static void tfm__kv_piece(const tfm_kv *kv, size_t what, char *page, size_t at, size_t first, size_t n,
                           unsigned char *row, int to_row) {
-    const size_t size = tfm__dtype_sizes[kv->dtype], step = what ? size : TFM__PANEL * size;
-    char *from = page + tfm__kv_number(kv, what, at, first);
+    const size_t size = tfm__dtype_sizes[kv->dtype];
     size_t i;
-    for (i = 0; i < n; i++)
-        memcpy(to_row ? (char *)row + i * size : from + i * step, to_row ? from + i * step : (char *)row + i * size,
-               size);
+    for (i = 0; i < n; i++) {
+        char *number = page + tfm__kv_number(kv, what, at, first) + tfm__kv_step(kv, what, i);
+        memcpy(to_row ? (char *)row + i * size : number, to_row ? number : (char *)row + i * size, size);
+    }
 }
 
 typedef struct tfm__kv_copy {

@@ -1,7 +1,7 @@
 /* chat - a conversation with memory
  *
  *   chat MODEL [--system TEXT] [--template NAME] [--temp T] [--top-k K] [--top-p P] [--min-p P] [--repeat-penalty R]
- *        [--seed S] [-n TOKENS] [--context N] [--threads N] [--isa NAME] [--type int8|f16|bf16|f32] [--kv f32|f16|int8]
+ *        [--seed S] [-n TOKENS] [--context N] [--threads N] [--isa NAME] [--type int8|f16|bf16|f32] [--kv f32|f16|bf16|int8]
  *
  * Each line of stdin is a turn, and its answer goes to stdout as it is written; a line that begins with / is a command
  * (/help names them). Only what is new in a turn is evaluated. When the conversation outgrows the context (--context; at
@@ -26,7 +26,7 @@
 static const char usage_text[] =
     "usage: chat MODEL [--system TEXT] [--template NAME] [--temp T] [--top-k K] [--top-p P] [--min-p P]\n"
     "            [--repeat-penalty R] [--seed S] [-n TOKENS] [--context N] [--threads N] [--isa NAME]\n"
-    "            [--type int8|f16|bf16|f32] [--kv f32|f16|int8]\n";
+    "            [--type int8|f16|bf16|f32] [--kv f32|f16|bf16|int8]\n";
 
 static const char help_text[] = "/reset      forget the conversation (the system prompt stays)\n"
                                 "/save FILE  save the conversation, with what the model remembers of it\n"

@@ -1,7 +1,7 @@
 /* gpt2 - writes text with a GPT-2: streams it to stdout, and statistics to stderr
  *
  *   gpt2 [-m MODEL] [-p PROMPT] [-n TOKENS] [--temp T] [--top-k K] [--top-p P] [--min-p P] [--repeat-penalty R]
- *        [--seed S] [--stop TEXT]... [--threads N] [--isa NAME] [--type f32|f16|bf16|int8] [--kv f32|f16|int8]
+ *        [--seed S] [--stop TEXT]... [--threads N] [--isa NAME] [--type f32|f16|bf16|int8] [--kv f32|f16|bf16|int8]
  *        [--keep N] [--ignore-eos] [--ids]
  *
  * Only the continuation is printed, not the prompt. --temp 0 (the default) always takes the likeliest token. -n 0 writes
@@ -29,7 +29,7 @@
 static const char usage_text[] =
     "usage: gpt2 [-m MODEL] [-p PROMPT] [-n TOKENS] [--temp T] [--top-k K] [--top-p P] [--min-p P]\n"
     "            [--repeat-penalty R] [--seed S] [--stop TEXT]... [--threads N] [--isa NAME]\n"
-    "            [--type f32|f16|bf16|int8] [--kv f32|f16|int8] [--keep N] [--special] [--ignore-eos] [--ids] "
+    "            [--type f32|f16|bf16|int8] [--kv f32|f16|bf16|int8] [--keep N] [--special] [--ignore-eos] [--ids] "
     "[--prompt-ids 1,2,3]\n";
 
 typedef struct arguments {

@@ -728,10 +728,12 @@ void test_chat(void) {
     test_no_chat();
     test_reuse(model, 0, TFM_NO_DTYPE);
     test_reuse(model, 100, TFM_F32);
+    test_reuse(model, 100, TFM_F16);
     test_reuse(model, 100, TFM_I8);
     test_budget(model);
     test_summaries(model);
     test_restore(model, TFM_F16);
+    test_restore(model, TFM_BF16);
     test_restore(model, TFM_I8);
     test_restore(model, TFM_F32);
     test_damaged();

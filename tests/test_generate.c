@@ -793,6 +793,11 @@ static void test_session_errors(const tfm_model *model) {
     options.context = 0;
     options.n_sequences = SIZE_MAX;
     CHECK(!tfm_session_create(model, &options, &error) && error.status == TFM_ERROR_ARGUMENT);
+    options.n_sequences = 1;
+    options.kv_dtype = TFM_DTYPE_COUNT;
+    CHECK(!tfm_session_create(model, &options, &error) && error.status == TFM_ERROR_ARGUMENT &&
+          strstr(error.message, "the KV cache can be f32, f16, bf16 or int8"));
+    options.kv_dtype = TFM_NO_DTYPE;
     options.n_sequences = 0;
     options.engine.isa = (tfm_isa)99;
     memset(&error, 0, sizeof error);
@@ -1162,13 +1167,13 @@ static void test_spoiled_token(const tfm_model *good, const tfm_model *model, tf
 
 static void test_spoiled_tokens(void) {
     static const float spoilt[] = {NAN, INFINITY, -INFINITY};
-    static const tfm_dtype caches[] = {TFM_F32, TFM_F16, TFM_I8};
+    static const tfm_dtype caches[] = {TFM_F32, TFM_F16, TFM_BF16, TFM_I8};
     tfm_isa isas[TFM_ISA_COUNT];
     size_t n_isas = test_isas(isas), i, k, isa;
     for (i = 0; i < 3; i++) {
         unsigned char *good_bytes, *bytes;
         tfm_model *good = spoiled_model(0, TFM_F32, &good_bytes), *model = spoiled_model(spoilt[i], TFM_F32, &bytes);
-        for (k = 0; k < 3; k++)
+        for (k = 0; k < sizeof caches / sizeof *caches; k++)
             for (isa = 0; isa < n_isas; isa++) {
                 kv_dtype = caches[k];
                 test_spoiled_token(good, model, isas[isa],

@@ -1115,9 +1115,29 @@ static void test_narrowing(const tfm__kernels *kernels) {
     CHECK_MSG(!wrong, "%s: to_f16, %lu are wrong", name_of(kernels), (unsigned long)wrong);
 }
 
-/* ---- int8 keys and values */
+/* Two rows become pairs of bf16, each as the conversion of one number. */
+static void test_pairing(const tfm__kernels *kernels) {
+    static float first[65536], second[65536];
+    static uint16_t pairs[2 * 65536 + 2];
+    size_t n, i, wrong = 0;
+    for (i = 0; i < 65536; i++) {
+        first[i] = from_bits((uint32_t)i << 16 | (uint32_t)(i * 40503 & 0xFFFF));
+        second[65535 - i] = from_bits((uint32_t)i << 16 | (i % 3 ? 0x8000u : 0x7FFFu));
+    }
+    for (n = 0; n <= 65536; n = n < 40 ? n + 1 : 65536 + (n == 65536)) {
+        memset(pairs, 0x5A, sizeof pairs);
+        kernels->pair(first + 65536 - n, second, n, pairs + 1);
+        wrong += pairs[0] != 0x5A5A || pairs[2 * n + 1] != 0x5A5A;
+        for (i = 0; i < n; i++)
+            wrong += !same_half(pairs[1 + 2 * i], test_to_bf16(first[65536 - n + i]), 0x7F80) ||
+                     !same_half(pairs[2 + 2 * i], test_to_bf16(second[i]), 0x7F80);
+    }
+    CHECK_MSG(!wrong, "%s: pair, %lu are wrong", name_of(kernels), (unsigned long)wrong);
+}
 
-#define KV_DIM 150 /* at most; more than a page has tokens */
+/* ---- int8 and bf16 keys and values */
+
+#define KV_DIM 290 /* at most; more than a page has tokens, and more than the bf16 product rounds at once */
 
 /* Integers and scale as the definition says; the same for every instruction set. */
 static void check_quantize_kv(const tfm__kernels *kernels, const float *x, size_t n) {
@@ -1168,7 +1188,7 @@ static void test_quantize_kv(const tfm__kernels *kernels) {
     CHECK_MSG(scale == 0x7F80, "%s: the scale of infinity", name_of(kernels));
 }
 
-/* A page of one head: int8, and the same numbers as floats, each in the panels of its type. */
+/* A page of one head: int8 or bf16, and the same numbers as floats, each in the panels of its type. */
 typedef struct kv_page {
     tfm_kv kv, floats;
     char *keys, *values;
@@ -1176,42 +1196,99 @@ typedef struct kv_page {
     float x[24 * KV_DIM], y[24 * (KV_DIM + TFM_KV_PAGE) + 2 * GUARD], expected[24 * (KV_DIM + TFM_KV_PAGE)];
 } kv_page;
 
-static void fill_page(kv_page *p, const tfm__kernels *kernels, size_t dim, size_t tokens) {
-    float key[KV_DIM], value[KV_DIM];
-    size_t at, d;
+static uint16_t half_at(const char *p, size_t index) {
+    uint16_t half;
+    memcpy(&half, p + 2 * index, sizeof half);
+    return half;
+}
+
+/* Number d of token `at`, read back by the definition of the layout. */
+static void read_i8(const kv_page *p, size_t at, size_t d, float *key, float *value) {
+    const size_t dim = p->kv.head_dim, groups = (dim + 31) / 32;
+    const char *panel = p->keys + at / 16 * 16 * (dim + 2 * groups), *group = p->values + d / 32 * TFM_KV_PAGE * 34;
+    *key = from_bits((uint32_t)half_at(panel, d / 32 * 16 + at % 16) << 16) *
+           (float)(int8_t)panel[32 * groups + d * 16 + at % 16];
+    *value = from_bits((uint32_t)half_at(group, at) << 16) *
+             (float)(int8_t)group[TFM_KV_PAGE * 2 + d / 16 % 2 * TFM_KV_PAGE * 16 + at * 16 + d % 16];
+}
+
+static void read_bf16(const kv_page *p, size_t at, size_t d, float *key, float *value) {
+    const size_t panel = at / 16 * 16 * ((p->kv.head_dim + 1) / 2 * 2);
+    *key = from_bits((uint32_t)half_at(p->keys, panel + d / 2 * 32 + at % 16 * 2 + d % 2) << 16);
+    *value =
+        from_bits((uint32_t)half_at(p->values, d / 16 * 16 * TFM_KV_PAGE + at / 2 * 32 + d % 16 * 2 + at % 2) << 16);
+}
+
+/* Stores n rows in one panel, or fewer. */
+static void store_rows(kv_page *p, const tfm__kernels *kernels, const float *key, const float *value, size_t n,
+                       size_t at) {
+    const size_t dim = p->kv.head_dim;
+    size_t i;
+    if (p->kv.dtype == TFM_BF16) {
+        uint16_t *keys = (uint16_t *)(void *)(p->keys + tfm__kv_number(&p->kv, 0, at, 0));
+        tfm__store_bf16_keys(kernels, key, KV_DIM, n, dim, keys);
+        tfm__store_bf16_values(kernels, value, KV_DIM, n, dim, TFM_KV_PAGE, at, (uint16_t *)(void *)p->values);
+        return;
+    }
+    for (i = 0; i < n; i++)
+        tfm__store_i8(kernels, &p->kv, key + i * KV_DIM, value + i * KV_DIM, at + i, p->keys, p->values);
+}
+
+/* Tokens come in panels, and one, two, three at a time. */
+static void fill_page(kv_page *p, const tfm__kernels *kernels, tfm_dtype dtype, size_t dim, size_t tokens) {
+    static float key[16][KV_DIM], value[16][KV_DIM];
+    size_t at, i, d, n, wrong = 0;
     tfm_error error;
-    CHECK_OK(tfm_kv_create(&p->kv, TFM_I8, 1, 1, dim, TFM_KV_PAGE, NULL, &error), error);
+    CHECK_OK(tfm_kv_create(&p->kv, dtype, 1, 1, dim, TFM_KV_PAGE, NULL, &error), error);
     CHECK_OK(tfm_kv_create(&p->floats, TFM_F32, 1, 1, dim, TFM_KV_PAGE, NULL, &error), error);
     p->keys = tfm__kv_at(&p->kv, 0, 0, 0, 0);
     p->values = tfm__kv_at(&p->kv, 0, 0, 1, 0);
     p->float_keys = (float *)(void *)tfm__kv_at(&p->floats, 0, 0, 0, 0);
     p->float_values = (float *)(void *)tfm__kv_at(&p->floats, 0, 0, 1, 0);
     memset(p->keys, 0, tfm__kv_head_bytes(&p->kv));
-    memset(p->values, 0, tfm__kv_head_bytes(&p->kv));
+    memset(p->values, 0xFF, tfm__kv_head_bytes(&p->kv)); /* NaN, which must not count */
     memset(p->float_keys, 0, tfm__kv_head_bytes(&p->floats));
     memset(p->float_values, 0, tfm__kv_head_bytes(&p->floats));
-    for (at = 0; at < tokens; at++) {
-        test_fill(key, dim, 7 * at + 1);
-        test_fill(value, dim, 7 * at + 2);
-        for (d = 0; d < dim; d++)
-            value[d] *= (float)(1 + at % 5 * (d / 32 + 1)); /* scales that differ */
-        tfm__store_i8(kernels, &p->kv, key, value, at, p->keys, p->values);
-        for (d = 0; d < dim; d++) { /* read back, by the definition of the layout */
-            const size_t panel = at / 16 * 16 * (dim + 2 * ((dim + 31) / 32)), group = d / 32 * TFM_KV_PAGE * 34;
-            uint16_t scale;
-            float error_of, *k = p->float_keys + (at / 16 * dim + d) * 16 + at % 16;
-            float *v = p->float_values + (d / 16 * TFM_KV_PAGE + at) * 16 + d % 16;
-            memcpy(&scale, p->keys + panel + (d / 32 * 16 + at % 16) * 2, 2);
-            *k = from_bits((uint32_t)scale << 16) *
-                 (float)(int8_t)p->keys[panel + 32 * ((dim + 31) / 32) + d * 16 + at % 16];
-            memcpy(&scale, p->values + group + at * 2, 2);
-            *v = from_bits((uint32_t)scale << 16) *
-                 (float)(int8_t)p->values[group + TFM_KV_PAGE * 2 + d / 16 % 2 * TFM_KV_PAGE * 16 + at * 16 + d % 16];
-            error_of = fmaxf(fabsf(*k - key[d]) * 250, fabsf(*v - value[d]) / (float)(1 + at % 5 * (d / 32 + 1)) * 250);
-            CHECK_MSG(error_of <= 1, "int8 cache: number %lu of token %lu of %lu is off", (unsigned long)d,
-                      (unsigned long)at, (unsigned long)dim);
+    for (at = 0; at < tokens; at += n) {
+        n = at % 32 == 0 && tokens - at >= 16 ? 16 : TFM__MIN(1 + at % 3, TFM__MIN(tokens - at, 16 - at % 16));
+        for (i = 0; i < n; i++) {
+            test_fill(key[i], dim, 7 * (at + i) + 1);
+            test_fill(value[i], dim, 7 * (at + i) + 2);
+            for (d = 0; d < dim; d++)
+                value[i][d] *= (float)(1 + (at + i) % 5 * (d / 32 + 1)); /* scales that differ */
         }
+        store_rows(p, kernels, *key, *value, n, at);
+        for (i = 0; i < n; i++)
+            for (d = 0; d < dim; d++) {
+                float *k = p->float_keys + ((at + i) / 16 * dim + d) * 16 + (at + i) % 16, *v, steps;
+                v = p->float_values + (d / 16 * TFM_KV_PAGE + at + i) * 16 + d % 16;
+                (dtype == TFM_I8 ? read_i8 : read_bf16)(p, at + i, d, k, v);
+                steps = fmaxf(fabsf(*k - key[i][d]) * 250,
+                              fabsf(*v - value[i][d]) / (float)(1 + (at + i) % 5 * (d / 32 + 1)) * 250);
+                wrong += !(dtype == TFM_I8 ? steps <= 1
+                                           : *k == from_bits((uint32_t)test_to_bf16(key[i][d]) << 16) &&
+                                                 *v == from_bits((uint32_t)test_to_bf16(value[i][d]) << 16));
+            }
     }
+    CHECK_MSG(!wrong, "%s cache: %lu numbers of %lu tokens of %lu are off", tfm_dtype_name(dtype), (unsigned long)wrong,
+              (unsigned long)tokens, (unsigned long)dim);
+}
+
+/* The product with x rounded to bf16, pair by pair, of each the second number first. */
+static void multiply_pairs(const tfm__matmul *job) {
+    size_t r, c, k;
+    for (r = 0; r < job->n_rows; r++)
+        for (c = 0; c < job->n; c++) {
+            const float *w = (const float *)job->w + c / 16 * (job->panel_bytes / sizeof(float)) + c % 16;
+            const float *x = job->x + r * job->x_stride;
+            float *y = job->y + r * job->y_stride + c, sum = job->add ? *y : 0;
+            for (k = 0; k < job->k; k += 2) {
+                if (k + 1 < job->k)
+                    sum = fmaf(from_bits((uint32_t)test_to_bf16(x[k + 1]) << 16), w[(k + 1) * 16], sum);
+                sum = fmaf(from_bits((uint32_t)test_to_bf16(x[k]) << 16), w[k * 16], sum);
+            }
+            *y = sum;
+        }
 }
 
 /* The product with keys (what = 0) or values has the bits of the fp32 product with the floats that they stand for. */
@@ -1237,27 +1314,28 @@ static void check_kv_product(const tfm__kernels *kernels, kv_page *p, size_t wha
     job.w = what ? p->float_values : p->float_keys;
     job.panel_bytes = 16 * sizeof(float) * (what ? (size_t)TFM_KV_PAGE : dim);
     job.y = p->expected;
-    kernels->matmul[TFM_F32](&job);
+    (p->kv.dtype == TFM_BF16 ? multiply_pairs : kernels->matmul[TFM_F32])(&job);
     job.w = what ? p->values : p->keys;
     job.panel_bytes = what ? tfm__value_panel_bytes(&p->kv) : tfm__key_panel_bytes(&p->kv);
     job.y = p->y + GUARD;
-    kernels->matmul_kv[what](&job);
+    tfm__matmul_kv(kernels, p->kv.dtype, what, &job);
     for (r = 0; r < rows; r++)
         CHECK_MSG(same_bits(p->y + GUARD + r * stride, p->expected + r * stride, n) &&
                       p->y[GUARD + r * stride + n] == SENTINEL,
-                  "%s: int8 %s, %lu tokens of %lu, row %lu of %lu, add %d", name_of(kernels), what ? "values" : "keys",
-                  (unsigned long)tokens, (unsigned long)dim, (unsigned long)r, (unsigned long)rows, add);
+                  "%s: %s %s, %lu tokens of %lu, row %lu of %lu, add %d", name_of(kernels), tfm_dtype_name(p->kv.dtype),
+                  what ? "values" : "keys", (unsigned long)tokens, (unsigned long)dim, (unsigned long)r,
+                  (unsigned long)rows, add);
     CHECK(p->y[GUARD - 1] == SENTINEL);
 }
 
-static void test_kv_products(const tfm__kernels *kernels) {
-    static const size_t dims[] = {1, 5, 16, 17, 31, 32, 33, 48, 64, 80, 96, 128, KV_DIM};
-    static const size_t tokens[] = {1, 15, 16, 17, 100, 127, 128};
+static void test_kv_products(const tfm__kernels *kernels, tfm_dtype dtype) {
+    static const size_t dims[] = {1, 5, 16, 17, 31, 32, 33, 48, 64, 80, 96, 128, KV_DIM - 1, KV_DIM};
+    static const size_t tokens[] = {1, 2, 15, 16, 17, 100, 127, 128};
     kv_page *p = (kv_page *)test_allocate(sizeof *p);
     size_t d, t, rows, what;
     for (d = 0; d < sizeof dims / sizeof *dims; d++)
         for (t = 0; t < sizeof tokens / sizeof *tokens; t++) {
-            fill_page(p, kernels, dims[d], tokens[t]);
+            fill_page(p, kernels, dtype, dims[d], tokens[t]);
             for (rows = 1; rows <= 24; rows += rows < 8 ? 1 : 8)
                 for (what = 0; what < 2; what++)
                     check_kv_product(kernels, p, what, rows, tokens[t], rows % 2 == what);
@@ -1344,7 +1422,9 @@ void test_kernels(void) {
         test_scale_and_multiply(kernels);
         test_narrowing(kernels);
         test_quantize_kv(kernels);
-        test_kv_products(kernels);
+        test_pairing(kernels);
+        test_kv_products(kernels, TFM_I8);
+        test_kv_products(kernels, TFM_BF16);
     }
     test_i8();
     test_quantize_spoiled();

@@ -647,6 +647,8 @@ static void test_spans_refused(const tfm_attention *attention) {
     tfm_kv kv;
     check_refused(tfm_attention_forward(engine, attention, 0, x, &span, 1, y, &error), TFM_ERROR_ARGUMENT, &error,
                   "span 0");
+    check_refused(tfm_kv_create(&kv, TFM_NO_DTYPE, 1, 1, 4, 2, NULL, &error), TFM_ERROR_ARGUMENT, &error,
+                  "keys and values can be f32, f16, bf16 or int8");
     CHECK_OK(tfm_kv_create(&kv, TFM_F32, 1, attention->n_kv_heads, attention->head_dim, 2, NULL, &error), error);
     span.kv = &kv;
     span.n_rows = 1;

@@ -358,6 +358,7 @@ static const service services[] = {
     {"an encoder-decoder's answers, int8 cache", "tests/golden/beams_t5.tfm", TFM_I8, generate_batch},
     {"an encoder-decoder's beams, int8 cache", "tests/golden/beams_t5.tfm", TFM_I8, beam_search},
     {"a decoder's batch", "tests/golden/beams_gpt2.tfm", TFM_F32, generate_batch},
+    {"a decoder's beams, bf16 cache", "tests/golden/beams_gpt2.tfm", TFM_BF16, beam_search},
     {"a decoder's beams, f16 cache", "tests/golden/beams_gpt2.tfm", TFM_F16, beam_search},
     {"a text, int8 cache", TEST_MODEL, TFM_I8, generate_text},
 };

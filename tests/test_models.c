@@ -346,6 +346,8 @@ static void test_small_caches(const subject *s) {
         return;
     other.kv_dtype = TFM_F16;
     test_near(&other, s, "f16 cache", 2e-3f);
+    other.kv_dtype = TFM_BF16;
+    test_near(&other, s, "bf16 cache", 1.6e-2f); /* three bits less */
     other.kv_dtype = TFM_I8;
     test_near(&other, s, "int8 cache", 3e-2f);
 }

@@ -81,7 +81,6 @@ fails 2 "expected a number" build/chat $model -n many
 fails 2 "unknown type" build/chat $model --kv f13
 fails 2 "unknown type" build/gpt2 -m $model -p a --kv f13
 fails 2 "unknown type" build/tfm perplexity $model README.md --kv f13
-fails 1 "KV cache can be" build/tfm dump $model --ids 1 --kv bf16 -o "$dir/kv.npy"
 run build/chat --help
 check "chat --help" [ "$status" -eq 0 ]
 
@@ -271,9 +270,9 @@ check "chat: a truncated conversation" says "truncated"
 chat "/load $dir/b.chat\n" >/dev/null
 check "chat: a damaged conversation" says "checksum"
 chat "/load $dir/a.chat\n" --kv f32 >/dev/null
-check "chat: other keys and values" says "keys and values are f16, the session's f32"
+check "chat: other keys and values" says "keys and values are bf16, the session's f32"
 chat "/load $dir/a.chat\n" --kv int8 >/dev/null
-check "chat: other keys and values" says "keys and values are f16, the session's i8"
+check "chat: other keys and values" says "keys and values are bf16, the session's i8"
 chat "/load $dir/a.chat\n" --type f32 --kv f16 >/dev/null
 check "chat: weights of another type" says "another model, or with weights of another type"
 rm "$dir/a.chat"

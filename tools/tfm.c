@@ -3,8 +3,8 @@
  *   tfm info MODEL [--verify]
  *   tfm quantize IN.tfm OUT.tfm [--type int8|f16|bf16|f32] [--threads N]
  *   tfm dump MODEL --ids 1,2,3 [--decoder-ids 0,5] [--types 0,0,1] [--mask 1,1,0] [--what logits|hidden|pooled]
- *       [--kv f32|f16|int8] [--isa NAME] [--threads N] -o OUT.npy
- *   tfm dump MODEL --input X.npy [--decoder-input Y.npy] [--mask 1,1,0] [--kv f32|f16|int8] [--isa NAME] [--threads N]
+ *       [--kv f32|f16|bf16|int8] [--isa NAME] [--threads N] -o OUT.npy
+ *   tfm dump MODEL --input X.npy [--decoder-input Y.npy] [--mask 1,1,0] [--kv f32|f16|bf16|int8] [--isa NAME] [--threads N]
  *       -o OUT.npy
  *   tfm tokenize MODEL [--decode] [--special] [--whole] [--plain] [--pair] [--types] < text
  *   tfm perplexity MODEL TEXTFILE [--context N] [--stride N] [--isa NAME] [--threads N]
@@ -61,14 +61,14 @@ static const char usage_text[] =
     "usage: tfm info MODEL [--verify]\n"
     "       tfm quantize IN.tfm OUT.tfm [--type int8|f16|bf16|f32] [--threads N]\n"
     "       tfm dump MODEL --ids 1,2,3 [--decoder-ids 0,5] [--types 0,0,1] [--mask 1,1,0]\n"
-    "                [--what logits|hidden|pooled] [--kv f32|f16|int8] [--isa NAME] [--threads N] -o OUT.npy\n"
-    "       tfm dump MODEL --input X.npy [--decoder-input Y.npy] [--mask 1,1,0] [--kv f32|f16|int8] [--isa NAME]\n"
+    "                [--what logits|hidden|pooled] [--kv f32|f16|bf16|int8] [--isa NAME] [--threads N] -o OUT.npy\n"
+    "       tfm dump MODEL --input X.npy [--decoder-input Y.npy] [--mask 1,1,0] [--kv f32|f16|bf16|int8] [--isa NAME]\n"
     "                [--threads N] -o OUT.npy\n"
     "       tfm tokenize MODEL [--decode] [--special] [--whole] [--plain] [--pair] [--types] < text\n"
-    "       tfm perplexity MODEL TEXTFILE [--context N] [--stride N] [--kv f32|f16|int8] [--isa NAME]\n"
+    "       tfm perplexity MODEL TEXTFILE [--context N] [--stride N] [--kv f32|f16|bf16|int8] [--isa NAME]\n"
     "                      [--threads N]\n"
     "       tfm bench MODEL [--type f32,f16,int8] [--threads N] [--isa NAME] [--prompt 512|4-128] [--gen 64]\n"
-    "                 [--batch 1] [--kv f32|f16|int8] [--json FILE] [--svg FILE]\n";
+    "                 [--batch 1] [--kv f32|f16|bf16|int8] [--json FILE] [--svg FILE]\n";
 
 /* ---- errors, the command line */
 

@@ -382,18 +382,17 @@ int LLVMFuzzerInitialize(int *argc, char ***argv) {
     decoder = load_model(models, "decoder");
     encoder_decoder = load_model(models, "encoder_decoder");
     if (seed)
-        for (kv_dtype = TFM_F32; kv_dtype <= TFM_I8; kv_dtype = (tfm_dtype)(kv_dtype + 1))
-            if (kv_dtype != TFM_BF16) {
-                snprintf(path, sizeof path, "%s-%d", seed, (int)kv_dtype);
-                write_seed(path, kv_dtype);
-            }
+        for (kv_dtype = TFM_F32; kv_dtype <= TFM_I8; kv_dtype = (tfm_dtype)(kv_dtype + 1)) {
+            snprintf(path, sizeof path, "%s-%d", seed, (int)kv_dtype);
+            write_seed(path, kv_dtype);
+        }
     return 0;
 }
 
 /* The type of the keys and values that the file has, so that most files fit. */
 static tfm_dtype kv_dtype_of(const uint8_t *data, size_t size) {
     const uint32_t dtype = size < 16 ? 0 : tfm__u32(data + 12);
-    return dtype == TFM_F16 || dtype == TFM_I8 ? (tfm_dtype)dtype : TFM_F32;
+    return tfm__is_kv_dtype((tfm_dtype)dtype) ? (tfm_dtype)dtype : TFM_F32;
 }
 
 /* A conversation that can be loaded can be read, saved again as the same bytes, and goes on until turns are dropped; one
@@ -538,9 +537,9 @@ static void try_batches(tfm_session *session, input in, const tfm_generate_optio
 static void generate_once(const tfm_model *model, input in, heard *h) {
     static const char *const strings[] = {"a", "", "ab", "\xC3\xA9", " ", "abcabcabcabc"};
     const size_t vocab_size = tfm_model_description(model)->vocab_size;
-    static const tfm_dtype kv_dtypes[] = {TFM_F32, TFM_F16, TFM_I8};
+    static const tfm_dtype kv_dtypes[] = {TFM_F32, TFM_F16, TFM_I8, TFM_BF16};
     const size_t context = 1 + take(&in, 40);
-    tfm_session *session = make_session(model, context, 4, kv_dtypes[take(&in, 3)]);
+    tfm_session *session = make_session(model, context, 4, kv_dtypes[take(&in, 4)]);
     tfm_generate_options options;
     tfm_generate_stats stats;
     tfm_logit_bias biases[3];
