@@ -3400,38 +3400,56 @@ static TFM__TARGET TFM__INLINE v16 TFM__FN(sigmoid16)(v16 x) {
     return TFM__FN(div16)(one, TFM__FN(add16)(one, TFM__FN(exp16)(TFM__FN(sub16)(TFM__FN(set16)(0), x))));
 }
 
-/* The normal distribution function (1 + erf(x / sqrt 2)) / 2. With a = |x| / sqrt 2 and t = 1 / (1 + a / 2) it is
- * erfc(a) / 2 or 1 - erfc(a) / 2, and erfc(a) = exp(-a^2) P(t), P the minimax polynomial of degree 9 (relative error
- * 3.3e-8). Both tails keep their relative accuracy. */
-static TFM__TARGET TFM__INLINE v16 TFM__FN(normal16)(v16 x) {
-    const v16 one = TFM__FN(set16)(1), zero = TFM__FN(set16)(0);
-    v16 a = TFM__FN(mul16)(TFM__FN(abs16)(x), TFM__FN(set16)(0.70710678f));
-    v16 t = TFM__FN(div16)(one, TFM__FN(fma16)(a, TFM__FN(set16)(0.5f), one));
-    v16 p = TFM__FN(set16)(-5.505130239e-2f);
-    p = TFM__FN(horner)(t, p, 2.639031356e-1f);
-    p = TFM__FN(horner)(t, p, -4.414777321e-1f);
-    p = TFM__FN(horner)(t, p, 2.21191062e-1f);
-    p = TFM__FN(horner)(t, p, 1.707761393e-2f);
-    p = TFM__FN(horner)(t, p, 1.812498949e-1f);
-    p = TFM__FN(horner)(t, p, 2.49793501e-1f);
-    p = TFM__FN(horner)(t, p, 2.810984289e-1f);
-    p = TFM__FN(horner)(t, p, 2.82221377e-1f);
-    p = TFM__FN(horner)(t, p, -6.011320731e-6f);
-    p = TFM__FN(mul16)(p, TFM__FN(exp16)(TFM__FN(sub16)(zero, TFM__FN(mul16)(a, a))));
-    p = TFM__FN(mul16)(p, TFM__FN(set16)(0.5f));
-    return TFM__FN(if_less16)(x, zero, p, TFM__FN(sub16)(one, p));
+/* The polynomial with n coefficients, the highest power's first. */
+static TFM__TARGET TFM__INLINE v16 TFM__FN(polynomial16)(v16 x, const float *coefficients, const int n) {
+    v16 sum = TFM__FN(set16)(coefficients[0]);
+    int i;
+    TFM__UNROLL
+    for (i = 1; i < n; i++)
+        sum = TFM__FN(horner)(x, sum, coefficients[i]);
+    return sum;
 }
 
-/* The activations. (1 + tanh u) / 2 = sigmoid(2u), which is accurate in both tails. Largest error against the exact
- * functions: 2e-7 of |x|, and 3e-6 of max(|result|, |x| 2^-24) in the tails; tanh 2e-7 absolute. */
+/* GELU is x (1/2 + r): r is odd in x and lies between -1/2 and 1/2. Here r = u (15 - 10 u^2 + 3 u^4) / 16 with u held within
+ * [-1, 1]. That is 1/2 at u = 1, and so flat there that u need not be exact where r is nearly 1/2: a u of low degree in x
+ * gives r to 2e-8, without exp. (In m = u^2 - 1 it is u (1/2 - m / 4 + 3 m^2 / 16), which rounds best near 1.) Where u has
+ * reached 1 or -1, beyond |x| = 5.6, the result is exactly x or 0. tests/fit_gelu.py finds the coefficients of u. */
+static TFM__TARGET TFM__INLINE v16 TFM__FN(gelu_of16)(v16 x, v16 u) {
+    const v16 one = TFM__FN(set16)(1), minus_one = TFM__FN(set16)(-1);
+    v16 m, h = TFM__FN(set16)(3.0f / 16);
+    u = TFM__FN(min16)(one, TFM__FN(max16)(minus_one, u));
+    m = TFM__FN(fma16)(u, u, minus_one);
+    h = TFM__FN(horner)(m, h, -1.0f / 4);
+    h = TFM__FN(horner)(m, h, 1.0f / 2);
+    return TFM__FN(mul16)(x, TFM__FN(fma16)(u, h, TFM__FN(set16)(0.5f)));
+}
+
+/* u = x P(x^2). P's first coefficient is above 0: far outside, u only grows, to infinity. */
+static TFM__TARGET TFM__INLINE v16 TFM__FN(gelu16)(v16 x) {
+    static const float p[] = {5.23549988e-11f, -6.91072799e-09f, 4.72860876e-07f, -2.22179733e-05f,
+                              0.000766655721f, -0.0195509642f,   0.425538361f};
+    return TFM__FN(gelu_of16)(x, TFM__FN(mul16)(x, TFM__FN(polynomial16)(TFM__FN(mul16)(x, x), p, 7)));
+}
+
+/* u = x P(x^2) / Q(x^2), for tanh has poles at x^2 = -7.2 +- 3.5i: a P alone would need the degree 10. From |x| = 5.1 on P / Q
+ * stays what it is. */
+static TFM__TARGET TFM__INLINE v16 TFM__FN(gelu_tanh16)(v16 x) {
+    static const float p[] = {-3.37603971e-08f, 3.01130717e-06f, -0.000107258311f,
+                              0.0026321162f,    0.0618132763f,   0.425538331f};
+    static const float q[] = {0.0130927796f, 0.192027435f, 1};
+    v16 square = TFM__FN(min16)(TFM__FN(set16)(26.01f), TFM__FN(mul16)(x, x));
+    v16 quotient = TFM__FN(div16)(x, TFM__FN(polynomial16)(square, q, 3));
+    return TFM__FN(gelu_of16)(x, TFM__FN(mul16)(quotient, TFM__FN(polynomial16)(square, p, 6)));
+}
+
+/* The activations. Largest error against the exact functions: 2e-7 of |x|; tanh 2e-7 absolute. In the negative tail, where
+ * the result is small beside x, those made of sigmoid keep relative accuracy, for they have no 1 - 1: 3e-6 of
+ * max(|result|, |x| 2^-24). GELU does not, as its formulas with 1 + erf and 1 + tanh don't, here in plain C or in PyTorch. */
 static TFM__TARGET TFM__INLINE v16 TFM__FN(activate16)(const tfm_activation activation, v16 x) {
     switch (activation) {
     case TFM_RELU: return TFM__FN(if_less16)(x, TFM__FN(set16)(0), TFM__FN(set16)(0), x);
-    case TFM_GELU: return TFM__FN(mul16)(x, TFM__FN(normal16)(x));
-    case TFM_GELU_TANH: { /* 2 sqrt(2 / pi) (x + 0.044715 x^3) = x (1.5957691 + 0.071354816 x^2) */
-        v16 u = TFM__FN(fma16)(TFM__FN(mul16)(x, x), TFM__FN(set16)(0.071354816f), TFM__FN(set16)(1.5957691f));
-        return TFM__FN(mul16)(x, TFM__FN(sigmoid16)(TFM__FN(mul16)(x, u)));
-    }
+    case TFM_GELU: return TFM__FN(gelu16)(x);
+    case TFM_GELU_TANH: return TFM__FN(gelu_tanh16)(x);
     case TFM_QUICK_GELU: return TFM__FN(mul16)(x, TFM__FN(sigmoid16)(TFM__FN(mul16)(x, TFM__FN(set16)(1.702f))));
     case TFM_SILU: return TFM__FN(mul16)(x, TFM__FN(sigmoid16)(x));
     case TFM_TANH: { /* 2 sigmoid(2x) - 1 */
