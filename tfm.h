@@ -4915,54 +4915,67 @@ static void tfm__store_f16(const tfm__kernels *kernels, const float *key, const 
     }
 }
 
-/* The keys of n tokens go in pairs of dimensions; `keys`: the first token's. */
-static void tfm__store_bf16_keys(const tfm__kernels *kernels, const float *key, size_t stride, size_t n, size_t dim,
-                                 uint16_t *keys) {
-    float columns[TFM__PANEL][TFM__PANEL], first[TFM__PANEL / 2], second[TFM__PANEL / 2];
-    uint16_t pairs[TFM__PANEL];
-    size_t d, i, k, some;
-    memset(second, 0, sizeof second);
-    for (d = 0; d < dim; d += some, keys += TFM__PANEL * TFM__PANEL) {
-        some = TFM__MIN(TFM__PANEL, dim - d);
-        if (n == TFM__PANEL) {
-            tfm__turn_rows(key + d, stride, some, *columns);
-            if (some % 2)
-                memset(columns[some], 0, sizeof *columns);
-            for (k = 0; k < some; k += 2)
-                kernels->pair(columns[k], columns[k + 1], TFM__PANEL, keys + k * TFM__PANEL);
-            continue;
+/* Numbers of one token that become pairs together. */
+#define TFM__STORED ((size_t)64)
+
+/* One token's key, in pairs of dimensions; a panel's keys have the pairs 16 apart. */
+static void tfm__store_bf16_key(const tfm__kernels *kernels, const float *key, size_t dim, uint16_t *keys) {
+    float first[TFM__STORED / 2], second[TFM__STORED / 2];
+    uint16_t pairs[TFM__STORED];
+    size_t d, k, some;
+    for (d = 0; d < dim; d += some) {
+        some = TFM__MIN(TFM__STORED, dim - d);
+        for (k = 0; k < some; k += 2) {
+            first[k / 2] = key[d + k];
+            second[k / 2] = k + 1 < some ? key[d + k + 1] : 0;
         }
-        for (i = 0; i < n; i++) {
-            for (k = 0; k < some; k++)
-                (k % 2 ? second : first)[k / 2] = key[i * stride + d + k];
-            if (some % 2)
-                second[some / 2] = 0;
-            kernels->pair(first, second, tfm__divide_up(some, 2), pairs);
-            for (k = 0; k < some; k += 2)
-                memcpy(keys + k * TFM__PANEL + 2 * i, pairs + k, 2 * sizeof *keys);
-        }
+        kernels->pair(first, second, tfm__divide_up(some, 2), pairs);
+        for (k = 0; k < some; k += 2)
+            memcpy(keys + (d + k) * TFM__PANEL, pairs + k, 2 * sizeof *keys);
     }
 }
 
-/* The values go in pairs of tokens, the first of which stands at `at` in the page; `values`: the head's. */
+/* The keys of n tokens; `keys`: the first one's. */
+static void tfm__store_bf16_keys(const tfm__kernels *kernels, const float *key, size_t stride, size_t n, size_t dim,
+                                 uint16_t *keys) {
+    float columns[TFM__PANEL][TFM__PANEL];
+    size_t d, i, k, some;
+    for (i = 0; i < n && n < TFM__PANEL; i++)
+        tfm__store_bf16_key(kernels, key + i * stride, dim, keys + 2 * i);
+    for (d = 0; d < dim && n == TFM__PANEL; d += some) {
+        some = TFM__MIN(TFM__PANEL, dim - d);
+        tfm__turn_rows(key + d, stride, some, *columns);
+        if (some % 2)
+            memset(columns[some], 0, sizeof *columns);
+        for (k = 0; k < some; k += 2)
+            kernels->pair(columns[k], columns[k + 1], TFM__PANEL, keys + (d + k) * TFM__PANEL);
+    }
+}
+
+/* One token's value: a half of each pair, the other is another token's. `values`: the pairs' in the head's first panel. */
+static void tfm__store_bf16_value(const tfm__kernels *kernels, const float *value, size_t dim, size_t page_tokens,
+                                  size_t at, uint16_t *values) {
+    uint16_t pairs[2 * TFM__STORED];
+    size_t d, k, some;
+    for (d = 0; d < dim; d += some) {
+        some = TFM__MIN(TFM__STORED, dim - d);
+        kernels->pair(value + d, value + d, some, pairs);
+        for (k = 0; k < some; k++)
+            values[(d + k) / TFM__PANEL * TFM__PANEL * page_tokens + k % TFM__PANEL * 2 + at % 2] = pairs[2 * k];
+    }
+}
+
+/* The values of n tokens, in pairs of tokens, the first of which stands at `at` in the page; `values`: the head's. */
 static void tfm__store_bf16_values(const tfm__kernels *kernels, const float *value, size_t stride, size_t n, size_t dim,
                                    size_t page_tokens, size_t at, uint16_t *values) {
-    uint16_t pairs[2 * TFM__PANEL];
-    size_t d, i, k, some, step;
-    for (d = 0; d < dim; d += some) {
-        some = TFM__MIN(TFM__PANEL, dim - d);
-        for (i = 0; i < n; i += step) {
-            const float *from = value + i * stride + d;
-            uint16_t *to = values + d * page_tokens + (at + i) / 2 * 2 * TFM__PANEL;
-            step = (at + i) % 2 == 0 && i + 1 < n ? 2 : 1;
-            if (step == 2) {
-                kernels->pair(from, from + stride, some, to);
-                continue;
-            }
-            kernels->pair(from, from, some, pairs); /* one half of its pair: the other is somebody else's */
-            for (k = 0; k < some; k++)
-                to[2 * k + (at + i) % 2] = pairs[2 * k];
-        }
+    size_t d, i, step;
+    for (i = 0; i < n; i += step, value += step * stride) {
+        uint16_t *to = values + (at + i) / 2 * 2 * TFM__PANEL;
+        step = (at + i) % 2 == 0 && i + 1 < n ? 2 : 1;
+        if (step == 1)
+            tfm__store_bf16_value(kernels, value, dim, page_tokens, at + i, to);
+        for (d = 0; d < dim && step == 2; d += TFM__PANEL)
+            kernels->pair(value + d, value + stride + d, TFM__MIN(TFM__PANEL, dim - d), to + d * page_tokens);
     }
 }
 
@@ -12445,18 +12458,28 @@ static void tfm__forbid_repeats(size_t size, float *logits, size_t vocab_size, c
 
 /* The largest logit's token, the first among equals; vocab_size if every logit is NaN or -infinity. */
 static size_t tfm__likeliest(const float *logits, size_t vocab_size) {
-    float lane[16], largest = -INFINITY;
-    size_t i, k;
-    for (k = 0; k < 16; k++)
-        lane[k] = -INFINITY;
-    for (i = 0; i + 16 <= vocab_size; i += 16) /* compilers make vectors of this */
+    float largest = -INFINITY;
+    size_t block = 0, first, n, i, k;
+    for (first = 0; first < vocab_size; first += n) {
+        float lane[16], most = -INFINITY;
+        n = TFM__MIN((size_t)256, vocab_size - first);
         for (k = 0; k < 16; k++)
-            lane[k] = logits[i + k] > lane[k] ? logits[i + k] : lane[k];
-    for (; i < vocab_size; i++)
-        lane[0] = logits[i] > lane[0] ? logits[i] : lane[0];
-    for (k = 0; k < 16; k++)
-        largest = lane[k] > largest ? lane[k] : largest;
-    for (i = 0; i < vocab_size && (logits[i] != largest || tfm__is_minus_infinity(largest)); i++) {
+            lane[k] = -INFINITY;
+        for (i = first; i + 16 <= first + n; i += 16) /* compilers make vectors of this */
+            for (k = 0; k < 16; k++)
+                lane[k] = logits[i + k] > lane[k] ? logits[i + k] : lane[k];
+        for (; i < first + n; i++)
+            lane[0] = logits[i] > lane[0] ? logits[i] : lane[0];
+        for (k = 0; k < 16; k++)
+            most = lane[k] > most ? lane[k] : most;
+        if (most > largest) {
+            largest = most;
+            block = first;
+        }
+    }
+    if (tfm__is_minus_infinity(largest))
+        return vocab_size;
+    for (i = block; logits[i] != largest; i++) {
     }
     return i;
 }
