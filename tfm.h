@@ -2001,11 +2001,11 @@ static int tfm__is_between(float x, float low, float high) {
 }
 
 static int tfm__has_nan(const float *x, size_t n) {
+    uint32_t any = 0; /* the highest bit: one's magnitude is beyond infinity's */
     size_t i;
-    int any = 0;
     for (i = 0; i < n; i++)
-        any |= (tfm__float_bits(x[i]) & 0x7FFFFFFFu) > 0x7F800000u;
-    return any;
+        any |= 0x7F800000u - (tfm__float_bits(x[i]) & 0x7FFFFFFFu);
+    return (int)(any >> 31);
 }
 
 static int tfm__is_finite_double(double x) {
@@ -2240,12 +2240,22 @@ static void tfm__from_i8(const unsigned char *panel, size_t groups, size_t lane,
                          float *floats) {
     const unsigned char *codes = panel + TFM__CACHE_LINE, *integers = panel + tfm__integers_at(groups);
     int32_t base;
-    size_t i, k;
+    size_t i, k, part, some;
     memcpy(&base, panel + lane * sizeof base, sizeof base);
-    for (i = 0, k = first; i < n; i++, k++) {
-        uint32_t code = codes[k / TFM__GROUP * TFM__PANEL + lane];
-        float scale = tfm__float_from_bits((uint32_t)base + (code << TFM__CODE_STEP));
-        floats[i] = scale * (float)(integers[(k / 4 * TFM__PANEL + lane) * 4 + k % 4] - 128);
+    for (i = 0; i < n; i += some) { /* the four, or fewer, that lie side by side */
+        const size_t at = first + i;
+        const uint32_t code = codes[at / TFM__GROUP * TFM__PANEL + lane];
+        const float scale = tfm__float_from_bits((uint32_t)base + (code << TFM__CODE_STEP));
+        const unsigned char *four = integers + (at / 4 * TFM__PANEL + lane) * 4;
+        part = at % 4;
+        some = TFM__MIN(4 - part, n - i);
+        if (some == 4) {
+            TFM__UNROLL
+            for (k = 0; k < 4; k++)
+                floats[i + k] = scale * (float)(four[k] - 128);
+        } else
+            for (k = 0; k < some; k++)
+                floats[i + k] = scale * (float)(four[part + k] - 128);
     }
 }
 
@@ -3383,7 +3393,7 @@ static TFM__TARGET TFM__INLINE v16 TFM__FN(horner)(v16 a, v16 sum, float coeffic
  * it stays at 2.4e38; NaN stays NaN (max and min return their second argument then). */
 static TFM__TARGET TFM__INLINE v16 TFM__FN(exp16)(v16 x) {
     const v16 magic = TFM__FN(set16)(12582912.0f);
-    v16 in = TFM__FN(min16)(TFM__FN(set16)(88.37f), TFM__FN(max16)(TFM__FN(set16)(-87.3f), x));
+    v16 in = TFM__FN(min16)(TFM__FN(set16)(88.37f), x);
     v16 t = TFM__FN(fma16)(in, TFM__FN(set16)(1.44269504f), magic), n = TFM__FN(sub16)(t, magic);
     v16 r = TFM__FN(fma16)(n, TFM__FN(set16)(-0.693359375f), in);
     v16 p = TFM__FN(set16)(1.383683822e-3f);
@@ -3539,30 +3549,43 @@ static TFM__TARGET void TFM__FN(rms_norm)(const float *x, size_t n, const float 
 
 /* ---- softmax and the rest of attention */
 
-/* score * scale + mask of sixteen keys; past the last, -infinity. */
-static TFM__TARGET TFM__INLINE v16 TFM__FN(scores16)(const float *scores, size_t n, float scale, const float *mask) {
-    v16 s = TFM__FN(mul16)(TFM__FN(load_part)(scores, n, -INFINITY), TFM__FN(set16)(scale));
-    return mask ? TFM__FN(add16)(s, TFM__FN(load_part)(mask, n, 0)) : s;
+/* score * scale + mask - shift of sixteen keys; past the last, -infinity. Without a mask in one operation. */
+static TFM__TARGET TFM__INLINE v16 TFM__FN(scores16)(const float *scores, size_t n, float scale, const float *mask,
+                                                     float shift) {
+    const v16 s = TFM__FN(load_part)(scores, n, -INFINITY);
+    if (!mask)
+        return TFM__FN(fma16)(s, TFM__FN(set16)(scale), TFM__FN(set16)(-shift));
+    return TFM__FN(sub16)(TFM__FN(fma16)(s, TFM__FN(set16)(scale), TFM__FN(load_part)(mask, n, 0)),
+                          TFM__FN(set16)(shift));
+}
+
+/* The largest score * scale + mask, and no less than `largest`. */
+static TFM__TARGET TFM__INLINE float TFM__FN(max_score)(const float *scores, size_t n, float scale, const float *mask,
+                                                        float largest) {
+    v16 most = TFM__FN(set16)(-INFINITY);
+    float max;
+    size_t i;
+    TFM__SIXTEENS(i, lanes, n, {
+        const v16 s = TFM__FN(load_part)(scores + i, lanes, -INFINITY);
+        most = TFM__FN(max16)(
+            most, mask ? TFM__FN(fma16)(s, TFM__FN(set16)(scale), TFM__FN(load_part)(mask + i, lanes, 0)) : s);
+    })
+    max = mask ? TFM__FN(max_lanes)(most) : TFM__FN(max_lanes)(most) * scale; /* the scale is positive */
+    return largest > max ? largest : max;
 }
 
 static TFM__TARGET float TFM__FN(softmax_block)(tfm__softmax *softmax, float *scores, size_t n, float scale,
                                                 const float *mask) {
-    v16 largest = TFM__FN(set16)(-INFINITY), sum = TFM__FN(set16)(0);
-    float max, shift, correction;
+    const float max = TFM__FN(max_score)(scores, n, scale, mask, softmax->max);
+    const float shift = tfm__is_minus_infinity(max) ? 0 : max; /* nothing seen yet, and nothing here: no -inf - -inf */
+    const float correction = softmax->max == max ? 1 : expf(softmax->max - shift);
+    v16 sum = TFM__FN(set16)(0);
     size_t i;
     TFM__SIXTEENS(i, lanes, n, {
-        largest = TFM__FN(max16)(largest, TFM__FN(scores16)(scores + i, lanes, scale, mask ? mask + i : NULL));
-    })
-    max = TFM__FN(max_lanes)(largest);
-    max = softmax->max > max ? softmax->max : max;
-    shift = tfm__is_minus_infinity(max) ? 0 : max; /* nothing seen yet, and nothing here: -inf - -inf would be NaN */
-    TFM__SIXTEENS(i, lanes, n, {
-        v16 s = TFM__FN(scores16)(scores + i, lanes, scale, mask ? mask + i : NULL);
-        s = TFM__FN(exp16)(TFM__FN(sub16)(s, TFM__FN(set16)(shift)));
+        const v16 s = TFM__FN(exp16)(TFM__FN(scores16)(scores + i, lanes, scale, mask ? mask + i : NULL, shift));
         sum = TFM__FN(add16)(sum, s);
         TFM__FN(store_part)(scores + i, s, lanes);
     })
-    correction = softmax->max == max ? 1 : expf(softmax->max - shift);
     softmax->max = max;
     softmax->sum = softmax->sum * correction + TFM__FN(sum_lanes)(sum);
     return correction;
@@ -4392,6 +4415,7 @@ typedef struct tfm__input {
     const float *x; /* [n_rows][in] */
     size_t n_rows;
     const tfm_norm *norm;     /* or NULL */
+    float *normed;            /* where norm(x) goes, which may be x; NULL: nobody else wants it */
     tfm__quantized quantized; /* where q is not NULL: this, and x is not looked at */
 } tfm__input;
 
@@ -4560,7 +4584,7 @@ static void tfm__linear(tfm_engine *engine, const tfm_linear *linear, tfm__input
     job.linear = linear;
     job.activation = activation;
     job.input = input;
-    job.normed = input.norm ? tfm__take(engine, input.n_rows, in) : NULL;
+    job.normed = input.norm && !input.normed ? tfm__take(engine, input.n_rows, in) : input.normed;
     job.quantized = input.quantized;
     if (!job.quantized.q) {
         if (linear->weight.dtype == TFM_I8)
@@ -5734,6 +5758,13 @@ static void tfm__add(tfm_engine *engine, const float *y, size_t n, float *x) {
     engine->kernels->finish(&finish);
 }
 
+/* What the next layer of a block reads: norm(x). After a post-norm that is x from then on. */
+static tfm__input tfm__normed_input(float *x, size_t n_rows, const tfm_norm *norm, int post) {
+    tfm__input input = tfm__input_of(x, n_rows, norm);
+    input.normed = post ? x : NULL;
+    return input;
+}
+
 /* x = x + attention(...), and so on, as tfm_norm_place and tfm_block.parallel say.
  * If not all rows are wanted (NULL: they are), x is given up after the attention, and the rest of the block is done for
  * the selected rows alone. */
@@ -5743,7 +5774,7 @@ static void tfm__block(tfm_engine *engine, const tfm_block *block, size_t layer,
     const size_t n = tfm__count_wanted(pass, wanted);
     const int post = block->norm_place == TFM_POST_NORM, sandwich = block->norm_place == TFM_SANDWICH_NORM;
     const tfm_norm *attention_norm = &block->attention_norm;
-    const tfm_norm *ffn_norm = block->ffn_norm.weight.data ? &block->ffn_norm : attention_norm;
+    const tfm_norm *ffn_norm = block->ffn_norm.weight.data ? &block->ffn_norm : attention_norm, *ffn_input = ffn_norm;
     float *branch = sandwich || block->parallel ? tfm__take(engine, n, d_model) : NULL; /* what is added to x later */
     if (wanted)
         tfm__keep_rows(x, d_model, pass, wanted, selected);
@@ -5759,15 +5790,13 @@ static void tfm__block(tfm_engine *engine, const tfm_block *block, size_t layer,
         tfm__norm(engine, &block->attention_post_norm, branch, n, branch);
         tfm__add(engine, branch, n * d_model, selected);
     }
-    if (post)
-        tfm__norm(engine, attention_norm, selected, n, selected);
-    if (block->cross.q.weight.data) {
+    if (block->cross.q.weight.data)
         tfm__cross(engine, &block->attention, &block->cross, layer, pass,
-                   tfm__input_of(selected, n, post ? NULL : &block->cross.norm), wanted, tfm__result_in(selected, 1));
-        if (post)
-            tfm__norm(engine, &block->cross.norm, selected, n, selected);
-    }
-    tfm__ffn(engine, &block->ffn, tfm__input_of(selected, n, post ? NULL : ffn_norm),
+                   tfm__normed_input(selected, n, post ? attention_norm : &block->cross.norm, post), wanted,
+                   tfm__result_in(selected, 1));
+    if (post)
+        ffn_input = block->cross.q.weight.data ? &block->cross.norm : attention_norm;
+    tfm__ffn(engine, &block->ffn, tfm__normed_input(selected, n, ffn_input, post),
              branch ? tfm__result_in(branch, !sandwich) : tfm__result_in(selected, 1));
     if (sandwich)
         tfm__norm(engine, &block->ffn_post_norm, branch, n, branch);
