@@ -2523,7 +2523,8 @@ typedef struct tfm__matmul {
     size_t panel_bytes, n, k;
     float *y;
     size_t y_stride;
-    int add; /* 1: y +=. Not for i8. */
+    int add;           /* 1: y += */
+    const float *bias; /* [n], only for i8: y (+)= x W^T + bias. Or NULL */
 } tfm__matmul;
 
 /* What happens to the product while it is in the cache: y[n_rows][n] (+)= activation(x[n_rows][n] + bias[n]). x may be
@@ -2627,6 +2628,10 @@ static void tfm__scalar_matmul_i8(const tfm__matmul *job) {
                     tfm__float_from_bits((uint32_t)base + ((uint32_t)codes[g * TFM__PANEL + lane] << TFM__CODE_STEP));
                 y += (float)sum * (scale * job->quantized.scales[row * groups + g]);
             }
+            if (job->bias)
+                y += job->bias[column];
+            if (job->add)
+                y += job->y[row * job->y_stride + column];
             job->y[row * job->y_stride + column] = y;
         }
 }
@@ -4088,7 +4093,7 @@ static TFM__TARGET TFM__INLINE int32x4_t TFM__FN(codes)(const unsigned char *cod
  * these weights soon, so they need not stay in the second-level cache: 5 % for one sequence and for eight. */
 static TFM__TARGET TFM__INLINE void TFM__FN(tile_i8)(const int rows, const int panels, const int turns, const int once,
                                                      const tfm__matmul *job, size_t row, const unsigned char *w,
-                                                     float *y, size_t y_stride) {
+                                                     const float *bias, float *y, size_t y_stride) {
     const int columns = panels * TFM__PARTS;
     const size_t groups = tfm__groups(job->k), panel_bytes = job->panel_bytes, q_stride = groups * TFM__GROUP;
     const unsigned char *integers = w + tfm__integers_at(groups), *codes = w + TFM__CACHE_LINE;
@@ -4155,37 +4160,46 @@ static TFM__TARGET TFM__INLINE void TFM__FN(tile_i8)(const int rows, const int p
     TFM__UNROLL
     for (r = 0; r < rows; r++)
         TFM__UNROLL
-    for (c = 0; c < columns; c++)
-        vf_store(y + (size_t)r * y_stride + c * TFM__LANES, sum[r][c]);
+    for (c = 0; c < columns; c++) {
+        float *to = y + (size_t)r * y_stride + c * TFM__LANES;
+        vf result = sum[r][c];
+        if (bias)
+            result = vf_add(result, vf_load(bias + c * TFM__LANES));
+        if (job->add)
+            result = vf_add(vf_load(to), result);
+        vf_store(to, result);
+    }
 }
 
 /* A wide tile, for many rows: `rows` of TFM__ROWS_I8. */
 static TFM__TARGET TFM__INLINE void TFM__FN(wide_i8)(size_t rows, const int panels, const tfm__matmul *job, size_t row,
-                                                     const unsigned char *w, float *y, size_t y_stride) {
+                                                     const unsigned char *w, const float *bias, float *y,
+                                                     size_t y_stride) {
     switch (rows) {
-    case 1: TFM__FN(tile_i8)(1, panels, 1, 0, job, row, w, y, y_stride); break;
-    case 2: TFM__FN(tile_i8)(2, panels, 1, 0, job, row, w, y, y_stride); break;
+    case 1: TFM__FN(tile_i8)(1, panels, 1, 0, job, row, w, bias, y, y_stride); break;
+    case 2: TFM__FN(tile_i8)(2, panels, 1, 0, job, row, w, bias, y, y_stride); break;
 #if TFM__ROWS_I8 == 4
-    case 3: TFM__FN(tile_i8)(3, panels, 1, 0, job, row, w, y, y_stride); break;
+    case 3: TFM__FN(tile_i8)(3, panels, 1, 0, job, row, w, bias, y, y_stride); break;
 #endif
-    default: TFM__FN(tile_i8)(TFM__ROWS_I8, panels, 1, 0, job, row, w, y, y_stride);
+    default: TFM__FN(tile_i8)(TFM__ROWS_I8, panels, 1, 0, job, row, w, bias, y, y_stride);
     }
 }
 
 /* A tall one, for the few rows of decoding: `rows` of TFM__TALL_I8. */
 static TFM__TARGET TFM__INLINE void TFM__FN(tall_i8)(size_t rows, const tfm__matmul *job, size_t row,
-                                                     const unsigned char *w, float *y, size_t y_stride) {
+                                                     const unsigned char *w, const float *bias, float *y,
+                                                     size_t y_stride) {
     switch (rows) {
-    case 1: TFM__FN(tile_i8)(1, 1, TFM__TURNS_I8, 1, job, row, w, y, y_stride); break;
-    case 2: TFM__FN(tile_i8)(2, 1, TFM__TURNS_I8, 1, job, row, w, y, y_stride); break;
+    case 1: TFM__FN(tile_i8)(1, 1, TFM__TURNS_I8, 1, job, row, w, bias, y, y_stride); break;
+    case 2: TFM__FN(tile_i8)(2, 1, TFM__TURNS_I8, 1, job, row, w, bias, y, y_stride); break;
 #if TFM__TALL_I8 == 8
-    case 3: TFM__FN(tile_i8)(3, 1, 2, 1, job, row, w, y, y_stride); break;
-    case 4: TFM__FN(tile_i8)(4, 1, 2, 1, job, row, w, y, y_stride); break;
-    case 5: TFM__FN(tile_i8)(5, 1, 2, 1, job, row, w, y, y_stride); break;
-    case 6: TFM__FN(tile_i8)(6, 1, 2, 1, job, row, w, y, y_stride); break;
-    case 7: TFM__FN(tile_i8)(7, 1, 1, 1, job, row, w, y, y_stride); break;
+    case 3: TFM__FN(tile_i8)(3, 1, 2, 1, job, row, w, bias, y, y_stride); break;
+    case 4: TFM__FN(tile_i8)(4, 1, 2, 1, job, row, w, bias, y, y_stride); break;
+    case 5: TFM__FN(tile_i8)(5, 1, 2, 1, job, row, w, bias, y, y_stride); break;
+    case 6: TFM__FN(tile_i8)(6, 1, 2, 1, job, row, w, bias, y, y_stride); break;
+    case 7: TFM__FN(tile_i8)(7, 1, 1, 1, job, row, w, bias, y, y_stride); break;
 #endif
-    default: TFM__FN(tile_i8)(TFM__TALL_I8, 1, 1, 1, job, row, w, y, y_stride);
+    default: TFM__FN(tile_i8)(TFM__TALL_I8, 1, 1, 1, job, row, w, bias, y, y_stride);
     }
 }
 
@@ -4194,18 +4208,26 @@ static TFM__TARGET TFM__INLINE void TFM__FN(columns_i8)(const tfm__matmul *job, 
                                                         const int tall) {
     const unsigned char *w = (const unsigned char *)job->w + column / 16 * job->panel_bytes;
     const size_t lanes = TFM__MIN(job->n - column, (size_t)16), at_once = tall ? TFM__TALL_I8 : TFM__ROWS_I8;
+    const float *bias = job->bias ? job->bias + column : NULL;
+    float side[TFM__TALL_I8 * 16], side_bias[16] = {0}; /* for the last panel when n is not a multiple of 16 */
     size_t row, r;
+    if (bias && lanes < 16) {
+        memcpy(side_bias, bias, lanes * sizeof *bias);
+        bias = side_bias;
+    }
     for (row = 0; row < job->n_rows; row += at_once) {
-        float *y = job->y + row * job->y_stride + column, side[TFM__TALL_I8 * 16];
+        float *y = job->y + row * job->y_stride + column;
         const size_t rows = TFM__MIN(job->n_rows - row, at_once);
-        float *to = lanes == 16 ? y : side; /* the last panel when n is not a multiple of 16 */
+        float *to = lanes == 16 ? y : side;
         const size_t to_stride = lanes == 16 ? job->y_stride : 16;
+        for (r = 0; r < rows && lanes < 16 && job->add; r++)
+            memcpy(side + r * 16, y + r * job->y_stride, lanes * sizeof *y);
         if (tall)
-            TFM__FN(tall_i8)(rows, job, row, w, to, to_stride);
+            TFM__FN(tall_i8)(rows, job, row, w, bias, to, to_stride);
         else if (step > 16)
-            TFM__FN(wide_i8)(rows, TFM__PANELS_I8, job, row, w, to, to_stride);
+            TFM__FN(wide_i8)(rows, TFM__PANELS_I8, job, row, w, bias, to, to_stride);
         else
-            TFM__FN(wide_i8)(rows, 1, job, row, w, to, to_stride);
+            TFM__FN(wide_i8)(rows, 1, job, row, w, bias, to, to_stride);
         for (r = 0; r < rows && lanes < 16; r++)
             memcpy(y + r * job->y_stride, side + r * 16, lanes * sizeof *y);
     }
@@ -4508,7 +4530,8 @@ static void tfm__input_piece(void *argument, size_t index) {
     }
 }
 
-/* A piece of the result goes this many rows at a time from the product through `finish` to its place, so that it lies
+/* A piece of the result goes this many rows at a time from the product through `finish` to its place (unless the product of
+ * i8 weights can write it there), so that it lies
  * in a buffer that the first-level cache holds. (In its place it would not: rows whose distance is a multiple of 4 KiB,
  * as those of most models are, fall on the same few lines of the cache.) */
 #define TFM__LINEAR_ROWS ((size_t)32)
@@ -4550,6 +4573,17 @@ static void tfm__linear_piece(void *argument, size_t index) {
     product.w = (const char *)weight->data + column / TFM__PANEL * product.panel_bytes;
     product.n = finish.n = TFM__MIN(job->columns, out - column);
     product.k = in;
+    if (weight->dtype == TFM_I8 && !job->activation && !job->result.quantized.q) { /* all that the tile can do itself */
+        product.n_rows = end - row;
+        product.quantized = tfm__quantized_at(&job->quantized, in, row, 0);
+        product.bias = bias->data ? (const float *)bias->data + column : NULL;
+        product.y = job->result.y + row * out + column;
+        product.y_stride = out;
+        product.add = job->result.add;
+        kernels->matmul[TFM_I8](&product);
+        return;
+    }
+    product.bias = NULL;
     product.add = 0;
     finish.x = product.y = block;
     finish.x_stride = product.y_stride = job->columns;

@@ -1004,6 +1004,36 @@ static double group_error(const float *a, const float *b, size_t k, size_t i) {
     return largest;
 }
 
+/* With a bias, and with what y holds, or both: the same sums, and what is added to them comes after. */
+static void check_i8_added(const tfm__kernels *kernels, const tfm__matmul *plain) {
+    static float bias[MAX_I8_N], before[MAX_I8_ROWS * (MAX_I8_N + 2)], y[MAX_I8_ROWS * (MAX_I8_N + 2)];
+    const size_t size = plain->n_rows * plain->y_stride;
+    tfm__matmul job = *plain;
+    size_t row, column;
+    int kind, wrong = 0;
+    test_fill(bias, job.n, job.k);
+    test_fill(before, size, job.k + 1);
+    for (kind = 1; kind < 4; kind++) {
+        job.bias = kind & 1 ? bias : NULL;
+        job.add = kind >> 1;
+        memcpy(y, before, size * sizeof *y);
+        job.y = y;
+        kernels->matmul[TFM_I8](&job);
+        for (row = 0; row < job.n_rows; row++)
+            for (column = 0; column < job.y_stride; column++) {
+                const size_t at = row * job.y_stride + column;
+                float sum = column < job.n ? plain->y[at] : before[at];
+                if (job.bias && column < job.n)
+                    sum += bias[column];
+                if (job.add && column < job.n)
+                    sum += before[at];
+                wrong += !(y[at] == sum);
+            }
+    }
+    CHECK_MSG(!wrong, "%s: i8 product, %lu rows, %lu outputs, %lu inputs, added to: %d wrong", name_of(kernels),
+              (unsigned long)job.n_rows, (unsigned long)job.n, (unsigned long)job.k, wrong);
+}
+
 static void check_i8(const tfm__kernels *kernels, int8_product *p, const tfm_tensor *packed, size_t rows, size_t n,
                      size_t k) {
     const size_t groups = (k + 63) / 64, stride = n + n % 3;
@@ -1024,7 +1054,9 @@ static void check_i8(const tfm__kernels *kernels, int8_product *p, const tfm_ten
     job.y = p->y + GUARD;
     job.y_stride = stride;
     job.add = 0;
+    job.bias = NULL;
     kernels->matmul[TFM_I8](&job);
+    check_i8_added(kernels, &job);
     for (row = 0; row < rows; row++)
         for (column = 0; column < n; column++) {
             const float *x = p->x + row * k, *w = p->w + column * k, *u = p->unpacked + column * k;
