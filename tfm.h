@@ -687,7 +687,7 @@ typedef struct tfm_session_options {
     size_t context;     /* tokens that a sequence may have; 0: the model's n_positions */
     size_t source;      /* tokens that a text for the encoder may have; 0: the encoder's n_positions */
     size_t n_sequences; /* independent sequences; 0: 1 */
-    size_t max_rows;    /* tokens evaluated in one pass; longer input is cut into passes. 0: 512 */
+    size_t max_rows;    /* tokens evaluated in one pass; longer input is cut into passes. 0: 512, of an encoder 1024 */
     tfm_dtype kv_dtype; /* of the KV cache: TFM_F32, TFM_F16, TFM_BF16, TFM_I8, as in tfm_kv_create; 0: TFM_BF16 if the
                          * weights are i8, else TFM_F32 */
     tfm_engine_options engine;
@@ -3511,22 +3511,37 @@ static TFM__TARGET void TFM__FN(finish)(const tfm__finish *job) {
 
 /* ---- norms */
 
-/* Sums over i of x[i], and of (x[i] - mean)^2, in 16 lanes. */
+/* The sum of four registers' lanes, which were summed in turns, so that an addition need not wait for the one before. */
+static TFM__TARGET TFM__INLINE float TFM__FN(sum_turns)(const v16 *turn) {
+    return TFM__FN(sum_lanes)(TFM__FN(add16)(TFM__FN(add16)(turn[0], turn[1]), TFM__FN(add16)(turn[2], turn[3])));
+}
+
+/* Sums over i of x[i], and of (x[i] - mean)^2. */
 static TFM__TARGET TFM__INLINE float TFM__FN(sum)(const float *x, size_t n) {
-    v16 sum = TFM__FN(set16)(0);
-    size_t i;
-    TFM__SIXTEENS(i, lanes, n, { sum = TFM__FN(add16)(sum, TFM__FN(load_part)(x + i, lanes, 0)); })
-    return TFM__FN(sum_lanes)(sum);
+    v16 turn[4] = {TFM__FN(set16)(0), TFM__FN(set16)(0), TFM__FN(set16)(0), TFM__FN(set16)(0)};
+    size_t i, t;
+    for (; n >= 64; n -= 64, x += 64)
+        TFM__UNROLL
+    for (t = 0; t < 4; t++)
+        turn[t] = TFM__FN(add16)(turn[t], TFM__FN(load16)(x + 16 * t));
+    TFM__SIXTEENS(i, lanes, n, { turn[0] = TFM__FN(add16)(turn[0], TFM__FN(load_part)(x + i, lanes, 0)); })
+    return TFM__FN(sum_turns)(turn);
 }
 
 static TFM__TARGET TFM__INLINE float TFM__FN(squares)(const float *x, size_t n, float mean) {
-    v16 sum = TFM__FN(set16)(0);
-    size_t i;
+    v16 turn[4] = {TFM__FN(set16)(0), TFM__FN(set16)(0), TFM__FN(set16)(0), TFM__FN(set16)(0)};
+    size_t i, t;
+    for (; n >= 64; n -= 64, x += 64)
+        TFM__UNROLL
+    for (t = 0; t < 4; t++) {
+        const v16 d = TFM__FN(sub16)(TFM__FN(load16)(x + 16 * t), TFM__FN(set16)(mean));
+        turn[t] = TFM__FN(fma16)(d, d, turn[t]);
+    }
     TFM__SIXTEENS(i, lanes, n, {
         const v16 d = TFM__FN(sub16)(TFM__FN(load_part)(x + i, lanes, mean), TFM__FN(set16)(mean));
-        sum = TFM__FN(fma16)(d, d, sum);
+        turn[0] = TFM__FN(fma16)(d, d, turn[0]);
     })
-    return TFM__FN(sum_lanes)(sum);
+    return TFM__FN(sum_turns)(turn);
 }
 
 /* y = (x - mean) * inverse * weight + bias */
@@ -3583,7 +3598,9 @@ static TFM__TARGET float TFM__FN(softmax_block)(tfm__softmax *softmax, float *sc
                                                 const float *mask) {
     const float max = TFM__FN(max_score)(scores, n, scale, mask, softmax->max);
     const float shift = tfm__is_minus_infinity(max) ? 0 : max; /* nothing seen yet, and nothing here: no -inf - -inf */
-    const float correction = softmax->max == max ? 1 : expf(softmax->max - shift);
+    const float correction = softmax->max == max                    ? 1
+                             : tfm__is_minus_infinity(softmax->max) ? 0
+                                                                    : expf(softmax->max - shift);
     v16 sum = TFM__FN(set16)(0);
     size_t i;
     TFM__SIXTEENS(i, lanes, n, {
@@ -4507,7 +4524,7 @@ static size_t tfm__linear_scratch(const tfm_linear *linear, size_t n_rows) {
     return tfm__scratch_floats(n_rows, in) + (linear->weight.dtype == TFM_I8 ? tfm__quantized_scratch(n_rows, in) : 0);
 }
 
-#define TFM__INPUT_ROWS ((size_t)8)
+#define TFM__INPUT_ROWS ((size_t)16)
 
 /* A piece: some rows of the input through the norm, and quantized. */
 static void tfm__input_piece(void *argument, size_t index) {
@@ -11755,7 +11772,7 @@ static tfm_status tfm__session_sizes(tfm_session *session, const tfm_session_opt
     if (session->n_sequences > (size_t)TFM__MAX_SIZE / session->n_pages)
         return tfm__fail(error, TFM_ERROR_ARGUMENT, "%lu sequences are too many", (unsigned long)session->n_sequences);
     session->n_pages = tfm__kv_pages(session->context);
-    session->max_rows = options->max_rows ? options->max_rows : 512;
+    session->max_rows = options->max_rows ? options->max_rows : d->kind == TFM_ENCODER ? 1024 : 512;
     session->max_rows = TFM__MAX(session->max_rows, session->n_sequences);
     if (d->kind != TFM_ENCODER)
         session->max_rows = TFM__MIN(session->max_rows, tfm__product(session->context, session->n_sequences));

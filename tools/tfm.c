@@ -1322,7 +1322,8 @@ static int open_limits(limits *l, int threads, tfm_isa isa) {
 
 enum {
     GEN_CONTEXT = 16,    /* tokens that a sequence has before generation is timed */
-    ROWS_PER_PASS = 512, /* of the sessions: in one pass each weight is read once for so many tokens */
+    ROWS_PER_PASS = 512, /* of the sessions, as by default: in one pass each weight is read once for so many tokens */
+    ENCODER_ROWS_PER_PASS = 1024,
     MAX_TYPES = TFM_DTYPE_COUNT - 1,
     MAX_BATCH = 4096
 };
@@ -1487,7 +1488,7 @@ static size_t job_length(const benchmark *b, job which) {
 
 /* ---- bench: what a job must read and calculate
  * Counted are the weights of the linear layers: of the blocks, and of the head for the tokens whose logits are wanted.
- *   bytes       once for each pass: of up to ROWS_PER_PASS tokens of the prompts, or of one step of all sequences
+ *   bytes       once for each pass: of up to rows_per_pass tokens of the prompts, or of one step of all sequences
  *   operations  2 (a multiplication and an addition) x weights x tokens
  * Attention's own arithmetic and reads of the KV cache are not counted, nor are norms and activations: the limit is a
  * little farther away than it could be. */
@@ -1522,8 +1523,12 @@ static size_t prompt_tokens(const benchmark *b) {
     return tokens;
 }
 
-static double passes_for(size_t rows) {
-    return (double)((rows + ROWS_PER_PASS - 1) / ROWS_PER_PASS);
+static size_t rows_per_pass(const tfm_model *model) {
+    return tfm_model_description(model)->kind == TFM_ENCODER ? ENCODER_ROWS_PER_PASS : ROWS_PER_PASS;
+}
+
+static double passes_for(size_t rows, size_t at_once) {
+    return (double)((rows + at_once - 1) / at_once);
 }
 
 /* Passes in which a prompt ends, and so the head is read. */
@@ -1546,13 +1551,13 @@ static void job_work(const benchmark *b, const tfm_model *model, job which, resu
     head_bytes = (double)tfm_model_bytes_per_token(model) - bytes;
     r->tokens = which == JOB_GEN ? steps * batch : (double)prompts;
     if (which == JOB_ENCODE) {
-        r->bytes = passes_for(prompts) * bytes;
+        r->bytes = passes_for(prompts, rows_per_pass(model)) * bytes;
         r->operations = 2 * weights * r->tokens;
     } else if (which == JOB_PROMPT) {
-        r->bytes = passes_for(prompts) * bytes + head_passes(b) * head_bytes;
+        r->bytes = passes_for(prompts, rows_per_pass(model)) * bytes + head_passes(b) * head_bytes;
         r->operations = 2 * (weights * r->tokens + head * batch);
     } else {
-        r->bytes = steps * passes_for(b->batch) * (bytes + head_bytes);
+        r->bytes = steps * passes_for(b->batch, rows_per_pass(model)) * (bytes + head_bytes);
         r->operations = 2 * (weights + head) * r->tokens;
     }
 }
@@ -1665,7 +1670,7 @@ static tfm_status open_variant(benchmark *b, variant *v, tfm_error *error) {
     else if (tfm_model_description(v->model)->kind == TFM_ENCODER || options.context < b->prompt)
         options.context = b->prompt;
     options.n_sequences = b->batch;
-    options.max_rows = ROWS_PER_PASS;
+    options.max_rows = rows_per_pass(v->model);
     options.engine.threads = b->limits.threads;
     options.engine.isa = b->isa;
     options.kv_dtype = b->args->kv_dtype;
