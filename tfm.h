@@ -419,7 +419,8 @@ TFM_API void tfm_kv_free(tfm_kv *kv, const tfm_allocator *allocator);
 typedef struct tfm_span {
     size_t n_rows; /* tokens of this span: rows of x, after those of the spans before it */
     tfm_kv *kv;    /* the tokens before this span; this span's keys and values are added behind them (n_tokens stays).
-                        * NULL: the span is the whole sequence and nothing is kept. */
+                        * NULL: the span is the whole sequence and nothing is kept; keys and values are fp32 for a while,
+                        * or bf16 if the weights are i8 (see tfm_kv_create). */
     const float *mask; /* [n_rows][tokens before + n_rows], added to every head's scores (-INFINITY: not seen), or NULL.
                         * A token that sees nothing at all gets zeros. */
     int same_mask;     /* 1: mask is [tokens before + n_rows], the same for every token */
