@@ -4575,56 +4575,78 @@ static void tfm__cut(tfm__linear_job *job) {
     job->row_blocks = tfm__divide_up(job->input.n_rows, job->rows);
 }
 
-static void tfm__linear_piece(void *argument, size_t index) {
-    const tfm__linear_job *job = (const tfm__linear_job *)argument;
-    const tfm__kernels *kernels = job->engine->kernels;
-    const tfm_tensor *weight = &job->linear->weight, *bias = &job->linear->bias;
+/* The product of n rows of the input with the weights of a piece, which begin with that column; the place of y is open. */
+static tfm__matmul tfm__piece_product(const tfm__linear_job *job, size_t row, size_t n, size_t column) {
+    const tfm_tensor *weight = &job->linear->weight;
     const float *x = job->input.norm ? job->normed : job->input.x;
-    size_t out = weight->shape[0], in = weight->shape[1], r, c;
-    size_t column = index / job->row_blocks * job->columns, row = index % job->row_blocks * job->rows;
-    size_t end = TFM__MIN(row + job->rows, job->input.n_rows);
-    float block[TFM__LINEAR_ROWS * TFM__LINEAR_COLUMNS]; /* [rows][columns] */
+    const size_t out = weight->shape[0], in = weight->shape[1];
     tfm__matmul product;
-    tfm__finish finish;
-    product.x_stride = in;
+    product.x = x ? x + row * in : NULL;
+    product.x_stride = product.k = in;
+    product.n_rows = n;
+    product.quantized = tfm__quantized_at(&job->quantized, in, row, 0);
     product.panel_bytes = tfm__panel_bytes(weight->dtype, in);
     product.w = (const char *)weight->data + column / TFM__PANEL * product.panel_bytes;
-    product.n = finish.n = TFM__MIN(job->columns, out - column);
-    product.k = in;
-    if (weight->dtype == TFM_I8 && !job->activation && !job->result.quantized.q) { /* all that the tile can do itself */
-        product.n_rows = end - row;
-        product.quantized = tfm__quantized_at(&job->quantized, in, row, 0);
-        product.bias = bias->data ? (const float *)bias->data + column : NULL;
-        product.y = job->result.y + row * out + column;
-        product.y_stride = out;
-        product.add = job->result.add;
-        kernels->matmul[TFM_I8](&product);
-        return;
-    }
-    product.bias = NULL;
+    product.n = TFM__MIN(job->columns, out - column);
+    product.y = NULL;
+    product.y_stride = 0;
     product.add = 0;
-    finish.x = product.y = block;
-    finish.x_stride = product.y_stride = job->columns;
-    finish.bias = bias->data ? (const float *)bias->data + column : NULL;
+    product.bias = NULL;
+    return product;
+}
+
+static void tfm__ask_for(float *y, size_t stride, size_t n_rows, size_t n) {
+    size_t r, c;
+    for (r = 0; r < n_rows; r++)
+        for (c = 0; c < n; c += TFM__CACHE_LINE / sizeof(float))
+            TFM__FETCH_TO_WRITE(y + r * stride + c);
+}
+
+/* Some rows of a piece: from the product through a buffer and `finish` to their place, or to their quantized form. */
+static void tfm__linear_rows(const tfm__linear_job *job, size_t row, size_t n, size_t column, const float *bias) {
+    const tfm__kernels *kernels = job->engine->kernels;
+    const size_t out = job->linear->weight.shape[0];
+    float block[TFM__LINEAR_ROWS * TFM__LINEAR_COLUMNS]; /* [n][columns] */
+    tfm__matmul product = tfm__piece_product(job, row, n, column);
+    tfm__finish finish;
+    size_t r;
+    finish.x = finish.y = product.y = block;
+    finish.x_stride = finish.y_stride = product.y_stride = job->columns;
+    finish.n_rows = n;
+    finish.n = product.n;
+    finish.bias = bias;
     finish.activation = job->activation;
     finish.add = job->result.add;
-    for (; row < end; row += TFM__LINEAR_ROWS) {
-        product.n_rows = finish.n_rows = TFM__MIN(TFM__LINEAR_ROWS, end - row);
-        product.x = x ? x + row * in : NULL;
-        product.quantized = tfm__quantized_at(&job->quantized, in, row, 0);
-        if (!job->result.quantized.q)
-            for (r = 0; r < product.n_rows; r++)
-                for (c = 0; c < finish.n; c += TFM__CACHE_LINE / sizeof(float))
-                    TFM__FETCH_TO_WRITE(job->result.y + (row + r) * out + column + c);
-        kernels->matmul[weight->dtype](&product);
-        finish.y = job->result.quantized.q ? block : job->result.y + row * out + column;
-        finish.y_stride = job->result.quantized.q ? job->columns : out;
-        kernels->finish(&finish);
-        for (r = 0; job->result.quantized.q && r < finish.n_rows; r++) {
-            const tfm__quantized to = tfm__quantized_at(&job->result.quantized, out, row + r, column);
-            kernels->quantize(block + r * job->columns, finish.n, &to);
-        }
+    if (!job->result.quantized.q) {
+        finish.y = job->result.y + row * out + column;
+        finish.y_stride = out;
+        tfm__ask_for(finish.y, out, n, product.n);
     }
+    kernels->matmul[job->linear->weight.dtype](&product);
+    kernels->finish(&finish);
+    for (r = 0; job->result.quantized.q && r < n; r++) {
+        const tfm__quantized to = tfm__quantized_at(&job->result.quantized, out, row + r, column);
+        kernels->quantize(block + r * job->columns, finish.n, &to);
+    }
+}
+
+static void tfm__linear_piece(void *argument, size_t index) {
+    const tfm__linear_job *job = (const tfm__linear_job *)argument;
+    const tfm_tensor *weight = &job->linear->weight;
+    const size_t column = index / job->row_blocks * job->columns, out = weight->shape[0];
+    const float *bias = job->linear->bias.data ? (const float *)job->linear->bias.data + column : NULL;
+    size_t row = index % job->row_blocks * job->rows, end = TFM__MIN(row + job->rows, job->input.n_rows);
+    if (weight->dtype == TFM_I8 && !job->activation && !job->result.quantized.q) { /* all that the tile can do itself */
+        tfm__matmul product = tfm__piece_product(job, row, end - row, column);
+        product.bias = bias;
+        product.add = job->result.add;
+        product.y = job->result.y + row * out + column;
+        product.y_stride = out;
+        job->engine->kernels->matmul[TFM_I8](&product);
+        return;
+    }
+    for (; row < end; row += TFM__LINEAR_ROWS)
+        tfm__linear_rows(job, row, TFM__MIN(TFM__LINEAR_ROWS, end - row), column, bias);
 }
 
 /* result = activation(input W^T + b) */
