@@ -3152,7 +3152,7 @@ static TFM__TARGET TFM__INLINE void TFM__FN(tile)(const tfm_dtype dtype, const i
                                                   size_t y_stride) {
     const int columns = panels * TFM__PARTS;
     const size_t x_stride = job->x_stride, panel_bytes = job->panel_bytes, n_inputs = job->k;
-    vf sum[TFM__ROWS][TFM__PANELS * TFM__PARTS], weights[TFM__PANELS * TFM__PARTS];
+    vf sum[TFM__ROWS][TFM__PANELS_KV * TFM__PARTS], weights[TFM__PANELS_KV * TFM__PARTS];
     size_t k;
     int r, c;
     TFM__UNROLL
@@ -3212,8 +3212,37 @@ static TFM__TARGET TFM__INLINE void TFM__FN(tile_edge)(const tfm_dtype dtype, si
         memcpy(y + r * job->y_stride, side + r * 16, lanes * sizeof *y);
 }
 
+#if TFM__LANES == 16
+/* Where n is a multiple of 64, as in attention, whose heads and pages are: tiles of 6 rows x 64 outputs, 24 accumulators
+ * too. (Weights come 48 outputs at a time.) */
+static TFM__TARGET TFM__INLINE void TFM__FN(matmul_64)(const tfm_dtype dtype, const tfm__matmul *job) {
+    size_t column, row;
+    for (column = 0; column < job->n; column += 64) {
+        const char *w = (const char *)job->w + column / 16 * job->panel_bytes;
+        for (row = 0; row < job->n_rows; row += 6) {
+            const float *x = job->x + row * job->x_stride;
+            float *y = job->y + row * job->y_stride + column;
+            switch (job->n_rows - row) {
+            case 1: TFM__FN(tile)(dtype, 1, 4, job, x, w, y, job->y_stride); break;
+            case 2: TFM__FN(tile)(dtype, 2, 4, job, x, w, y, job->y_stride); break;
+            case 3: TFM__FN(tile)(dtype, 3, 4, job, x, w, y, job->y_stride); break;
+            case 4: TFM__FN(tile)(dtype, 4, 4, job, x, w, y, job->y_stride); break;
+            case 5: TFM__FN(tile)(dtype, 5, 4, job, x, w, y, job->y_stride); break;
+            default: TFM__FN(tile)(dtype, 6, 4, job, x, w, y, job->y_stride);
+            }
+        }
+    }
+}
+#endif
+
 static TFM__TARGET TFM__INLINE void TFM__FN(matmul)(const tfm_dtype dtype, const tfm__matmul *job) {
     size_t column = 0, row, step;
+#if TFM__LANES == 16
+    if (dtype != TFM_BF16 && job->n % 64 == 0) {
+        TFM__FN(matmul_64)(dtype, job);
+        return;
+    }
+#endif
     for (; column < job->n; column += step) {
         const char *w = (const char *)job->w + column / 16 * job->panel_bytes;
         step = TFM__PANELS > 1 && column + 16 * TFM__PANELS <= job->n ? 16 * TFM__PANELS : 16;
