@@ -406,9 +406,9 @@ typedef struct tfm_kv {
 
 /* Makes an empty cache with its own pool. dtype TFM_F32; or TFM_F16 for half the memory: keys and values are rounded to
  * 11 bits, and held to +-65504; or TFM_BF16, with which attention is fastest: they are rounded to 8 bits, and so are the
- * queries and probabilities that they are multiplied with; or TFM_I8 for about a quarter of the memory: integers from -127 to 127 with a scale (8 bits of
- * mantissa, no less than largest / 127) for each 32 numbers of a head's key or value. Free with tfm_kv_free and the same
- * allocator (NULL: the default one). */
+ * queries and probabilities that they are multiplied with; or TFM_I8 for about a quarter of the memory: integers from
+ * -127 to 127 with a scale (8 bits of mantissa, no less than largest / 127) for each 32 numbers of a head's key or
+ * value. Free with tfm_kv_free and the same allocator (NULL: the default one). */
 TFM_API tfm_status tfm_kv_create(tfm_kv *kv, tfm_dtype dtype, size_t n_layers, size_t n_kv_heads, size_t head_dim,
                                  size_t capacity, const tfm_allocator *allocator, tfm_error *error);
 /* Gives back the pool of a cache, with the allocator that it was made with. */
@@ -3425,7 +3425,7 @@ static TFM__TARGET TFM__INLINE v16 TFM__FN(horner)(v16 a, v16 sum, float coeffic
 /* exp(x) = 2^n exp(r), n = round(x / ln 2), |r| <= ln 2 / 2. Adding 1.5 * 2^23 rounds to an integer that stands in the
  * low bits of the sum; ln 2 is subtracted in two parts, of which n times the first is exact; exp(r) is the minimax
  * polynomial of degree 6 (relative error 2e-9). In all, relative error < 2e-7. Below -87.3 the result is 0, above 88.37
- * it stays at 2.4e38; NaN stays NaN (max and min return their second argument then). */
+ * it stays at 2.4e38; NaN stays NaN (min returns its second argument then). */
 static TFM__TARGET TFM__INLINE v16 TFM__FN(exp16)(v16 x) {
     const v16 magic = TFM__FN(set16)(12582912.0f);
     v16 in = TFM__FN(min16)(TFM__FN(set16)(88.37f), x);
@@ -3599,14 +3599,13 @@ static TFM__TARGET void TFM__FN(rms_norm)(const float *x, size_t n, const float 
 
 /* ---- softmax and the rest of attention */
 
-/* score * scale + mask - shift of sixteen keys; past the last, -infinity. Without a mask in one operation. */
+/* score * scale + mask - shift of sixteen keys; past the last, -infinity. The shift is taken from the rounded number, so
+ * that it leaves 0 of the largest however large that is. */
 static TFM__TARGET TFM__INLINE v16 TFM__FN(scores16)(const float *scores, size_t n, float scale, const float *mask,
                                                      float shift) {
-    const v16 s = TFM__FN(load_part)(scores, n, -INFINITY);
-    if (!mask)
-        return TFM__FN(fma16)(s, TFM__FN(set16)(scale), TFM__FN(set16)(-shift));
-    return TFM__FN(sub16)(TFM__FN(fma16)(s, TFM__FN(set16)(scale), TFM__FN(load_part)(mask, n, 0)),
-                          TFM__FN(set16)(shift));
+    const v16 more = mask ? TFM__FN(load_part)(mask, n, 0) : TFM__FN(set16)(0);
+    const v16 s = TFM__FN(fma16)(TFM__FN(load_part)(scores, n, -INFINITY), TFM__FN(set16)(scale), more);
+    return TFM__FN(sub16)(s, TFM__FN(set16)(shift));
 }
 
 /* The largest score * scale + mask, and no less than `largest`. */

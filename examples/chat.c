@@ -1,7 +1,8 @@
 /* chat - a conversation with memory
  *
  *   chat MODEL [--system TEXT] [--template NAME] [--temp T] [--top-k K] [--top-p P] [--min-p P] [--repeat-penalty R]
- *        [--seed S] [-n TOKENS] [--context N] [--threads N] [--isa NAME] [--type int8|f16|bf16|f32] [--kv f32|f16|bf16|int8]
+ *        [--seed S] [-n TOKENS] [--context N] [--threads N] [--isa NAME] [--type int8|f16|bf16|f32]
+ *        [--kv f32|f16|bf16|int8]
  *
  * Each line of stdin is a turn, and its answer goes to stdout as it is written; a line that begins with / is a command
  * (/help names them). Only what is new in a turn is evaluated. When the conversation outgrows the context (--context; at

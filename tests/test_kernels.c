@@ -918,6 +918,24 @@ static void test_softmax_state(const tfm__kernels *kernels) {
     CHECK(softmax.max == 2 && softmax.sum == 1);
 }
 
+/* Scores so large that their rounding is more than an exponent's range: the largest has the weight 1 all the same. */
+static void test_softmax_huge(const tfm__kernels *kernels, const float *mask) {
+    const float scales[] = {0.125f, 0.3f, 1, 1.7f};
+    size_t k, n, i, wrong = 0;
+    float size;
+    for (size = 1e3f; size < 1e37f; size *= 7.3f)
+        for (k = 0; k < 8; k++)
+            for (n = 1; n <= 40; n += 13) {
+                float scores[40];
+                tfm__softmax softmax = {-INFINITY, 0};
+                for (i = 0; i < n; i++)
+                    scores[i] = (k % 2 ? size : -size) * (i == n / 2 ? 1 : k % 2 ? 0.5f : 2);
+                kernels->softmax_block(&softmax, scores, n, scales[k / 2], mask);
+                wrong += !(softmax.sum == 1 && scores[n / 2] == 1);
+            }
+    CHECK_MSG(!wrong, "%s: softmax of huge scores: %lu are wrong", name_of(kernels), (unsigned long)wrong);
+}
+
 /* A score that is NaN must not vanish: the sum tells. The other scores are numbers, or masked. */
 static void test_softmax_nan(const tfm__kernels *kernels, float other) {
     size_t lost = 0, n, at, i;
@@ -1436,6 +1454,7 @@ static void test_agreement(void) {
 }
 
 void test_kernels(void) {
+    static const float zeros[40];
     product *p = (product *)test_allocate(sizeof *p);
     size_t i;
     int activation;
@@ -1464,6 +1483,8 @@ void test_kernels(void) {
         test_norms(kernels);
         test_softmax(kernels);
         test_softmax_state(kernels);
+        test_softmax_huge(kernels, NULL);
+        test_softmax_huge(kernels, zeros);
         test_softmax_nan(kernels, 1);
         test_softmax_nan(kernels, -INFINITY);
         test_scale_and_multiply(kernels);

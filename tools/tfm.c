@@ -4,12 +4,12 @@
  *   tfm quantize IN.tfm OUT.tfm [--type int8|f16|bf16|f32] [--threads N]
  *   tfm dump MODEL --ids 1,2,3 [--decoder-ids 0,5] [--types 0,0,1] [--mask 1,1,0] [--what logits|hidden|pooled]
  *       [--kv f32|f16|bf16|int8] [--isa NAME] [--threads N] -o OUT.npy
- *   tfm dump MODEL --input X.npy [--decoder-input Y.npy] [--mask 1,1,0] [--kv f32|f16|bf16|int8] [--isa NAME] [--threads N]
- *       -o OUT.npy
+ *   tfm dump MODEL --input X.npy [--decoder-input Y.npy] [--mask 1,1,0] [--kv f32|f16|bf16|int8] [--isa NAME]
+ *       [--threads N] -o OUT.npy
  *   tfm tokenize MODEL [--decode] [--special] [--whole] [--plain] [--pair] [--types] < text
- *   tfm perplexity MODEL TEXTFILE [--context N] [--stride N] [--isa NAME] [--threads N]
+ *   tfm perplexity MODEL TEXTFILE [--context N] [--stride N] [--kv f32|f16|bf16|int8] [--isa NAME] [--threads N]
  *   tfm bench MODEL [--type f32,f16,int8] [--threads N] [--isa NAME] [--prompt 512|4-128] [--gen 64] [--batch 1]
- *       [--json FILE] [--svg FILE]
+ *       [--kv f32|f16|bf16|int8] [--json FILE] [--svg FILE]
  *
  * dump: --input is for models without token embeddings (PyTorch's nn.Transformer and its parts): float32
  * [tokens, d_model], the encoder's vectors, or what a decoder alone attends to; --decoder-input has the decoder's. The
