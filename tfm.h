@@ -9771,7 +9771,7 @@ static void tfm__huggingface_normalize(const tfm__tokenizer *tokenizer, const un
         }
     }
     tfm__huggingface_spaces(&h);
-    if (h.rules->strip & 2)
+    if ((h.rules->strip & 2) && out->bytes) /* what is only counted must hold what is put out before it is taken back */
         out->size = h.kept;
 }
 

@@ -144,6 +144,34 @@ static void test_small(void) {
     test_clear(&tfm);
 }
 
+/* White space at the end, which the rules of `tokenizers` write and then take back: room for it is needed all the same. */
+static void test_spaces_at_end(void) {
+    const size_t size = 100000;
+    char *text = (char *)test_allocate(size + 1);
+    unsigned char *bytes;
+    int32_t expected[16], found[16];
+    size_t n_expected = 0, n_found = 0;
+    tfm_error error;
+    test_tfm tfm;
+    tfm_model *model;
+    put_pieces(&tfm, 1);
+    test_put_text(&tfm, "tokenizer.rules", "tokenizers");
+    test_put_i64(&tfm, "tokenizer.strip", 2);
+    test_put_i64(&tfm, "tokenizer.replace_spaces", 1);
+    model = test_load_tfm(&tfm, &bytes);
+    memset(text, ' ', size);
+    memcpy(text, "aaaa", 4);
+    memcpy(text + size - 2, "\t\t", 2);
+    CHECK_OK(tfm_tokenize(model, text, 4, 0, expected, 16, &n_expected, &error), error);
+    CHECK_OK(tfm_tokenize(model, text, size, 0, found, 16, &n_found, &error), error);
+    CHECK_MSG(n_expected && n_found == n_expected && !memcmp(found, expected, n_found * sizeof *found),
+              "%lu ids with white space at the end, %lu without", (unsigned long)n_found, (unsigned long)n_expected);
+    tfm_free(model);
+    free(bytes);
+    free(text);
+    test_clear(&tfm);
+}
+
 /* What is unknown is written as the file says, with its spaces; without a word there, as the piece. */
 static void test_unknown(void) {
     static const int32_t ids[] = {1, 0, 8, 0, 4};
@@ -417,6 +445,7 @@ void test_sentencepiece(void) {
     }
     tfm_file_close(golden);
     test_small();
+    test_spaces_at_end();
     test_unknown();
     test_bad_pieces();
     test_bad_charsmap();

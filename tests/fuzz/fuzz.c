@@ -621,7 +621,8 @@ static void try_generation(const uint8_t *data, size_t size) {
     CHECK(!memcmp(&once, &again, sizeof once));
 }
 
-/* The file on disk: it is quantized, and what comes out can be loaded if and only if the file itself can. */
+/* The file on disk: it is quantized, and what comes out can be loaded if and only if the file itself can, as that type (the
+ * usual one of GGUF's blocks is int8, which not every number can become). */
 static void try_quantize(const uint8_t *data, size_t size, uint32_t *state) {
     static const tfm_dtype dtypes[] = {TFM_F32, TFM_F16, TFM_BF16, TFM_I8};
     const char *directory = getenv("TMPDIR");
@@ -641,7 +642,12 @@ static void try_quantize(const uint8_t *data, size_t size, uint32_t *state) {
     status = tfm_quantize(from, to, &options, &error);
     check_status(status, &error);
     if (status == TFM_OK) {
-        tfm_model *before = tfm_load(from, NULL, &error), *after = tfm_load(to, NULL, &error);
+        tfm_load_options load;
+        tfm_model *before, *after;
+        memset(&load, 0, sizeof load);
+        load.dtype = options.dtype;
+        before = tfm_load(from, &load, &error);
+        after = tfm_load(to, NULL, &error);
         CHECK(!before == !after);
         tfm_free(before);
         tfm_free(after);
