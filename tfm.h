@@ -3145,6 +3145,28 @@ static TFM__TARGET TFM__INLINE vf TFM__FN(load)(const tfm_dtype dtype, const voi
                               : vf_load_bf16((const uint16_t *)weights + index);
 }
 
+/* The sums of a tile of rows x columns: they begin with 0, or with what y holds, and become y. */
+static TFM__TARGET TFM__INLINE void TFM__FN(begin_sums)(const int rows, const int columns, int add, const float *y,
+                                                        size_t y_stride, vf (*sum)[TFM__PANELS_KV * TFM__PARTS]) {
+    int r, c;
+    TFM__UNROLL
+    for (r = 0; r < rows; r++)
+        TFM__UNROLL
+    for (c = 0; c < columns; c++)
+        sum[r][c] = add ? vf_load(y + (size_t)r * y_stride + c * TFM__LANES) : vf_set1(0);
+}
+
+static TFM__TARGET TFM__INLINE void TFM__FN(store_sums)(const int rows, const int columns,
+                                                        vf (*sum)[TFM__PANELS_KV * TFM__PARTS], float *y,
+                                                        size_t y_stride) {
+    int r, c;
+    TFM__UNROLL
+    for (r = 0; r < rows; r++)
+        TFM__UNROLL
+    for (c = 0; c < columns; c++)
+        vf_store(y + (size_t)r * y_stride + c * TFM__LANES, sum[r][c]);
+}
+
 /* One tile: rows x (16 * panels) of y. dtype, rows and panels are constants where this is inlined, so every loop over
  * them is unrolled and `sum` lives in registers. */
 static TFM__TARGET TFM__INLINE void TFM__FN(tile)(const tfm_dtype dtype, const int rows, const int panels,
@@ -3155,11 +3177,7 @@ static TFM__TARGET TFM__INLINE void TFM__FN(tile)(const tfm_dtype dtype, const i
     vf sum[TFM__ROWS][TFM__PANELS_KV * TFM__PARTS], weights[TFM__PANELS_KV * TFM__PARTS];
     size_t k;
     int r, c;
-    TFM__UNROLL
-    for (r = 0; r < rows; r++)
-        TFM__UNROLL
-    for (c = 0; c < columns; c++)
-        sum[r][c] = job->add ? vf_load(y + (size_t)r * y_stride + c * TFM__LANES) : vf_set1(0);
+    TFM__FN(begin_sums)(rows, columns, job->add, y, y_stride, sum);
     for (k = 0; k < n_inputs; k++) {
         TFM__UNROLL
         for (c = 0; c < columns; c++) {
@@ -3176,11 +3194,7 @@ static TFM__TARGET TFM__INLINE void TFM__FN(tile)(const tfm_dtype dtype, const i
                 sum[r][c] = vf_fma(input, weights[c], sum[r][c]);
         }
     }
-    TFM__UNROLL
-    for (r = 0; r < rows; r++)
-        TFM__UNROLL
-    for (c = 0; c < columns; c++)
-        vf_store(y + (size_t)r * y_stride + c * TFM__LANES, sum[r][c]);
+    TFM__FN(store_sums)(rows, columns, sum, y, y_stride);
 }
 
 static TFM__TARGET TFM__INLINE void TFM__FN(tile_rows)(const tfm_dtype dtype, size_t rows, const int panels,
@@ -3770,11 +3784,7 @@ static TFM__TARGET TFM__INLINE void TFM__FN(tile_kv)(const int values, const int
     vf sum[TFM__ROWS_KV][TFM__PANELS_KV * TFM__PARTS], scales[TFM__PANELS_KV * TFM__PARTS];
     size_t first, k;
     int r, c;
-    TFM__UNROLL
-    for (r = 0; r < rows; r++)
-        TFM__UNROLL
-    for (c = 0; c < columns; c++)
-        sum[r][c] = job->add ? vf_load(y + (size_t)r * y_stride + c * TFM__LANES) : vf_set1(0);
+    TFM__FN(begin_sums)(rows, columns, job->add, y, y_stride, sum);
     for (first = 0; first < job->k; first += group) {
         const size_t end = TFM__MIN(first + group, job->k);
         TFM__UNROLL
@@ -3794,11 +3804,7 @@ static TFM__TARGET TFM__INLINE void TFM__FN(tile_kv)(const int values, const int
             }
         }
     }
-    TFM__UNROLL
-    for (r = 0; r < rows; r++)
-        TFM__UNROLL
-    for (c = 0; c < columns; c++)
-        vf_store(y + (size_t)r * y_stride + c * TFM__LANES, sum[r][c]);
+    TFM__FN(store_sums)(rows, columns, sum, y, y_stride);
 }
 
 static TFM__TARGET TFM__INLINE void TFM__FN(tile_rows_kv)(const int values, size_t rows, const int panels,
@@ -3996,21 +4002,12 @@ static TFM__TARGET_PAIRS TFM__INLINE void TFM__FN(tile_pairs)(const int rows, co
     const size_t panel_bytes = job->panel_bytes;
     vf sum[TFM__ROWS_KV][TFM__PANELS_KV * TFM__PARTS];
     size_t pair;
-    int r, c;
-    TFM__UNROLL
-    for (r = 0; r < rows; r++)
-        TFM__UNROLL
-    for (c = 0; c < columns; c++)
-        sum[r][c] = add ? vf_load(y + (size_t)r * y_stride + c * TFM__LANES) : vf_set1(0);
+    TFM__BASE(begin_sums)(rows, columns, add, y, y_stride, sum);
     for (pair = 0; pair < n / 2; pair++)
         TFM__FN(add_pair)(rows, columns, 0, w + pair * 64, panel_bytes, x + pair * TFM__INPUT_STEP, sum);
     if (n % 2)
         TFM__FN(add_pair)(rows, columns, 1, w + pair * 64, panel_bytes, x + pair * TFM__INPUT_STEP, sum);
-    TFM__UNROLL
-    for (r = 0; r < rows; r++)
-        TFM__UNROLL
-    for (c = 0; c < columns; c++)
-        vf_store(y + (size_t)r * y_stride + c * TFM__LANES, sum[r][c]);
+    TFM__BASE(store_sums)(rows, columns, sum, y, y_stride);
 }
 
 static TFM__TARGET_PAIRS TFM__INLINE void TFM__FN(tile_rows_pairs)(size_t rows, const int panels,
