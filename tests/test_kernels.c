@@ -984,35 +984,79 @@ static void test_scale_and_multiply(const tfm__kernels *kernels) {
 /* ---- int8: activations quantized to the same integers by every kernel; products near the plain C one's, and as far from
  * the exact ones as tfm_linear's comment says at most */
 
-enum { MAX_I8_ROWS = 41, MAX_I8_N = 210, MAX_I8_K = 400 };
+enum {
+    MAX_I8_ROWS = 41,
+    MAX_I8_N = 210,
+    MAX_I8_K = 400,
+    /* and a layer of more inputs than any of the kernels has room for on the side */
+    LONG_I8_ROWS = 9,
+    LONG_I8_N = 17,
+    LONG_I8_K = 16 * 1024 + 70,
+    I8_X = LONG_I8_ROWS * (LONG_I8_K + 64),
+    I8_W = LONG_I8_N * LONG_I8_K
+};
 
 typedef struct int8_product {
-    float x[MAX_I8_ROWS * MAX_I8_K], w[MAX_I8_N * MAX_I8_K], y[MAX_I8_ROWS * MAX_I8_N + 2 * GUARD];
-    float unpacked[MAX_I8_N * MAX_I8_K]; /* what the packed weights stand for */
-    int8_t q[MAX_I8_ROWS * (MAX_I8_K + 64)];
-    float scales[MAX_I8_ROWS * (MAX_I8_K / 64 + 1)];
-    int32_t offsets[MAX_I8_ROWS * (MAX_I8_K / 64 + 1)];
+    float x[I8_X], w[I8_W], y[MAX_I8_ROWS * MAX_I8_N + 2 * GUARD];
+    float unpacked[I8_W];                  /* what the packed weights stand for */
+    int8_t q[2 * I8_X], numbers[2 * I8_X]; /* as a kernel has them, and [rows][groups * 64] */
+    float scales[I8_X / 64];
+    int32_t offsets[I8_X / 64];
 } int8_product;
 
+/* The 64 numbers of a group, from a kernel's bytes: those, or 16 bits in the order 0 2 1 3 within each four. */
+static void group_numbers(const int8_t *q, size_t group_bytes, int8_t *numbers) {
+    static const size_t order[] = {0, 2, 1, 3};
+    int16_t wide;
+    size_t i;
+    for (i = 0; i < 64; i++)
+        if (group_bytes == 64)
+            numbers[i] = q[i];
+        else {
+            memcpy(&wide, q + 2 * i, sizeof wide);
+            numbers[i / 4 * 4 + order[i % 4]] = (int8_t)wide;
+            CHECK((int8_t)wide == wide);
+        }
+}
+
+/* What the integer sums of a group begin with: see tfm__quantized, and the int8 product of AVX2. */
+static int32_t group_offset(const int8_t *numbers, size_t group_bytes) {
+    int32_t offset = 0;
+    size_t i;
+    for (i = 0; i < 64; i++)
+        offset -= 128 * numbers[i];
+    for (i = 0; i < 64 && group_bytes == 128; i += 2)
+        offset -= numbers[i] * numbers[i + 1];
+    return offset;
+}
+
 static void quantize_rows(const tfm__kernels *kernels, int8_product *p, size_t rows, size_t k) {
-    size_t groups = (k + 63) / 64, row;
+    size_t groups = (k + 63) / 64, row, i;
     memset(p->q, 0x77, sizeof p->q);
     for (row = 0; row < rows; row++) {
         tfm__quantized to;
-        to.q = p->q + row * groups * 64;
+        to.q = p->q + row * groups * kernels->group_bytes;
+        to.group_bytes = kernels->group_bytes;
         to.scales = p->scales + row * groups;
         to.offsets = p->offsets + row * groups;
         kernels->quantize(p->x + row * k, k, &to);
     }
+    memset(p->numbers, 0x77, sizeof p->numbers);
+    for (i = 0; i < rows * groups; i++)
+        group_numbers(p->q + i * kernels->group_bytes, kernels->group_bytes, p->numbers + i * 64);
 }
 
 static void check_quantized(const tfm__kernels *kernels, int8_product *p, const int8_product *expected, size_t rows,
                             size_t k) {
-    size_t groups = (k + 63) / 64;
+    const size_t groups = (k + 63) / 64, bytes = kernels->group_bytes;
+    size_t i, wrong = 0;
     quantize_rows(kernels, p, rows, k);
-    CHECK_MSG(!memcmp(p->q, expected->q, sizeof p->q) &&
-                  !memcmp(p->scales, expected->scales, rows * groups * sizeof *p->scales) &&
-                  !memcmp(p->offsets, expected->offsets, rows * groups * sizeof *p->offsets),
+    for (i = 0; i < rows * groups; i++)
+        wrong += p->offsets[i] != group_offset(expected->numbers + i * 64, bytes);
+    for (i = rows * groups * bytes; i < sizeof p->q; i++)
+        wrong += p->q[i] != 0x77;
+    CHECK_MSG(!wrong && !memcmp(p->numbers, expected->numbers, sizeof p->numbers) &&
+                  !memcmp(p->scales, expected->scales, rows * groups * sizeof *p->scales),
               "%s: quantize, %lu rows of %lu", name_of(kernels), (unsigned long)rows, (unsigned long)k);
 }
 
@@ -1055,6 +1099,7 @@ static void check_i8_added(const tfm__kernels *kernels, const tfm__matmul *plain
               (unsigned long)job.n_rows, (unsigned long)job.n, (unsigned long)job.k, wrong);
 }
 
+/* p: quantized by this kernel. */
 static void check_i8(const tfm__kernels *kernels, int8_product *p, const tfm_tensor *packed, size_t rows, size_t n,
                      size_t k) {
     const size_t groups = (k + 63) / 64, stride = n + n % 3;
@@ -1066,6 +1111,7 @@ static void check_i8(const tfm__kernels *kernels, int8_product *p, const tfm_ten
     job.x_stride = 0;
     job.n_rows = rows;
     job.quantized.q = p->q;
+    job.quantized.group_bytes = kernels->group_bytes;
     job.quantized.scales = p->scales;
     job.quantized.offsets = p->offsets;
     job.w = packed->data;
@@ -1084,7 +1130,7 @@ static void check_i8(const tfm__kernels *kernels, int8_product *p, const tfm_ten
             double sum = 0, magnitude = 0, exact = 0, bound = 0, y = (double)job.y[row * stride + column];
             for (i = 0; i < k; i++) {
                 double t = (double)p->scales[row * groups + i / 64];
-                double q = t * p->q[row * groups * 64 + i];
+                double q = t * p->numbers[row * groups * 64 + i];
                 sum += q * (double)u[i];
                 magnitude += fabs(q * (double)u[i]);
                 exact += (double)x[i] * (double)w[i];
@@ -1115,9 +1161,11 @@ static void test_i8_shape(int8_product *p, int8_product *other, size_t rows, siz
         tfm__matrix_row(&packed, i, 0, k, p->unpacked + i * k);
     quantize_rows(kernels_here[0], p, rows, k);
     for (i = 0; i < n_kernels_here; i++) {
-        memcpy(other->x, p->x, sizeof p->x);
+        memcpy(other->x, p->x, rows * k * sizeof *p->x);
+        memcpy(other->w, p->w, n * k * sizeof *p->w);
+        memcpy(other->unpacked, p->unpacked, n * k * sizeof *p->unpacked);
         check_quantized(kernels_here[i], other, p, rows, k);
-        check_i8(kernels_here[i], p, &packed, rows, n, k);
+        check_i8(kernels_here[i], other, &packed, rows, n, k);
     }
     tfm_unpack(&packed, NULL);
 }
@@ -1134,10 +1182,11 @@ static void test_quantize_spoiled(void) {
         CHECK(isnan(p->scales[1]) || isinf(p->scales[1]));
         CHECK(p->offsets[1] == 0 && p->offsets[0] != 0);
         for (i = 0; i < n_kernels_here; i++) {
-            memcpy(other->x, p->x, sizeof p->x);
+            memcpy(other->x, p->x, k * sizeof *p->x);
             quantize_rows(kernels_here[i], other, 1, k);
-            CHECK_MSG(!memcmp(other->q, p->q, sizeof p->q) &&
-                          !memcmp(other->offsets, p->offsets, 3 * sizeof *p->offsets),
+            CHECK_MSG(!memcmp(other->numbers, p->numbers, sizeof p->numbers) && other->offsets[1] == p->offsets[1] &&
+                          other->offsets[0] == group_offset(p->numbers, kernels_here[i]->group_bytes) &&
+                          other->offsets[2] == group_offset(p->numbers + 128, kernels_here[i]->group_bytes),
                       "%s: quantize with a number that is %g", name_of(kernels_here[i]), (double)spoilt[n]);
             CHECK(isnan(other->scales[1]) || isinf(other->scales[1]));
         }
@@ -1155,6 +1204,7 @@ static void test_i8(void) {
     for (rows = 1; rows <= MAX_I8_ROWS; rows += rows < 14 ? 1 : 9)
         for (k = 0; k < sizeof inputs / sizeof *inputs; k++)
             test_i8_shape(p, other, rows, outputs[(rows + k) % 9], inputs[k]);
+    test_i8_shape(p, other, LONG_I8_ROWS, LONG_I8_N, LONG_I8_K);
     free(p);
     free(other);
 }
