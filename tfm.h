@@ -3004,7 +3004,7 @@ static const tfm__kernels tfm__scalar_kernels = {
 #define TFM__TURNS_I8 1
 #define TFM__GROUP_BYTES (2 * TFM__GROUP)
 #define TFM__QUANTIZE TFM__FN(quantize_16)
-#define TFM__PRODUCTS ((size_t)256) /* groups of a layer, 16384 inputs, for which products of weights are kept */
+#define TFM__W_SUMS ((size_t)256) /* groups of a layer, 16384 inputs, for which sum_weights keeps its sums */
 #else
 #define TFM__ROWS_I8 3
 #define TFM__TALL_I8 3
@@ -4208,19 +4208,26 @@ static TFM__TARGET TFM__INLINE vi TFM__FN(odd)(vi w) {
     return _mm256_srli_epi16(w, 8);
 }
 
-/* sums[16]: of the w0 w1 of a group, for each output. */
-static TFM__TARGET void TFM__FN(multiply_weights)(const unsigned char *integers, int32_t *sums) {
+/* sum += the products of the two pairs of weights of each output. */
+static TFM__TARGET TFM__INLINE vi TFM__FN(add_own)(vi sum, vi even_w, vi odd_w) {
+    return vi_add(sum, _mm256_madd_epi16(even_w, odd_w));
+}
+
+/* w_sums[16]: of the w0 w1 of a group, for each output. */
+static TFM__TARGET void TFM__FN(sum_weights)(const unsigned char *integers, int32_t *w_sums) {
     vi sum[2] = {vi_set1(0), vi_set1(0)};
     int step, c;
-    for (step = 0; step < 16; step++)
+    for (step = 0; step < 16; step++) {
+        TFM__FETCH(integers + step * 64 + TFM__AHEAD);
         TFM__UNROLL
-    for (c = 0; c < 2; c++) {
-        const vi w = vi_load(integers + step * 64 + c * 32);
-        sum[c] = vi_add(sum[c], _mm256_madd_epi16(TFM__FN(even)(w), TFM__FN(odd)(w)));
+        for (c = 0; c < 2; c++) {
+            const vi w = vi_load(integers + step * 64 + c * 32);
+            sum[c] = TFM__FN(add_own)(sum[c], TFM__FN(even)(w), TFM__FN(odd)(w));
+        }
     }
     TFM__UNROLL
     for (c = 0; c < 2; c++)
-        _mm256_storeu_si256((__m256i *)(void *)(sums + c * 8), sum[c]);
+        _mm256_storeu_si256((__m256i *)(void *)(w_sums + c * 8), sum[c]);
 }
 
 /* sum += the products of the four weights of each output with four activations. The last addition as inline assembly: GCC
@@ -4231,36 +4238,41 @@ static TFM__TARGET TFM__INLINE vi TFM__FN(dot)(vi sum, vi even_w, vi odd_w, vi e
     return sum;
 }
 
-/* The integer sums of a tile for one group, as the other sum_group makes them. w_products: see multiply_weights; NULL: they
- * are not there yet. */
+/* The integer sums of a tile for one group, as the other sum_group makes them. w_sums: from sum_weights; NULL: they are not
+ * there. `once`: they are made on the way, and not looked at. */
 static TFM__TARGET TFM__INLINE void TFM__FN(sum_group)(const int rows, const int columns, const int turns,
                                                        const int once, const unsigned char *integers,
-                                                       size_t panel_bytes, const int32_t *w_products, const int8_t *q,
+                                                       size_t panel_bytes, const int32_t *w_sums, const int8_t *q,
                                                        size_t q_stride, const int32_t *offsets, size_t offset_stride,
                                                        vi (*part)[TFM__TURNS_I8][TFM__PANELS_I8 * TFM__PARTS]) {
+    vi own[TFM__PARTS];
     int32_t made[16];
     int r, c, step;
     (void)panel_bytes, (void)turns;
-    if (!w_products)
-        TFM__FN(multiply_weights)(integers, made);
-    w_products = w_products ? w_products : made;
+    if (!w_sums && !once) {
+        TFM__FN(sum_weights)(integers, made);
+        w_sums = made;
+    }
+    TFM__UNROLL
+    for (c = 0; c < columns; c++)
+        own[c] = once ? vi_set1(0) : vi_load(w_sums + c * TFM__LANES);
     TFM__UNROLL
     for (r = 0; r < rows; r++)
         TFM__UNROLL
     for (c = 0; c < columns; c++)
-        part[r][0][c] =
-            _mm256_sub_epi32(vi_set1(offsets[(size_t)r * offset_stride]), vi_load(w_products + c * TFM__LANES));
+        part[r][0][c] = once ? vi_set1(offsets[(size_t)r * offset_stride])
+                             : _mm256_sub_epi32(vi_set1(offsets[(size_t)r * offset_stride]), own[c]);
     for (step = 0; step < 16; step++) {
         vi even[TFM__PARTS], odd[TFM__PARTS];
         if (once)
             TFM__FETCH_ONCE(integers + step * 64 + TFM__AHEAD);
-        else
-            TFM__FETCH(integers + step * 64 + TFM__AHEAD);
         TFM__UNROLL
         for (c = 0; c < columns; c++) {
             const vi w = vi_load(integers + step * 64 + c * TFM__LANES * 4);
             even[c] = TFM__FN(even)(w);
             odd[c] = TFM__FN(odd)(w);
+            if (once)
+                own[c] = TFM__FN(add_own)(own[c], even[c], odd[c]);
         }
         TFM__UNROLL
         for (r = 0; r < rows; r++) {
@@ -4271,18 +4283,23 @@ static TFM__TARGET TFM__INLINE void TFM__FN(sum_group)(const int rows, const int
                 part[r][0][c] = TFM__FN(dot)(part[r][0][c], even[c], odd[c], vi_set1(pairs[0]), vi_set1(pairs[1]));
         }
     }
+    TFM__UNROLL
+    for (r = 0; r < rows && once; r++)
+        TFM__UNROLL
+    for (c = 0; c < columns; c++)
+        part[r][0][c] = _mm256_sub_epi32(part[r][0][c], own[c]);
 }
 #else
 /* The integer sums of a tile for one group, in several `turns`: part[rows][turns][columns]. w: the group's weights in the
  * first panel; q, offsets: of the first row. */
 static TFM__TARGET TFM__INLINE void TFM__FN(sum_group)(const int rows, const int columns, const int turns,
                                                        const int once, const unsigned char *integers,
-                                                       size_t panel_bytes, const int32_t *w_products, const int8_t *q,
+                                                       size_t panel_bytes, const int32_t *w_sums, const int8_t *q,
                                                        size_t q_stride, const int32_t *offsets, size_t offset_stride,
                                                        vi (*part)[TFM__TURNS_I8][TFM__PANELS_I8 * TFM__PARTS]) {
     vi weights[TFM__PANELS_I8 * TFM__PARTS];
     int r, c, step, t;
-    (void)w_products;
+    (void)w_sums;
     TFM__UNROLL
     for (r = 0; r < rows; r++)
         TFM__UNROLL
@@ -4323,7 +4340,7 @@ static TFM__TARGET TFM__INLINE void TFM__FN(sum_group)(const int rows, const int
  * these weights soon, so they need not stay in the second-level cache: 5 % for one sequence and for eight. */
 static TFM__TARGET TFM__INLINE void TFM__FN(tile_i8)(const int rows, const int panels, const int turns, const int once,
                                                      const tfm__matmul *job, size_t row, const unsigned char *w,
-                                                     const int32_t *w_products, const float *bias, float *y,
+                                                     const int32_t *w_sums, const float *bias, float *y,
                                                      size_t y_stride) {
     const int columns = panels * TFM__PARTS;
     const size_t groups = tfm__groups(job->k), panel_bytes = job->panel_bytes, q_stride = groups * TFM__GROUP_BYTES;
@@ -4343,7 +4360,7 @@ static TFM__TARGET TFM__INLINE void TFM__FN(tile_i8)(const int rows, const int p
         vi part[TFM__TALL_I8][TFM__TURNS_I8][TFM__PANELS_I8 * TFM__PARTS];
         TFM__FN(sum_group)
         (rows, columns, turns, once, integers + g * TFM__GROUP * TFM__PANEL, panel_bytes,
-         w_products ? w_products + g * 16 : NULL, q + g * TFM__GROUP_BYTES, q_stride, offsets + g, groups, part);
+         w_sums ? w_sums + g * 16 : NULL, q + g * TFM__GROUP_BYTES, q_stride, offsets + g, groups, part);
         TFM__UNROLL
         for (c = 0; c < columns; c++) {
             const unsigned char *panel = w + (size_t)(c / TFM__PARTS) * panel_bytes;
@@ -4376,15 +4393,15 @@ static TFM__TARGET TFM__INLINE void TFM__FN(tile_i8)(const int rows, const int p
 
 /* A wide tile, for many rows: `rows` of TFM__ROWS_I8. */
 static TFM__TARGET TFM__INLINE void TFM__FN(wide_i8)(size_t rows, const int panels, const tfm__matmul *job, size_t row,
-                                                     const unsigned char *w, const int32_t *w_products,
-                                                     const float *bias, float *y, size_t y_stride) {
+                                                     const unsigned char *w, const int32_t *w_sums, const float *bias,
+                                                     float *y, size_t y_stride) {
     switch (rows) {
-    case 1: TFM__FN(tile_i8)(1, panels, 1, 0, job, row, w, w_products, bias, y, y_stride); break;
-    case 2: TFM__FN(tile_i8)(2, panels, 1, 0, job, row, w, w_products, bias, y, y_stride); break;
+    case 1: TFM__FN(tile_i8)(1, panels, 1, 0, job, row, w, w_sums, bias, y, y_stride); break;
+    case 2: TFM__FN(tile_i8)(2, panels, 1, 0, job, row, w, w_sums, bias, y, y_stride); break;
 #if TFM__ROWS_I8 == 4
-    case 3: TFM__FN(tile_i8)(3, panels, 1, 0, job, row, w, w_products, bias, y, y_stride); break;
+    case 3: TFM__FN(tile_i8)(3, panels, 1, 0, job, row, w, w_sums, bias, y, y_stride); break;
 #endif
-    default: TFM__FN(tile_i8)(TFM__ROWS_I8, panels, 1, 0, job, row, w, w_products, bias, y, y_stride);
+    default: TFM__FN(tile_i8)(TFM__ROWS_I8, panels, 1, 0, job, row, w, w_sums, bias, y, y_stride);
     }
 }
 
@@ -4415,15 +4432,15 @@ static TFM__TARGET TFM__INLINE void TFM__FN(columns_i8)(const tfm__matmul *job, 
     const size_t lanes = TFM__MIN(job->n - column, (size_t)16), at_once = tall ? TFM__TALL_I8 : TFM__ROWS_I8;
     const float *bias = job->bias ? job->bias + column : NULL;
     float side[TFM__TALL_I8 * 16], side_bias[16] = {0}; /* for the last panel when n is not a multiple of 16 */
-    const int32_t *w_products = NULL;
+    const int32_t *w_sums = NULL;
     size_t row, r;
 #if TFM__TIER == 20
     const size_t groups = tfm__groups(job->k);
-    int32_t products[TFM__PRODUCTS][16];
-    if (!tall && groups <= TFM__PRODUCTS) {
+    int32_t own[TFM__W_SUMS][16];
+    if (!tall && groups <= TFM__W_SUMS) {
         for (r = 0; r < groups; r++)
-            TFM__FN(multiply_weights)(w + tfm__integers_at(groups) + r * TFM__GROUP * TFM__PANEL, products[r]);
-        w_products = products[0];
+            TFM__FN(sum_weights)(w + tfm__integers_at(groups) + r * TFM__GROUP * TFM__PANEL, own[r]);
+        w_sums = own[0];
     }
 #endif
     if (bias && lanes < 16) {
@@ -4440,9 +4457,9 @@ static TFM__TARGET TFM__INLINE void TFM__FN(columns_i8)(const tfm__matmul *job, 
         if (tall)
             TFM__FN(tall_i8)(rows, job, row, w, bias, to, to_stride);
         else if (step > 16)
-            TFM__FN(wide_i8)(rows, TFM__PANELS_I8, job, row, w, w_products, bias, to, to_stride);
+            TFM__FN(wide_i8)(rows, TFM__PANELS_I8, job, row, w, w_sums, bias, to, to_stride);
         else
-            TFM__FN(wide_i8)(rows, 1, job, row, w, w_products, bias, to, to_stride);
+            TFM__FN(wide_i8)(rows, 1, job, row, w, w_sums, bias, to, to_stride);
         for (r = 0; r < rows && lanes < 16; r++)
             memcpy(y + r * job->y_stride, side + r * 16, lanes * sizeof *y);
     }
@@ -4507,7 +4524,7 @@ static const tfm__kernels tfm__avx512bf16_kernels = TFM__TABLE(TFM__FN(matmul_pa
 #undef TFM__ROWS_I8
 #undef TFM__GROUP_BYTES
 #undef TFM__QUANTIZE
-#undef TFM__PRODUCTS
+#undef TFM__W_SUMS
 #undef TFM__PANELS_I8
 #undef TFM__TALL_I8
 #undef TFM__TURNS_I8
