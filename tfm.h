@@ -4162,7 +4162,7 @@ static TFM__TARGET TFM__INLINE int32x4_t TFM__FN(codes)(const unsigned char *cod
  * where the sum of all a0 a1 depends on the row alone and goes into its offset, and the sum of all w0 w1 on the output
  * alone and is made once for all rows. Weights come as w + 128, as for VNNI. For 32 products: two additions, one
  * multiplication of pairs, one addition. That is 8 for an instruction, as with maddubs (|a|, w sign(a)), but only one of
- * them needs a multiplier, of which there are two among four units: 137 GOP/s on a core of Zen 3 at 3 GHz against 120.
+ * them needs a multiplier, of which there are two among four units: 126 GOP/s on a core of Zen 3 at 3 GHz against 113.
  * Activations stand in fours as a0 a2 a1 a3, 16 bits each: the even ones and the odd ones are broadcast as 32 bits. */
 
 static TFM__TARGET TFM__INLINE void TFM__FN(quantize_group_16)(const float *x, size_t n, const tfm__quantized *row,
