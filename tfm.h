@@ -2956,8 +2956,9 @@ static const tfm__kernels tfm__scalar_kernels = {
  *   AVX-512: 32 registers: 8 rows x 48 outputs = 24 accumulators + 3 weights + 1 broadcast. 97 % of the multiplier's peak.
  *   AVX2:    16 registers: 6 rows x 16 outputs = 12 accumulators + 2 weights + 1 broadcast.
  *   NEON:    32 registers: 6 rows x 16 outputs = 24 accumulators + 4 weights + 1 broadcast.
- * Keys and values in bf16 or int8 have tiles of their own, TFM__ROWS_KV x TFM__PANELS_KV: heads of 64 and pages of 128 are
- * whole tiles of 64 outputs, and of 32. */
+ * Keys and values in bf16 or int8 have tiles of their own: heads of 64 and pages of 128 are whole tiles of 64 outputs, and
+ * of 16 and 32. They have up to TFM__ROWS_KV rows x 1 panel, or, of up to TFM__FEW_KV rows, TFM__PANELS_KV panels: of AVX2
+ * and NEON 4 x 1, in which nothing leaves the registers though a pair of bf16 takes two, or 2 x 2. */
 #if TFM__TIER == 20 || TFM__TIER == 21
 #if TFM__TIER == 20
 #define TFM__FN(name) tfm__avx2_##name
@@ -2996,8 +2997,9 @@ static const tfm__kernels tfm__scalar_kernels = {
 /* a times two to the n, for n = the low bits of t */
 #define vf_times_2_to(a, t)                                                                                            \
     _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(a), _mm256_slli_epi32(_mm256_castps_si256(t), 23)))
-#define TFM__ROWS_KV 3
+#define TFM__ROWS_KV 4
 #define TFM__PANELS_KV 2
+#define TFM__FEW_KV 2
 #if TFM__TIER == 20
 #define TFM__ROWS_I8 4
 #define TFM__TALL_I8 4
@@ -3065,6 +3067,7 @@ static const tfm__kernels tfm__scalar_kernels = {
     _mm512_castsi512_ps(_mm512_add_epi32(_mm512_castps_si512(a), _mm512_slli_epi32(_mm512_castps_si512(t), 23)))
 #define TFM__ROWS_KV 6
 #define TFM__PANELS_KV 4
+#define TFM__FEW_KV TFM__ROWS_KV
 #define TFM__ROWS_I8 4
 #define TFM__PANELS_I8 3
 #define TFM__TALL_I8 8
@@ -3123,8 +3126,9 @@ static const tfm__kernels tfm__scalar_kernels = {
 #define vf_if_nan(a, yes, no) vbslq_f32(vceqq_f32(a, a), no, yes)
 #define vf_times_2_to(a, t)                                                                                            \
     vreinterpretq_f32_s32(vaddq_s32(vreinterpretq_s32_f32(a), vshlq_n_s32(vreinterpretq_s32_f32(t), 23)))
-#define TFM__ROWS_KV 3
+#define TFM__ROWS_KV 4
 #define TFM__PANELS_KV 2
+#define TFM__FEW_KV 2
 #define TFM__ROWS_I8 3
 #define TFM__PANELS_I8 1
 #define TFM__TALL_I8 3
@@ -3843,8 +3847,8 @@ static TFM__TARGET TFM__INLINE void TFM__FN(tile_rows_kv)(const int values, size
     switch (rows) {
     case 1: TFM__FN(tile_kv)(values, 1, panels, job, from, x, y, y_stride); break;
     case 2: TFM__FN(tile_kv)(values, 2, panels, job, from, x, y, y_stride); break;
-#if TFM__ROWS_KV == 6
     case 3: TFM__FN(tile_kv)(values, 3, panels, job, from, x, y, y_stride); break;
+#if TFM__ROWS_KV == 6
     case 4: TFM__FN(tile_kv)(values, 4, panels, job, from, x, y, y_stride); break;
     case 5: TFM__FN(tile_kv)(values, 5, panels, job, from, x, y, y_stride); break;
 #endif
@@ -3892,7 +3896,7 @@ static TFM__TARGET TFM__INLINE void TFM__FN(columns_kv)(const int values, const 
 
 static TFM__TARGET TFM__INLINE void TFM__FN(matmul_kv)(const int values, const tfm__matmul *job) {
     size_t column = 0;
-    for (; column + 16 * TFM__PANELS_KV <= job->n; column += 16 * TFM__PANELS_KV)
+    for (; job->n_rows <= TFM__FEW_KV && column + 16 * TFM__PANELS_KV <= job->n; column += 16 * TFM__PANELS_KV)
         TFM__FN(columns_kv)(values, TFM__PANELS_KV, job, column);
     for (; column < job->n; column += 16)
         TFM__FN(columns_kv)(values, 1, job, column);
@@ -4010,15 +4014,28 @@ static TFM__TARGET_PAIRS TFM__INLINE void TFM__FN(add_pair)(const int rows, cons
             __asm__("vdpbf16ps {%2, %1, %0|%0, %1, %2}" : "+v"(sum[r][c]) : "v"(weights[c]), "v"(input));
     }
 #else
+    const int held =
+        rows > TFM__FEW_KV ? TFM__PARTS : 1; /* columns whose weights stay in registers while the inputs pass by */
+    int base;
     TFM__UNROLL
-    for (c = 0; c < columns; c++) {
-        const vi pair = vi_load(w + (size_t)(c / TFM__PARTS) * panel_bytes + c % TFM__PARTS * TFM__LANES * 4);
-        const vf first = vi_as_floats(vi_shift_left(pair, 16)), second = vi_as_floats(vi_and(pair, vi_set1(-65536)));
+    for (base = 0; base < columns; base += held) {
+        vf first[TFM__PARTS], second[TFM__PARTS];
+        TFM__UNROLL
+        for (c = 0; c < held; c++) {
+            const char *panel = w + (size_t)((base + c) / TFM__PARTS) * panel_bytes;
+            const vi pair = vi_load(panel + (base + c) % TFM__PARTS * TFM__LANES * 4);
+            first[c] = vi_as_floats(vi_shift_left(pair, 16));
+            second[c] = vi_as_floats(vi_and(pair, vi_set1(-65536)));
+        }
         TFM__UNROLL
         for (r = 0; r < rows; r++) {
-            if (!odd)
-                sum[r][c] = vf_fma(vf_set1(x[(size_t)r * TFM__INPUTS + 1]), second, sum[r][c]);
-            sum[r][c] = vf_fma(vf_set1(x[(size_t)r * TFM__INPUTS]), first, sum[r][c]);
+            const vf x_first = vf_set1(x[(size_t)r * TFM__INPUTS]), x_second = vf_set1(x[(size_t)r * TFM__INPUTS + 1]);
+            TFM__UNROLL
+            for (c = 0; c < held; c++) {
+                if (!odd)
+                    sum[r][base + c] = vf_fma(x_second, second[c], sum[r][base + c]);
+                sum[r][base + c] = vf_fma(x_first, first[c], sum[r][base + c]);
+            }
         }
     }
 #endif
@@ -4047,8 +4064,8 @@ static TFM__TARGET_PAIRS TFM__INLINE void TFM__FN(tile_rows_pairs)(size_t rows, 
     switch (rows) {
     case 1: TFM__FN(tile_pairs)(1, panels, job, n, x, w, add, y, y_stride); break;
     case 2: TFM__FN(tile_pairs)(2, panels, job, n, x, w, add, y, y_stride); break;
-#if TFM__ROWS_KV == 6
     case 3: TFM__FN(tile_pairs)(3, panels, job, n, x, w, add, y, y_stride); break;
+#if TFM__ROWS_KV == 6
     case 4: TFM__FN(tile_pairs)(4, panels, job, n, x, w, add, y, y_stride); break;
     case 5: TFM__FN(tile_pairs)(5, panels, job, n, x, w, add, y, y_stride); break;
 #endif
@@ -4062,7 +4079,7 @@ static TFM__TARGET_PAIRS TFM__INLINE void TFM__FN(columns_pairs)(const tfm__matm
                                                                  float *y) {
     float side[TFM__ROWS_KV * 16];
     size_t column = 0, r, lanes;
-    for (; column + 16 * TFM__PANELS_KV <= job->n;
+    for (; rows <= TFM__FEW_KV && column + 16 * TFM__PANELS_KV <= job->n;
          column += 16 * TFM__PANELS_KV, w += TFM__PANELS_KV * job->panel_bytes)
         TFM__FN(tile_rows_pairs)(rows, TFM__PANELS_KV, job, n, x, w, add, y + column, job->y_stride);
     for (; column + 16 <= job->n; column += 16, w += job->panel_bytes)
@@ -4284,10 +4301,11 @@ static TFM__TARGET TFM__INLINE void TFM__FN(sum_group)(const int rows, const int
         }
     }
     TFM__UNROLL
-    for (r = 0; r < rows && once; r++)
+    for (r = 0; r < rows; r++)
         TFM__UNROLL
     for (c = 0; c < columns; c++)
-        part[r][0][c] = _mm256_sub_epi32(part[r][0][c], own[c]);
+        if (once)
+            part[r][0][c] = _mm256_sub_epi32(part[r][0][c], own[c]);
 }
 #else
 /* The integer sums of a tile for one group, in several `turns`: part[rows][turns][columns]. w: the group's weights in the
@@ -4531,6 +4549,7 @@ static const tfm__kernels tfm__avx512bf16_kernels = TFM__TABLE(TFM__FN(matmul_pa
 #undef TFM__BIASED
 #undef TFM__ROWS_KV
 #undef TFM__PANELS_KV
+#undef TFM__FEW_KV
 #undef vf_load_i8
 #undef vi
 #undef vi_load
