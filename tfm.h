@@ -2510,11 +2510,11 @@ TFM_API tfm_status tfm_pack(const tfm_tensor *matrix, tfm_dtype dtype, const tfm
 
 /* Activations as int8 weights take them: for each row and group of 64 a scale t, with x about t q. */
 typedef struct tfm__quantized {
-    int8_t *q; /* [n_rows][groups][group_bytes]: 64 times -127 to 127, 0 past the last input */
-    size_t
-        group_bytes; /* tfm__kernels.group_bytes: 64, or 128 for the 16 bits of AVX2 (see "the int8 product of AVX2") */
-    float *scales;   /* [n_rows][groups] */
-    int32_t *offsets; /* [n_rows][groups]: -128 * the sum of the q: takes away the 128 that weights are stored with */
+    int8_t *q;          /* [n_rows][groups][group_bytes]: 64 times -127 to 127, 0 past the last input */
+    size_t group_bytes; /* the kernels': 64, or 128 for the 16 bits of "the int8 product of AVX2" */
+    float *scales;      /* [n_rows][groups] */
+    int32_t *offsets; /* [n_rows][groups]: -128 * the sum of the q: takes away the 128 that weights are stored with (of
+                         * AVX2, also minus the sum of the products of two neighbours) */
 } tfm__quantized;
 
 /* y[n_rows][n] (+)= x[n_rows][k] W^T.  W: panels of 16 outputs, panel_bytes from one to the next. */
@@ -2551,8 +2551,8 @@ typedef struct tfm__softmax {
 typedef struct tfm__kernels {
     tfm_isa isa;
     void (*matmul[TFM_DTYPE_COUNT])(const tfm__matmul *job);
-    /* x[n] of one row -> its q, scales and offsets; the q of a group take that many bytes */
-    size_t group_bytes;
+    size_t group_bytes; /* that the q of a group take */
+    /* x[n] of one row -> its q, scales and offsets */
     void (*quantize)(const float *x, size_t n, const tfm__quantized *row);
     /* The same product with an int8 cache's keys (0) or values (1) of one head in one page: see "int8 keys and values". */
     void (*matmul_kv[2])(const tfm__matmul *job);
@@ -3785,13 +3785,20 @@ static TFM__TARGET TFM__INLINE void TFM__FN(quantize_group)(const float *x, size
     row->offsets[g] = tfm__is_finite(total) ? -128 * (int32_t)total : 0; /* if not, the q are 0 and the scale says so */
 }
 
-static TFM__TARGET void TFM__FN(quantize)(const float *x, size_t n, const tfm__quantized *row) {
+/* A row, group by group; whole ones know that they are. */
+static TFM__TARGET TFM__INLINE void TFM__FN(quantize_row)(const float *x, size_t n, const tfm__quantized *row,
+                                                          void (*group)(const float *x, size_t n,
+                                                                        const tfm__quantized *row, size_t g)) {
     const size_t whole = n / TFM__GROUP;
     size_t g;
     for (g = 0; g < whole; g++)
-        TFM__FN(quantize_group)(x + g * TFM__GROUP, TFM__GROUP, row, g);
+        group(x + g * TFM__GROUP, TFM__GROUP, row, g);
     if (n % TFM__GROUP)
-        TFM__FN(quantize_group)(x + whole * TFM__GROUP, n % TFM__GROUP, row, whole);
+        group(x + whole * TFM__GROUP, n % TFM__GROUP, row, whole);
+}
+
+static TFM__TARGET void TFM__FN(quantize)(const float *x, size_t n, const tfm__quantized *row) {
+    TFM__FN(quantize_row)(x, n, row, TFM__FN(quantize_group));
 }
 
 /* ---- int8 keys and values: as the plain C ones */
@@ -4208,12 +4215,7 @@ static TFM__TARGET TFM__INLINE void TFM__FN(quantize_group_16)(const float *x, s
 }
 
 static TFM__TARGET void TFM__FN(quantize_16)(const float *x, size_t n, const tfm__quantized *row) {
-    const size_t whole = n / TFM__GROUP;
-    size_t g;
-    for (g = 0; g < whole; g++)
-        TFM__FN(quantize_group_16)(x + g * TFM__GROUP, TFM__GROUP, row, g);
-    if (n % TFM__GROUP)
-        TFM__FN(quantize_group_16)(x + whole * TFM__GROUP, n % TFM__GROUP, row, whole);
+    TFM__FN(quantize_row)(x, n, row, TFM__FN(quantize_group_16));
 }
 
 /* Fours of bytes: the even ones and the odd ones, as 16 bits. */
