@@ -1,7 +1,7 @@
 # tfm.h: `make` builds the programs into build/, `make demo` writes a story, `make test` runs the tests.
 # CC=clang, OPENMP=0 (one thread), CFLAGS=... as usual.
 
-# Every program compiles the header: two cores halve the time.
+# The header is compiled once for the programs and once for the tests of its insides: two cores halve the time.
 MAKEFLAGS += --jobs=$(shell nproc 2>/dev/null || echo 1)
 
 CC ?= cc
@@ -23,17 +23,21 @@ MODEL = examples/models/stories.tfm
 .PHONY: all demo test fuzz clean
 all: $(PROGRAMS)
 
-build/tfm: tools/tfm.c tfm.h
+# The implementation, which all programs share. (Each is complete without: cc -O2 -fopenmp examples/gpt2.c -lm)
+build/tfm.o: tfm.h
 	@mkdir -p build
-	$(BUILD_C) $< -o $@ -lm
+	$(BUILD_C) -DTFM_IMPLEMENTATION -x c -c $< -o $@
 
-build/fill-mask: examples/fill_mask.c tfm.h
-	@mkdir -p build
-	$(BUILD_C) $< -o $@ -lm
+BUILD_PROGRAM = $(BUILD_C) -DTFM_NO_IMPLEMENTATION $< build/tfm.o -o $@ -lm
 
-build/%: examples/%.c tfm.h
-	@mkdir -p build
-	$(BUILD_C) $< -o $@ -lm
+build/tfm: tools/tfm.c tfm.h build/tfm.o
+	$(BUILD_PROGRAM)
+
+build/fill-mask: examples/fill_mask.c tfm.h build/tfm.o
+	$(BUILD_PROGRAM)
+
+build/%: examples/%.c tfm.h build/tfm.o
+	$(BUILD_PROGRAM)
 
 # A loadable extension for SQLite; needs its header (Debian: libsqlite3-dev), and so it is no part of `all`.
 build/tfm_sqlite.so: examples/sqlite/tfm_sqlite.c tfm.h
@@ -50,10 +54,17 @@ build/test_objects/%.o: tests/%.c tests/test.h tfm.h
 	@mkdir -p build/test_objects
 	$(BUILD_C) -c $< -o $@
 
-build/tests: $(TESTS:tests/%.c=build/test_objects/%.o)
+build/test_objects/test_main.o: BUILD_C += -DTFM_NO_IMPLEMENTATION
+
+build/tests: $(TESTS:tests/%.c=build/test_objects/%.o) build/tfm.o
 	$(CC) $(CFLAGS) $(THREADS) $^ -o $@ -lm -pthread
 
-test: all build/tests
+# For tests/test_header.sh.
+build/header/implementation.o: tfm.h
+	@mkdir -p build/header
+	$(CC) -std=c99 $(WARNINGS) -DTFM_IMPLEMENTATION -x c -c $< -o $@
+
+test: all build/tests build/header/implementation.o
 	@sh tests/run.sh
 
 # make fuzz SECONDS=60: each job for so long, two at a time. Needs clang; uses AFL++ if it is there.

@@ -103,6 +103,8 @@
  *   TFM_NO_STDIO              no files: tfm_load_memory is the only way to load, and nothing can be written
  *   TFM_NO_MMAP               files are read into memory instead of being mapped
  *   TFM_NO_SIMD               only the plain C kernels
+ *   TFM_NO_IMPLEMENTATION     TFM_IMPLEMENTATION does not count. For -D on the command line: programs that could each stand
+ *                             alone share one object, from cc -O2 -DTFM_IMPLEMENTATION -x c -c tfm.h -o tfm.o
  *   TFM_HEADER                this file's name in quotes, if you have renamed it (default "tfm.h")
  *   Nothing needs -march=native: the instruction set is chosen when the program runs. Compile with -O2.
  *
@@ -1026,6 +1028,9 @@ TFM_API tfm_status tfm_chat_load(tfm_chat *chat, const char *path, tfm_error *er
  * =====================================================================================================================
  * Floors a to h. Each calls only those above it on the page, that is: nothing is used before it was explained.
  */
+#ifdef TFM_NO_IMPLEMENTATION
+#undef TFM_IMPLEMENTATION
+#endif
 #if defined(TFM_IMPLEMENTATION) && !defined(TFM__IMPLEMENTED)
 #define TFM__IMPLEMENTED
 
@@ -2909,6 +2914,33 @@ static const tfm__kernels tfm__scalar_kernels = {
 
 /* ---- the vector kernels: this file once more for each instruction set, which compiles the part below */
 
+#if defined(TFM__X86) || defined(TFM__NEON)
+/* Where a tile's panel of y is made: in place, or, of the last panel when n is not a multiple of 16, on the side, so as not
+ * to write past the row. */
+typedef struct tfm__edge {
+    float *y; /* [rows][16] */
+    size_t stride;
+} tfm__edge;
+
+/* y: the panel at that column in the job's y, of `rows` rows; side: [rows][16] */
+static tfm__edge tfm__begin_edge(const tfm__matmul *job, size_t rows, size_t column, float *y, float *side) {
+    tfm__edge edge = {y, job->y_stride};
+    size_t r;
+    if (job->n - column >= TFM__PANEL)
+        return edge;
+    edge.y = side, edge.stride = TFM__PANEL;
+    for (r = 0; r < rows; r++)
+        memcpy(side + r * TFM__PANEL, y + r * job->y_stride, (job->n - column) * sizeof *y);
+    return edge;
+}
+
+static void tfm__end_edge(const tfm__matmul *job, size_t rows, size_t column, const tfm__edge *edge, float *y) {
+    size_t r;
+    for (r = 0; r < rows && edge->y != y; r++)
+        memcpy(y + r * job->y_stride, edge->y + r * TFM__PANEL, (job->n - column) * sizeof *y);
+}
+#endif
+
 #if defined(__GNUC__) && !defined(__clang__) /* GCC's own intrinsics: its bug 105593 */
 #pragma GCC diagnostic push
 #pragma GCC diagnostic ignored "-Wuninitialized"
@@ -3237,18 +3269,6 @@ static TFM__TARGET TFM__INLINE void TFM__FN(tile_rows)(const tfm_dtype dtype, si
     }
 }
 
-/* The last panel when n is not a multiple of 16: the tile is made on the side, so as not to write past the row. */
-static TFM__TARGET TFM__INLINE void TFM__FN(tile_edge)(const tfm_dtype dtype, size_t rows, const tfm__matmul *job,
-                                                       const float *x, const char *w, float *y, size_t lanes) {
-    float side[TFM__ROWS * 16];
-    size_t r;
-    for (r = 0; r < rows; r++)
-        memcpy(side + r * 16, y + r * job->y_stride, lanes * sizeof *y);
-    TFM__FN(tile_rows)(dtype, rows, 1, job, x, w, side, 16);
-    for (r = 0; r < rows; r++)
-        memcpy(y + r * job->y_stride, side + r * 16, lanes * sizeof *y);
-}
-
 #if TFM__LANES == 16
 /* Where n is a multiple of 64, as in attention, whose heads and pages are: tiles of 6 rows x 64 outputs, 24 accumulators
  * too. (Weights come 48 outputs at a time.) */
@@ -3274,6 +3294,7 @@ static TFM__TARGET TFM__INLINE void TFM__FN(matmul_64)(const tfm_dtype dtype, co
 
 static TFM__TARGET TFM__INLINE void TFM__FN(matmul)(const tfm_dtype dtype, const tfm__matmul *job) {
     size_t column = 0, row, step;
+    float side[TFM__ROWS * 16];
 #if TFM__LANES == 16
     if (dtype != TFM_BF16 && job->n % 64 == 0) {
         TFM__FN(matmul_64)(dtype, job);
@@ -3286,13 +3307,14 @@ static TFM__TARGET TFM__INLINE void TFM__FN(matmul)(const tfm_dtype dtype, const
         for (row = 0; row < job->n_rows; row += TFM__ROWS) {
             const float *x = job->x + row * job->x_stride;
             float *y = job->y + row * job->y_stride + column;
-            size_t rows = TFM__MIN(job->n_rows - row, (size_t)TFM__ROWS);
-            if (step > 16)
+            const size_t rows = TFM__MIN(job->n_rows - row, (size_t)TFM__ROWS);
+            if (step > 16) {
                 TFM__FN(tile_rows)(dtype, rows, TFM__PANELS, job, x, w, y, job->y_stride);
-            else if (column + 16 <= job->n)
-                TFM__FN(tile_rows)(dtype, rows, 1, job, x, w, y, job->y_stride);
-            else
-                TFM__FN(tile_edge)(dtype, rows, job, x, w, y, job->n - column);
+            } else {
+                const tfm__edge edge = tfm__begin_edge(job, rows, column, y, side);
+                TFM__FN(tile_rows)(dtype, rows, 1, job, x, w, edge.y, edge.stride);
+                tfm__end_edge(job, rows, column, &edge, y);
+            }
         }
     }
 }
@@ -3881,23 +3903,16 @@ static TFM__TARGET TFM__INLINE void TFM__FN(find_kv)(const int values, const int
 /* All rows of y in one tile's width. */
 static TFM__TARGET TFM__INLINE void TFM__FN(columns_kv)(const int values, const int panels, const tfm__matmul *job,
                                                         size_t column) {
-    const size_t lanes = TFM__MIN(job->n - column, (size_t)panels * 16);
     tfm__kv_panels from;
-    size_t row, r;
+    size_t row;
     TFM__FN(find_kv)(values, panels, job, column, &from);
     for (row = 0; row < job->n_rows; row += TFM__ROWS_KV) {
         const size_t rows = TFM__MIN(job->n_rows - row, (size_t)TFM__ROWS_KV);
         const float *x = job->x + row * job->x_stride;
         float *y = job->y + row * job->y_stride + column, side[TFM__ROWS_KV * 16];
-        if (lanes == (size_t)panels * 16) {
-            TFM__FN(tile_rows_kv)(values, rows, panels, job, &from, x, y, job->y_stride);
-            continue;
-        }
-        for (r = 0; r < rows; r++) /* the last panel when n is not a multiple of 16 */
-            memcpy(side + r * 16, y + r * job->y_stride, lanes * sizeof *y);
-        TFM__FN(tile_rows_kv)(values, rows, 1, job, &from, x, side, 16);
-        for (r = 0; r < rows; r++)
-            memcpy(y + r * job->y_stride, side + r * 16, lanes * sizeof *y);
+        const tfm__edge edge = tfm__begin_edge(job, rows, column, y, side);
+        TFM__FN(tile_rows_kv)(values, rows, panels, job, &from, x, edge.y, edge.stride);
+        tfm__end_edge(job, rows, column, &edge, y);
     }
 }
 
@@ -4085,20 +4100,15 @@ static TFM__TARGET_PAIRS TFM__INLINE void TFM__FN(columns_pairs)(const tfm__matm
                                                                  const TFM__INPUT_PAIR *x, const char *w, int add,
                                                                  float *y) {
     float side[TFM__ROWS_KV * 16];
-    size_t column = 0, r, lanes;
+    size_t column = 0;
     for (; rows <= TFM__FEW_KV && column + 16 * TFM__PANELS_KV <= job->n;
          column += 16 * TFM__PANELS_KV, w += TFM__PANELS_KV * job->panel_bytes)
         TFM__FN(tile_rows_pairs)(rows, TFM__PANELS_KV, job, n, x, w, add, y + column, job->y_stride);
-    for (; column + 16 <= job->n; column += 16, w += job->panel_bytes)
-        TFM__FN(tile_rows_pairs)(rows, 1, job, n, x, w, add, y + column, job->y_stride);
-    if (column == job->n)
-        return;
-    lanes = job->n - column; /* the last panel is made on the side, so as not to write past the row */
-    for (r = 0; r < rows; r++)
-        memcpy(side + r * 16, y + column + r * job->y_stride, lanes * sizeof *y);
-    TFM__FN(tile_rows_pairs)(rows, 1, job, n, x, w, add, side, 16);
-    for (r = 0; r < rows; r++)
-        memcpy(y + column + r * job->y_stride, side + r * 16, lanes * sizeof *y);
+    for (; column < job->n; column += 16, w += job->panel_bytes) {
+        const tfm__edge edge = tfm__begin_edge(job, rows, column, y + column, side);
+        TFM__FN(tile_rows_pairs)(rows, 1, job, n, x, w, add, edge.y, edge.stride);
+        tfm__end_edge(job, rows, column, &edge, y + column);
+    }
 }
 
 static TFM__TARGET_PAIRS void TFM__FN(matmul_pairs)(const tfm__matmul *job) {
@@ -4453,13 +4463,14 @@ static TFM__TARGET TFM__INLINE void TFM__FN(columns_i8)(const tfm__matmul *job, 
     const float *bias = job->bias ? job->bias + column : NULL;
     float side[TFM__TALL_I8 * 16], side_bias[16] = {0}; /* for the last panel when n is not a multiple of 16 */
     const int32_t *w_sums = NULL;
-    size_t row, r;
+    size_t row;
 #if TFM__TIER == 20
     const size_t groups = tfm__groups(job->k);
+    size_t g;
     int32_t own[TFM__W_SUMS][16];
     if (!tall && groups <= TFM__W_SUMS) {
-        for (r = 0; r < groups; r++)
-            TFM__FN(sum_weights)(w + tfm__integers_at(groups) + r * TFM__GROUP * TFM__PANEL, own[r]);
+        for (g = 0; g < groups; g++)
+            TFM__FN(sum_weights)(w + tfm__integers_at(groups) + g * TFM__GROUP * TFM__PANEL, own[g]);
         w_sums = own[0];
     }
 #endif
@@ -4470,18 +4481,14 @@ static TFM__TARGET TFM__INLINE void TFM__FN(columns_i8)(const tfm__matmul *job, 
     for (row = 0; row < job->n_rows; row += at_once) {
         float *y = job->y + row * job->y_stride + column;
         const size_t rows = TFM__MIN(job->n_rows - row, at_once);
-        float *to = lanes == 16 ? y : side;
-        const size_t to_stride = lanes == 16 ? job->y_stride : 16;
-        for (r = 0; r < rows && lanes < 16 && job->add; r++)
-            memcpy(side + r * 16, y + r * job->y_stride, lanes * sizeof *y);
+        const tfm__edge edge = tfm__begin_edge(job, rows, column, y, side);
         if (tall)
-            TFM__FN(tall_i8)(rows, job, row, w, bias, to, to_stride);
+            TFM__FN(tall_i8)(rows, job, row, w, bias, edge.y, edge.stride);
         else if (step > 16)
-            TFM__FN(wide_i8)(rows, TFM__PANELS_I8, job, row, w, w_sums, bias, to, to_stride);
+            TFM__FN(wide_i8)(rows, TFM__PANELS_I8, job, row, w, w_sums, bias, edge.y, edge.stride);
         else
-            TFM__FN(wide_i8)(rows, 1, job, row, w, w_sums, bias, to, to_stride);
-        for (r = 0; r < rows && lanes < 16; r++)
-            memcpy(y + r * job->y_stride, side + r * 16, lanes * sizeof *y);
+            TFM__FN(wide_i8)(rows, 1, job, row, w, w_sums, bias, edge.y, edge.stride);
+        tfm__end_edge(job, rows, column, &edge, y);
     }
 }
 

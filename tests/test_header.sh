@@ -32,21 +32,16 @@ while read -r name documented; do
     check "$name is called by no test" $?
 done <$dir/functions
 
-# As C and, where there is a C++ compiler, as C++, whose names nm shows unchanged (extern "C").
-printf '#define TFM_IMPLEMENTATION\n#include "tfm.h"\n' >$dir/implementation.c
-if ${CC:-cc} -std=c99 -I. -c $dir/implementation.c -o $dir/implementation.o; then
-    nm -g --defined-only $dir/implementation.o | awk '{print $3}' >$dir/exported
-    [ "$(wc -l <$dir/exported)" -ge "$(wc -l <$dir/functions)" ] && ! grep -v '^_*tfm_[a-z]' $dir/exported
-    check "the implementation exports other names than tfm_..." $?
-    sort $dir/exported | sed 's/^_tfm/tfm/' >$dir/exported.sorted
-    awk '{print $1}' $dir/functions | sort >$dir/functions.sorted
-    cmp -s $dir/exported.sorted $dir/functions.sorted
-    check "exported and declared functions differ: $(comm -3 $dir/exported.sorted $dir/functions.sorted | tr '\n' ' ')" $?
-    # (Constants that hold addresses are in .data.rel.ro, which is read-only when the program runs; nm shows them as d.)
-    [ -z "$(objdump -t $dir/implementation.o | awk '/ O / || /\*COM\*/' | grep -E '[[:space:]](\.data|\.bss|\.tdata|\.tbss|\*COM\*)[[:space:]]')" ]
-    check "the implementation has variables that can be written" $?
-else
-    check "the implementation does not compile" 1
-fi
+# What the implementation defines; the Makefile has compiled it.
+nm -g --defined-only $dir/implementation.o | awk '{print $3}' >$dir/exported
+[ "$(wc -l <$dir/exported)" -ge "$(wc -l <$dir/functions)" ] && ! grep -v '^_*tfm_[a-z]' $dir/exported
+check "the implementation exports other names than tfm_..." $?
+sort $dir/exported | sed 's/^_tfm/tfm/' >$dir/exported.sorted
+awk '{print $1}' $dir/functions | sort >$dir/functions.sorted
+cmp -s $dir/exported.sorted $dir/functions.sorted
+check "exported and declared functions differ: $(comm -3 $dir/exported.sorted $dir/functions.sorted | tr '\n' ' ')" $?
+# (Constants that hold addresses are in .data.rel.ro, which is read-only when the program runs; nm shows them as d.)
+[ -z "$(objdump -t $dir/implementation.o | awk '/ O / || /\*COM\*/' | grep -E '[[:space:]](\.data|\.bss|\.tdata|\.tbss|\*COM\*)[[:space:]]')" ]
+check "the implementation has variables that can be written" $?
 echo "$passed passed, $failed failed"
 [ "$failed" -eq 0 ]

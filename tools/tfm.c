@@ -1499,11 +1499,12 @@ static void count_linear(const tfm_linear *linear, double *weights, double *byte
     *bytes += linear->bias.data ? (double)tfm_tensor_bytes(&linear->bias) : 0;
 }
 
-static void count_blocks(const tfm__stack *stack, double *weights, double *bytes) {
+/* The blocks of the encoder, or those that make the logits. */
+static void count_blocks(const tfm_model *model, int of_encoder, double *weights, double *bytes) {
+    const tfm_block *block;
     size_t i;
     *weights = *bytes = 0;
-    for (i = 0; i < stack->shape->n_layers; i++) {
-        const tfm_block *block = stack->blocks + i;
+    for (i = 0; (block = of_encoder ? tfm_model_encoder_block(model, i) : tfm_model_block(model, i)) != NULL; i++) {
         count_linear(&block->attention.qkv, weights, bytes);
         count_linear(&block->attention.out, weights, bytes);
         count_linear(&block->ffn.up, weights, bytes);
@@ -1547,7 +1548,7 @@ static void job_work(const benchmark *b, const tfm_model *model, job which, resu
     double weights, bytes, head_bytes, head = d->head == TFM_NO_HEAD ? 0 : (double)d->vocab_size * (double)d->d_model;
     double batch = (double)b->batch, steps = (double)b->gen;
     const size_t prompts = prompt_tokens(b);
-    count_blocks(which == JOB_ENCODE ? &model->encoder : tfm__main_stack(model), &weights, &bytes);
+    count_blocks(model, which == JOB_ENCODE, &weights, &bytes);
     head_bytes = (double)tfm_model_bytes_per_token(model) - bytes;
     r->tokens = which == JOB_GEN ? steps * batch : (double)prompts;
     if (which == JOB_ENCODE) {
