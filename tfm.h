@@ -77,12 +77,12 @@
  *
  * ODD NUMBERS
  *
- *   NaN and infinity     in weights: loaded as they are in f32, f16 and bf16; what has to be quantized is refused with the
+ *   NaN and infinity     in weights: loaded as they are in f32, f16 and bf16 (finite ones as f16 at most +-65504); what has to be quantized is refused with the
  *                        tensor's name (TFM_ERROR_FORMAT for a file, TFM_ERROR_ARGUMENT for tfm_pack). In activations: a
  *                        product with one is NaN or infinite, as in IEEE 754 and PyTorch; int8 makes a row that has one
- *                        NaN. It stays in its own sequence, and goes from a token only to those that see it: the tokens
- *                        before it (with causal attention), other sequences, and whatever follows once it is forgotten
- *                        (tfm_truncate) have the bits that they have without it.
+ *                        NaN. It stays in its own sequence, and goes from a token only to those after it (with causal
+ *                        attention; a window or a mask does not stop it): the tokens before it, other sequences, and
+ *                        whatever follows once it is forgotten (tfm_truncate) have the bits that they have without it.
  *   logits that are NaN  are never chosen. If none is left that is a number above -infinity, sampling and generating are
  *                        TFM_ERROR_ARGUMENT, "no token can be chosen". An infinite logit leaves nothing to the others.
  *                        Beam search, which needs probabilities, takes nothing from a row in which one logit is NaN.
@@ -207,7 +207,7 @@ typedef void (*tfm_task)(void *argument, size_t index);
 typedef void (*tfm_parallel_for)(void *user, size_t n, tfm_task task, void *argument);
 
 typedef struct tfm_engine_options {
-    int threads;                   /* 0: all that OpenMP offers; 1 without OpenMP. Ignored with parallel_for. */
+    int threads;                   /* 0: all that OpenMP offers; at most 1024; 1 without OpenMP or with parallel_for */
     tfm_isa isa;                   /* 0: the best of this CPU */
     tfm_parallel_for parallel_for; /* NULL: OpenMP where compiled in, otherwise the caller's thread alone */
     void *parallel_user;           /* the first argument of parallel_for */
@@ -410,7 +410,8 @@ typedef struct tfm_kv {
  * 11 bits, and held to +-65504; or TFM_BF16, with which attention is fastest: they are rounded to 8 bits, and so are the
  * queries and probabilities that they are multiplied with; or TFM_I8 for about a quarter of the memory: integers from
  * -127 to 127 with a scale (8 bits of mantissa, no less than largest / 127) for each 32 numbers of a head's key or
- * value. Free with tfm_kv_free and the same allocator (NULL: the default one). */
+ * value. Free with tfm_kv_free and the same allocator (NULL: the default one). TFM_ERROR_ARGUMENT, TFM_ERROR_MEMORY: then
+ * there is nothing to free. */
 TFM_API tfm_status tfm_kv_create(tfm_kv *kv, tfm_dtype dtype, size_t n_layers, size_t n_kv_heads, size_t head_dim,
                                  size_t capacity, const tfm_allocator *allocator, tfm_error *error);
 /* Gives back the pool of a cache, with the allocator that it was made with. */
@@ -641,8 +642,8 @@ enum {
 };
 
 /* Tokenizes `size` bytes of text, any bytes. Like snprintf: *n_ids is how many ids the text has, of which at most
- * `capacity` are written. Thread-safe. Allocates only for stretches of more than 256 bytes without a place to cut. What is
- * no UTF-8 stays as it is with a byte-level tokenizer; others see U+FFFD in its place. */
+ * `capacity` are written. Thread-safe. Allocates only for stretches of more than some 200 bytes without a place to cut,
+ * which a whole text may be to SentencePiece. What is no UTF-8 stays as it is with a byte-level tokenizer; others see U+FFFD in its place. */
 TFM_API tfm_status tfm_tokenize(const tfm_model *model, const char *text, size_t size, unsigned flags, int32_t *ids,
                                 size_t capacity, size_t *n_ids, tfm_error *error);
 
@@ -1130,12 +1131,21 @@ TFM_API tfm_status tfm_chat_load(tfm_chat *chat, const char *path, tfm_error *er
 #define TFM__MIN(a, b) ((a) < (b) ? (a) : (b))
 #define TFM__MAX(a, b) ((a) > (b) ? (a) : (b))
 
+/* Sizes of what a file or a caller describes: SIZE_MAX where they overflow. No allocation of that size succeeds. */
+static size_t tfm__product(size_t a, size_t b) {
+    return b && a > SIZE_MAX / b ? SIZE_MAX : a * b;
+}
+
+static size_t tfm__sum(size_t a, size_t b) {
+    return a > SIZE_MAX - b ? SIZE_MAX : a + b;
+}
+
 static size_t tfm__divide_up(size_t n, size_t by) {
-    return (n + by - 1) / by;
+    return n / by + (n % by != 0);
 }
 
 static size_t tfm__round_up(size_t n, size_t to) {
-    return tfm__divide_up(n, to) * to;
+    return tfm__product(tfm__divide_up(n, to), to);
 }
 
 /* ---- errors */
@@ -1175,11 +1185,6 @@ static tfm_allocator tfm__allocator(const tfm_allocator *given) {
     allocator.release = tfm__default_release;
     allocator.user = NULL;
     return allocator;
-}
-
-/* a * b, or SIZE_MAX where that overflows: no allocation of that size succeeds. */
-static size_t tfm__product(size_t a, size_t b) {
-    return b && a > SIZE_MAX / b ? SIZE_MAX : a * b;
 }
 
 static void *tfm__allocate(const tfm_allocator *allocator, size_t size) {
@@ -1359,10 +1364,11 @@ static void tfm__serial_for(void *user, size_t n, tfm_task task, void *argument)
         task(argument, i);
 }
 
-/* The number of threads that `count` = 0 means. */
+/* The number of threads that `count` = 0 means. No more than anybody has cores: where the system gives no more threads,
+ * OpenMP ends the process. */
 static int tfm__thread_count(int count) {
 #ifdef TFM__TEAM
-    return count > 0 ? count : omp_get_max_threads();
+    return count > 0 ? TFM__MIN(count, 1024) : omp_get_max_threads();
 #else
     (void)count;
     return 1;
@@ -1965,7 +1971,7 @@ static size_t tfm__integers_at(size_t groups) {
 static size_t tfm__panel_bytes(tfm_dtype dtype, size_t in) {
     size_t groups = tfm__groups(in);
     if (dtype == TFM_I8)
-        return tfm__integers_at(groups) + groups * TFM__GROUP * TFM__PANEL;
+        return tfm__sum(tfm__integers_at(groups), tfm__product(groups, TFM__GROUP * TFM__PANEL));
     return tfm__product(in, TFM__PANEL * tfm__dtype_sizes[dtype]);
 }
 
@@ -2080,6 +2086,11 @@ static void tfm__to_floats(tfm_dtype dtype, const void *source, size_t stride, s
             floats[i] = tfm__from_bf16(halves[i * stride]);
 }
 
+/* What is beyond the largest f16, 65504, as that; infinity stays. */
+static float tfm__within_f16(float value) {
+    return !tfm__is_finite(value) ? value : value > 65504.0f ? 65504.0f : value < -65504.0f ? -65504.0f : value;
+}
+
 static void tfm__from_floats(tfm_dtype dtype, const float *floats, size_t n, void *target) {
     uint16_t *halves = (uint16_t *)target;
     size_t i;
@@ -2087,7 +2098,7 @@ static void tfm__from_floats(tfm_dtype dtype, const float *floats, size_t n, voi
         memcpy(target, floats, n * sizeof *floats);
     else if (dtype == TFM_F16)
         for (i = 0; i < n; i++)
-            halves[i] = tfm__to_f16(floats[i]);
+            halves[i] = tfm__to_f16(tfm__within_f16(floats[i]));
     else
         for (i = 0; i < n; i++)
             halves[i] = tfm__to_bf16(floats[i]);
@@ -4809,8 +4820,8 @@ static void tfm__input_piece(void *argument, size_t index) {
 /* A piece of the result goes some rows at a time from the product through `finish` to its place (unless the product of i8
  * weights can write it there), so that it lies in a buffer that the first-level cache holds. (In its place it would not:
  * rows whose distance is a multiple of 4 KiB, as those of most models are, fall on the same few lines of the cache.)
- * The rows are whole tiles, of 8 rows and of 6 in a narrow piece, of 4 in a wide one of i8 weights: a tile of the two rows
- * that 32 leave over takes as long as one of four, 5 % of fp32 on AVX2. */
+ * The rows are whole tiles, of 8 rows and of 6 in a narrow piece, of 4 in a wide one of i8 weights: 32 rows would leave two
+ * over, whose tile takes as long as one of four, 5 % of fp32 on AVX2. */
 #define TFM__LINEAR_ROWS ((size_t)48)
 #define TFM__LINEAR_COLUMNS ((size_t)48)
 #define TFM__LINEAR_ROWS_I8 ((size_t)32)
@@ -5042,7 +5053,7 @@ static size_t tfm__kv_scales(const tfm_kv *kv) {
 /* Bytes of one head's keys, or values, in one page. */
 static size_t tfm__kv_head_bytes(const tfm_kv *kv) {
     size_t numbers = tfm__product(tfm__dtype_sizes[kv->dtype], tfm__round_up(kv->head_dim, TFM__PANEL));
-    return tfm__product(kv->page_tokens, numbers + tfm__kv_scales(kv) * sizeof(uint16_t));
+    return tfm__product(kv->page_tokens, tfm__sum(numbers, tfm__kv_scales(kv) * sizeof(uint16_t)));
 }
 
 /* Bytes from one panel of keys to the next; and from one of values, with int8 from one group. */
@@ -5058,7 +5069,8 @@ static size_t tfm__value_panel_bytes(const tfm_kv *kv) {
 }
 
 static size_t tfm__kv_bytes(const tfm_kv *kv, size_t n_pages) {
-    return tfm__product(tfm__product(kv->n_layers, n_pages), tfm__product(2 * kv->n_kv_heads, tfm__kv_head_bytes(kv)));
+    return tfm__product(tfm__product(kv->n_layers, n_pages),
+                        tfm__product(tfm__product(2, kv->n_kv_heads), tfm__kv_head_bytes(kv)));
 }
 
 /* Keys (what = 0) or values (1) of a head in the page that holds the tokens [page * TFM_KV_PAGE, ...). A page has all
@@ -5106,6 +5118,8 @@ TFM_API tfm_status tfm_kv_create(tfm_kv *kv, tfm_dtype dtype, size_t n_layers, s
     memset(kv, 0, sizeof *kv);
     if (!tfm__is_kv_dtype(dtype))
         return tfm__fail(error, TFM_ERROR_ARGUMENT, "tfm_kv_create: keys and values can be f32, f16, bf16 or int8");
+    if (!n_layers || !n_kv_heads || !head_dim)
+        return tfm__fail(error, TFM_ERROR_ARGUMENT, "tfm_kv_create: layers, heads and head_dim must be greater than 0");
     kv->dtype = dtype;
     kv->n_layers = n_layers;
     kv->n_kv_heads = n_kv_heads;
@@ -5845,7 +5859,7 @@ static tfm_status tfm__check_attention(const tfm_attention *attention, const cha
                          name);
     if (attention->relative.n_buckets &&
         (!attention->relative.table || attention->relative.n_buckets < (attention->causal ? 2u : 4u) ||
-         attention->relative.max_distance <= attention->relative.n_buckets / 2))
+         attention->relative.max_distance <= attention->relative.n_buckets / (attention->causal ? 2 : 4)))
         return tfm__fail(error, TFM_ERROR_ARGUMENT,
                          "%s: relative positions need a table and more distance than buckets", name);
     status = attention->q_norm.weight.data ? tfm__check_norm(&attention->q_norm, name, dim, error) : TFM_OK;
@@ -6309,11 +6323,13 @@ static tfm_status tfm__parse_meta(tfm_file *file, size_t at, size_t end, tfm_err
         const unsigned char *p = file->bytes.data + at;
         tfm_meta *meta = file->meta + file->n_meta;
         uint64_t value_size;
+        uint32_t type;
         if (end - at < 24)
             return tfm__fail(error, TFM_ERROR_FORMAT, "%s: metadata entry %lu is cut off", file->name,
                              (unsigned long)file->n_meta);
         meta->key_size = tfm__u32(p);
-        meta->type = (tfm_meta_type)tfm__u32(p + 4);
+        type = tfm__u32(p + 4) < 7 ? tfm__u32(p + 4) : 0; /* unknown types are counted in bytes */
+        meta->type = (tfm_meta_type)type;
         value_size = tfm__u64(p + 8);
         at += 16;
         if (!meta->key_size || meta->key_size > end - at || tfm__round_up(meta->key_size, 8) > end - at ||
@@ -6325,7 +6341,7 @@ static tfm_status tfm__parse_meta(tfm_file *file, size_t at, size_t end, tfm_err
         at += tfm__round_up(meta->key_size, 8);
         meta->values = file->bytes.data + at;
         at += tfm__round_up((size_t)value_size, 8);
-        i = (size_t)meta->type < 7 ? tfm__meta_sizes[meta->type] : 1; /* unknown types are counted in bytes */
+        i = tfm__meta_sizes[type];
         if (value_size % i)
             return tfm__fail(error, TFM_ERROR_FORMAT, "%s: metadata '%.*s' has a size that is no multiple of %lu bytes",
                              file->name, (int)TFM__MIN(meta->key_size, 64), meta->key, (unsigned long)i);
@@ -6349,10 +6365,12 @@ static tfm_status tfm__parse_entry(const tfm_file *file, const unsigned char *p,
     tfm_tensor *tensor = &entry->tensor;
     const uint64_t most = (uint64_t)TFM__MIN(file->bytes.size, SIZE_MAX / 2) * 2; /* no number has less than 4 bits */
     uint64_t elements = 1, offset = tfm__u64(p + 48), size = tfm__u64(p + 56);
-    const tfm__block_format *format = tfm__blocks_of((tfm_dtype)tfm__u32(p + 4));
+    const uint32_t dtype = tfm__u32(p + 4), layout = tfm__u32(p + 8);
+    const tfm__block_format *format;
     int name_size = (int)TFM__MIN(entry->name_size, 100), i;
-    tensor->dtype = (tfm_dtype)tfm__u32(p + 4);
-    tensor->layout = (tfm_layout)tfm__u32(p + 8);
+    tensor->dtype = dtype <= TFM_Q6_K ? (tfm_dtype)dtype : TFM_NO_DTYPE;
+    tensor->layout = layout < TFM_LAYOUT_COUNT ? (tfm_layout)layout : TFM_LAYOUT_COUNT;
+    format = tfm__blocks_of(tensor->dtype);
     tensor->n_dims = (int)TFM__MIN(tfm__u32(p + 12), 255);
     entry->crc = tfm__u32(p + 64);
     if (!tfm__is_float(tensor->dtype) && tensor->dtype != TFM_I8 && !format)
@@ -6696,10 +6714,18 @@ TFM_API const tfm_entry *tfm_file_find(const tfm_file *file, const char *name) {
 }
 
 TFM_API const tfm_meta *tfm_file_find_meta(const tfm_file *file, const char *key) {
-    size_t i, size = strlen(key); /* a few dozen keys, asked for a few dozen times */
-    for (i = 0; i < file->n_meta; i++)
-        if (!tfm__compare_text(file->meta[i].key, file->meta[i].key_size, key, size))
-            return file->meta + i;
+    size_t low = 0, high = file->n_meta, size = strlen(key);
+    while (low < high) {
+        size_t middle = low + (high - low) / 2;
+        const tfm_meta *meta = file->meta + file->meta_by_key[middle];
+        int order = tfm__compare_text(meta->key, meta->key_size, key, size);
+        if (!order)
+            return meta;
+        if (order < 0)
+            low = middle + 1;
+        else
+            high = middle;
+    }
     return NULL;
 }
 
@@ -6730,6 +6756,8 @@ TFM_API tfm_status tfm_file_verify(const tfm_file *file, tfm_error *error) {
 
 /* No size in a description is larger. */
 #define TFM__MAX_SIZE 0x7FFFFFFF
+/* Nor all heads together, so that a row of queries, keys and values has a size in 32 bits, too. */
+#define TFM__MAX_WIDTH ((size_t)TFM__MAX_SIZE / 4)
 
 /* ---- folding: outlier channels moved from activations into weights, before both are quantized
  * Some channels of a real model's activations are 20 to 100 times larger than the rest, and take the precision of the 63
@@ -6815,9 +6843,9 @@ static int tfm__is_vector_of(const tfm_entry *entry, size_t n, int optional) {
 
 /* Are these shapes what the description says? If not, nothing is folded: loading will say what is wrong. */
 static int tfm__foldable_fits(const tfm__foldable *f) {
-    size_t inner = f->n_heads * f->head_dim, kv = f->n_kv_heads * f->head_dim, d_model, d_ff;
-    if (!f->qkv[0] || !f->down || f->qkv[0]->tensor.n_dims != 2 || f->down->tensor.n_dims != 2 || !f->n_kv_heads ||
-        !f->head_dim || f->n_heads % f->n_kv_heads)
+    size_t inner = tfm__product(f->n_heads, f->head_dim), kv = tfm__product(f->n_kv_heads, f->head_dim), d_model, d_ff;
+    if (inner > TFM__MAX_WIDTH || kv > TFM__MAX_WIDTH || !f->qkv[0] || !f->down || f->qkv[0]->tensor.n_dims != 2 ||
+        f->down->tensor.n_dims != 2 || !f->n_kv_heads || !f->head_dim || f->n_heads % f->n_kv_heads)
         return 0;
     d_model = f->qkv[0]->tensor.shape[1];
     d_ff = f->down->tensor.shape[1];
@@ -7198,6 +7226,16 @@ static tfm_status tfm__write_temporary(tfm__rewrite *rewrite, tfm_error *error) 
     return status;
 }
 
+/* PATH.part, for the caller to release; NULL: no memory. */
+static char *tfm__temporary_path(const char *path, const tfm_allocator *allocator) {
+    char *part = (char *)tfm__allocate(allocator, strlen(path) + sizeof ".part");
+    if (part) {
+        strcpy(part, path);
+        strcat(part, ".part");
+    }
+    return part;
+}
+
 /* The temporary file gets its name when all of it is there. */
 static tfm_status tfm__rename_temporary(const char *temporary, const char *out_path, tfm_error *error) {
     tfm_status status;
@@ -7233,11 +7271,9 @@ TFM_API tfm_status tfm_quantize(const char *in_path, const char *out_path, const
     rewrite.from = from;
     rewrite.head_size = (size_t)(tfm__u64(from->bytes.data + 40) + tfm__u64(from->bytes.data + 48));
     rewrite.head = (unsigned char *)tfm__allocate(&rewrite.allocator, rewrite.head_size);
-    path = (char *)tfm__allocate(&rewrite.allocator, strlen(out_path) + sizeof ".part");
+    path = tfm__temporary_path(out_path, &rewrite.allocator);
     if (rewrite.head && path) {
         memcpy(rewrite.head, from->bytes.data, rewrite.head_size);
-        strcpy(path, out_path);
-        strcat(path, ".part");
         rewrite.path = path;
         status = TFM_OK;
         if (!rewrite.options->dtype || rewrite.options->dtype == TFM_I8)
@@ -8613,7 +8649,7 @@ static tfm_status tfm__build_words(tfm__tokenizer *tokenizer, unsigned without_f
 
 /* ---- Encoding: what all kinds share ---------------------------------------------------------------------------------- */
 
-/* One call of tfm__tokenizer_encode(). */
+/* One call of tfm__encode(). */
 typedef struct tfm__encoder {
     const tfm__tokenizer *tokenizer;
     unsigned flags;
@@ -10949,6 +10985,8 @@ static void tfm__read_stack(tfm__reader *reader, const char *prefix, tfm_stack *
     stack->positions = (tfm_positions)tfm__read_word(reader, TFM__KEY("positions"), tfm__position_words, 1);
     stack->gated = tfm__read_word(reader, TFM__KEY("ffn"), tfm__ffn_words, 1);
     stack->activation = (tfm_activation)tfm__read_word(reader, TFM__KEY("activation"), tfm__activation_words, 1);
+    if (tfm__product(TFM__MAX(stack->n_heads, stack->n_kv_heads), stack->head_dim) > TFM__MAX_WIDTH)
+        tfm__reader_fail(reader, TFM__KEY("head_dim"), "at most 2^29 numbers in all heads");
     if (stack->n_heads % stack->n_kv_heads)
         tfm__reader_fail(reader, TFM__KEY("n_kv_heads"), "a number that divides n_heads");
     if (stack->n_layers > reader->file->n_entries)
@@ -11152,7 +11190,7 @@ static void tfm__load_norm(tfm__loader *loader, const char *name, const tfm_stac
     norm->eps = stack->norm_eps;
     snprintf(full, sizeof full, "%s.weight", name);
     tfm__load_vector(loader, full, n, optional, &norm->weight);
-    if (offset != 0 && norm->weight.data) {
+    if (offset != 0 && norm->weight.data && loader->reader.status == TFM_OK) {
         float *memory = (float *)(void *)tfm__loader_take(loader, n * sizeof *memory);
         size_t i;
         for (i = 0; loader->fill && i < n; i++)
@@ -11444,10 +11482,14 @@ static void tfm__read_byte_bpe(tfm__reader *reader, tfm__tokenizer_source *sourc
     source->ignore_merges = tfm__read_flag(reader, "tokenizer.ignore_merges", 0);
 }
 
+#define TFM__MAX_PREFIX 64 /* looking for a piece goes through it */
+
 static void tfm__read_wordpiece(tfm__reader *reader, tfm__tokenizer_source *source) {
     const tfm_meta *prefix = tfm__read_meta(reader, "tokenizer.continuing_prefix", TFM_META_TEXT, 1, "text");
     source->continuing_prefix = prefix ? (const unsigned char *)prefix->values : NULL;
     source->continuing_size = prefix ? prefix->count : 0;
+    if (source->continuing_size > TFM__MAX_PREFIX)
+        tfm__reader_fail(reader, "tokenizer.continuing_prefix", "at most 64 bytes");
     source->max_word_chars = tfm__read_size(reader, "tokenizer.max_word_chars", 1, TFM__MAX_WORD_CHARS, 100);
     source->clean_text = tfm__read_flag(reader, "tokenizer.clean_text", 1);
     source->chinese_chars = tfm__read_flag(reader, "tokenizer.chinese_chars", 1);
@@ -11804,7 +11846,7 @@ TFM_API int32_t tfm_mask_token(const tfm_model *model) {
 /* Bytes of the longest token, and of what an unknown one is written as. */
 static size_t tfm__longest_token(const tfm_model *model) {
     size_t longest = model->tokenizer.source.unk_surface_size, size, i;
-    for (i = 0; model->has_tokenizer && i < model->description.vocab_size; i++) {
+    for (i = 0; model->has_tokenizer && i < model->tokenizer.source.n_tokens; i++) {
         tfm__token_text(&model->tokenizer, (int32_t)i, &size);
         longest = TFM__MAX(longest, size);
     }
@@ -12026,6 +12068,9 @@ static tfm_status tfm__session_scratch(tfm_session *session, tfm_error *error) {
 /* So many tokens as asked for, if the stack has positions for them: relative positions know no end. */
 static tfm_status tfm__session_size(const tfm_stack *stack, size_t asked, size_t *size, tfm_error *error) {
     *size = asked ? asked : stack->n_positions;
+    if (*size > TFM__MAX_SIZE)
+        return tfm__fail(error, TFM_ERROR_ARGUMENT, "a context of %lu tokens is more than %lu", (unsigned long)*size,
+                         (unsigned long)TFM__MAX_SIZE);
     if (*size <= stack->n_positions || stack->positions == TFM_RELATIVE_POSITIONS)
         return TFM_OK;
     return tfm__fail(error, TFM_ERROR_ARGUMENT,
@@ -12058,7 +12103,8 @@ static tfm_status tfm__session_sizes(tfm_session *session, const tfm_session_opt
     if (d->kind != TFM_ENCODER)
         session->max_rows = TFM__MIN(session->max_rows, tfm__product(session->context, session->n_sequences));
     session->max_rows = TFM__MAX(session->max_rows, session->source); /* an encoder sees all of a text at once */
-    session->text_size = TFM__MAX_STOP_STRING + tfm__longest_token(session->model) + 8;
+    session->text_size =
+        TFM__MAX_STOP_STRING + TFM__MAX(tfm__longest_token(session->model), (size_t)TFM__MAX_PIECE_TEXT) + 8;
     return TFM_OK;
 }
 
@@ -12655,9 +12701,9 @@ TFM_API tfm_status tfm_set_source(tfm_session *session, size_t sequence, const t
         if (!text->mask || text->mask[i])
             memmove(session->selected + remembering.n_rows++ * d_model, session->selected + i * d_model,
                     d_model * sizeof *session->selected);
-    remembering.memory->n_tokens = 0;
     if (!remembering.n_rows)
         return tfm__fail(error, TFM_ERROR_ARGUMENT, "the mask hides all of the text");
+    remembering.memory->n_tokens = 0;
     session->kv[sequence].n_tokens = 0;
     tfm__with_threads(&session->engine->threads, tfm__remember, &remembering);
     return TFM_OK;
@@ -12952,8 +12998,8 @@ TFM_API tfm_status tfm_sample(const tfm_sampling *sampling, float *logits, size_
 /* ---- text that is being generated: held back while it may be half a character or the beginning of a stop string */
 
 typedef struct tfm__stream {
-    char *text; /* [capacity] */
-    size_t size, capacity;
+    char *text; /* the session's: room for what is held back, and the longest token's text */
+    size_t size;
     const char *const *stops;
     size_t n_stops;
     tfm_print print; /* NULL: only the stop strings matter */
@@ -13553,7 +13599,8 @@ static void tfm__offer_row(void *argument, size_t row) {
     if (search->options.no_repeat_ngram && search->options.no_repeat_ngram <= n_history)
         tfm__forbid_repeats(search->options.no_repeat_ngram, logits, vocab_size, history, n_history);
     for (i = 0; group->n_new < search->options.min_tokens && i < model->n_end_ids; i++)
-        logits[model->end_ids[i]] = -INFINITY;
+        if (model->end_ids[i] >= 0 && (size_t)model->end_ids[i] < vocab_size) /* a file may name others */
+            logits[model->end_ids[i]] = -INFINITY;
     n = spoiled ? 0 : tfm__largest(logits, vocab_size, search->keep, offers);
     for (i = 0; i < n; i++)
         offers[i].score -= log_sum;
@@ -14439,9 +14486,10 @@ static tfm_status tfm__answer_stops(const tfm_chat *chat, tfm_generate_options *
     size_t strings = options->n_stop_strings, tokens = options->n_stop_tokens, i;
     size_t size = (strings + 2) * sizeof(char *) + (tokens + TFM__FORM_TOKENS) * sizeof(int32_t);
     const char **stop_strings = (const char **)(*memory = tfm__allocate(&chat->allocator, size));
-    int32_t *stop_tokens = (int32_t *)(void *)(stop_strings + strings + 2);
+    int32_t *stop_tokens;
     if (!stop_strings)
         return tfm__fail_memory(error, size);
+    stop_tokens = (int32_t *)(void *)(stop_strings + strings + 2);
     for (i = 0; i < strings; i++)
         stop_strings[i] = options->stop_strings[i];
     for (i = 0; i < tokens; i++)
@@ -15021,31 +15069,28 @@ TFM_API tfm_status tfm_chat_load_memory(tfm_chat *chat, const void *data, size_t
 
 static tfm_status tfm__chat_write_file(const tfm_chat *chat, const char *part, const char *path, tfm_error *error) {
     tfm__chat_writer writer;
-    tfm_status status = TFM_OK;
+    int why;
     memset(&writer, 0, sizeof writer);
-    writer.file = fopen(part, "wb");
+    writer.file = tfm__open_file(part, "wb");
     if (!writer.file)
         return tfm__fail(error, TFM_ERROR_FILE, "%.300s: can't be created: %s", part, strerror(errno));
     tfm__chat_write(chat, &writer);
-    if (fclose(writer.file) || writer.failed)
-        status = tfm__fail(error, TFM_ERROR_FILE, "%.300s: can't be written: %s", part, strerror(errno));
-    if (status == TFM_OK && rename(part, path))
-        status = tfm__fail(error, TFM_ERROR_FILE, "%.300s: can't be renamed: %s", part, strerror(errno));
-    if (status != TFM_OK)
-        remove(part);
-    return status;
+    why = errno;
+    if (fclose(writer.file) && !writer.failed)
+        writer.failed = 1, why = errno;
+    if (!writer.failed)
+        return tfm__rename_temporary(part, path, error);
+    tfm__remove_file(part);
+    return tfm__fail(error, TFM_ERROR_FILE, "%.300s: can't be written: %s", part, strerror(why));
 }
 
 TFM_API tfm_status tfm_chat_save(const tfm_chat *chat, const char *path, tfm_error *error) {
-    size_t size = strlen(path) + sizeof ".part";
     tfm_status status = tfm__check_replaceable(path, error);
-    char *part = status == TFM_OK ? (char *)tfm__allocate(&chat->allocator, size) : NULL;
+    char *part = status == TFM_OK ? tfm__temporary_path(path, &chat->allocator) : NULL;
     if (status != TFM_OK)
         return status;
     if (!part)
-        return tfm__fail_memory(error, size);
-    strcpy(part, path);
-    strcat(part, ".part");
+        return tfm__fail_memory(error, strlen(path) + sizeof ".part");
     status = tfm__chat_write_file(chat, part, path, error);
     tfm__release(&chat->allocator, part);
     return status;

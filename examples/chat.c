@@ -275,6 +275,10 @@ static tfm_status converse(program *p, tfm_error *error) {
         putchar('\n');
         status = TFM_OK;
     }
+    if (ferror(stdin) && !interrupted && status == TFM_OK) {
+        snprintf(error->message, sizeof error->message, "standard input can't be read");
+        status = TFM_ERROR_FILE;
+    }
     if ((fflush(stdout) || ferror(stdout)) && status == TFM_OK) {
         snprintf(error->message, sizeof error->message, "standard output can't be written");
         status = TFM_ERROR_FILE;

@@ -548,6 +548,26 @@ def _(generator, folder):
     return model, {"says": {"head": "own"}}
 
 
+def untied(model, head):
+    """What nothing reads when the head is not tied: a bias beside the decoder's own."""
+    with torch.no_grad():
+        head.bias.copy_(torch.full_like(head.bias, 0.5))
+    return model, {"says": {"head": "own"}}
+
+
+@case("BERT with a head and a bias of its own")
+def _(generator, _):
+    model = transformers.BertForMaskedLM(transformers.BertConfig(tie_word_embeddings=False, **bert_sizes(generator)))
+    return untied(randomized(model), model.cls.predictions)
+
+
+@case("RoBERTa with a head and a bias of its own")
+def _(generator, _):
+    model = transformers.RobertaForMaskedLM(
+        transformers.RobertaConfig(tie_word_embeddings=False, pad_token_id=1, **bert_sizes(generator)))
+    return untied(randomized(model), model.lm_head)
+
+
 @case("BERT with labels and kinds of problems")
 def _(generator, _):
     labels = ["sad", "glad\nor so", "Ümlaut"]

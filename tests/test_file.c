@@ -675,9 +675,10 @@ static void test_misfits(void) {
         {"vocab_size", 0x7FFFFFFF, "token_embedding.weight"},
         {"d_model", 9, "token_embedding.weight"},
         {"decoder.n_heads", 4, "decoder.blocks.0.attention.qkv.weight"},
-        {"decoder.n_heads", 0x7FFFFFFF, "decoder.blocks.0.attention.qkv.weight"},
+        {"decoder.n_heads", 0x7FFFFFFF, "decoder.head_dim"},
         {"decoder.n_kv_heads", 2, "decoder.blocks.0.attention.qkv.weight"},
-        {"decoder.head_dim", 0x7FFFFFFF, "decoder.blocks.0.attention.qkv.weight"},
+        {"decoder.head_dim", 0x7FFFFFFF, "decoder.head_dim"},
+        {"decoder.head_dim", 0x40000008, "decoder.head_dim"}, /* times 2 heads and 4 bytes: small in 32 bits */
         {"decoder.d_ff", 13, "decoder.blocks.0.ffn.up.weight"},
         {"decoder.d_ff", 0x7FFFFFFF, "decoder.blocks.0.ffn.up.weight"},
         {"decoder.n_positions", 0x7FFFFFFF, "decoder.position_embedding.weight"},

@@ -1359,7 +1359,172 @@ static void test_random_model(void) {
     free(bytes);
 }
 
+/* Ids that end a text and are none of the vocabulary's: a configuration may name them. */
+static void test_strange_ends(void) {
+    static const int32_t ends[] = {50000000, -40000000, VOCAB, -1};
+    test_tfm tfm;
+    unsigned char *bytes;
+    tfm_model *model;
+    tfm_error error = {TFM_OK, ""};
+    memset(&tfm, 0, sizeof tfm);
+    test_put_description(&tfm, &random_shape);
+    test_put_weights(&tfm, &random_shape, 79);
+    test_put_i32(&tfm, "generation.eos_ids", ends, 4);
+    model = test_load_tfm(&tfm, &bytes);
+    if (model) {
+        tfm_session *session = make_session(model, 0, 4, 0);
+        tfm_prompt prompt = {numbers, 3};
+        tfm_beam_options options;
+        tfm_result answer;
+        memset(&options, 0, sizeof options);
+        options.beams = 2;
+        options.min_tokens = 2;
+        options.max_tokens = 5;
+        memset(&answer, 0, sizeof answer);
+        CHECK_OK(tfm_beam_search(session, &prompt, 1, &options, &answer, &error), error);
+        CHECK_MSG(answer.n_tokens == 5, "%lu tokens", (unsigned long)answer.n_tokens);
+        tfm_session_free(session);
+    }
+    tfm_free(model);
+    free(bytes);
+    test_clear(&tfm);
+}
+
+static void put_zeros(test_tfm *tfm, const char *stack, const char *name, size_t rows, size_t columns) {
+    static const float zeros[48 * 16];
+    char full[64];
+    snprintf(full, sizeof full, "%s.blocks.0.%s", stack, name);
+    test_put_tensor(tfm, full, rows, columns, zeros);
+}
+
+static void put_stack(test_tfm *tfm, const char *stack) {
+    static const struct {
+        const char *name;
+        int64_t value;
+    } sizes[] = {{"n_layers", 1}, {"n_heads", 1}, {"head_dim", 16}, {"d_ff", 16}, {"n_positions", 64}};
+    static const struct {
+        const char *name, *value;
+    } words[] = {
+        {"norm", "rms"}, {"norm_place", "pre"}, {"positions", "none"}, {"ffn", "plain"}, {"activation", "relu"}};
+    char key[64];
+    size_t i;
+    for (i = 0; i < sizeof sizes / sizeof *sizes; i++) {
+        snprintf(key, sizeof key, "%s.%s", stack, sizes[i].name);
+        test_put_i64(tfm, key, sizes[i].value);
+        snprintf(key, sizeof key, "%s.%s", stack, words[i].name);
+        test_put_text(tfm, key, words[i].value);
+    }
+    snprintf(key, sizeof key, "%s.norm_eps", stack);
+    test_put_f64(tfm, key, 1e-5);
+    snprintf(key, sizeof key, "%s.attention_scale", stack);
+    test_put_f64(tfm, key, 0.25);
+    put_zeros(tfm, stack, "attention_norm.weight", 16, 0);
+    put_zeros(tfm, stack, "attention.qkv.weight", 48, 16);
+    put_zeros(tfm, stack, "attention.out.weight", 16, 16);
+    put_zeros(tfm, stack, "ffn_norm.weight", 16, 0);
+    put_zeros(tfm, stack, "ffn.up.weight", 16, 16);
+    put_zeros(tfm, stack, "ffn.down.weight", 16, 16);
+}
+
+/* An encoder-decoder whose WordPiece tokenizer writes an added token three times as long as it is in the file: bytes that
+ * can't be UTF-8, as U+FFFD. */
+static tfm_model *long_text_model(unsigned char **bytes) {
+    enum { N_TOKENS = 8, LONG = 1020 };
+    static const float zeros[N_TOKENS * 16];
+    static const char end[] = "decoder";
+    static const int32_t added[] = {N_TOKENS - 1, 16}; /* 16: to be found in normalized text */
+    int32_t sizes[N_TOKENS] = {5, 1, 1, 1, 1, 1, 1, LONG};
+    char tokens[5 + 6 + LONG];
+    test_tfm tfm;
+    tfm_model *model;
+    memcpy(tokens, "[UNK]abcdef", 11);
+    memset(tokens + 11, 0xFF, LONG);
+    memset(&tfm, 0, sizeof tfm);
+    test_put_text(&tfm, "model.kind", "encoder-decoder");
+    test_put_i64(&tfm, "vocab_size", N_TOKENS);
+    test_put_i64(&tfm, "d_model", 16);
+    test_put_text(&tfm, "head", "own");
+    put_stack(&tfm, "encoder");
+    put_stack(&tfm, end);
+    test_put_i64(&tfm, "decoder.cross", 1);
+    put_zeros(&tfm, end, "cross_norm.weight", 16, 0);
+    put_zeros(&tfm, end, "cross.q.weight", 16, 16);
+    put_zeros(&tfm, end, "cross.kv.weight", 32, 16);
+    put_zeros(&tfm, end, "cross.out.weight", 16, 16);
+    test_put_tensor(&tfm, "token_embedding.weight", N_TOKENS, 16, zeros);
+    test_put_tensor(&tfm, "head.weight", N_TOKENS, 16, zeros);
+    test_put_text(&tfm, "tokenizer.kind", "wordpiece");
+    test_put(&tfm, "tokenizer.tokens", TFM_META_BYTES, tokens, sizeof tokens);
+    test_put_i32(&tfm, "tokenizer.token_sizes", sizes, N_TOKENS);
+    test_put_i64(&tfm, "tokenizer.unk_id", 0);
+    test_put_text(&tfm, "tokenizer.continuing_prefix", "##");
+    test_put_i64(&tfm, "tokenizer.clean_text", 0);
+    test_put_i64(&tfm, "tokenizer.lowercase", 0);
+    test_put_i32(&tfm, "tokenizer.added", added, 2);
+    test_put_i64(&tfm, "generation.start_id", 1);
+    model = test_load_tfm(&tfm, bytes);
+    test_clear(&tfm);
+    return model;
+}
+
+static int add_size(void *user, const char *text, size_t size) {
+    (void)text;
+    *(size_t *)user += size;
+    return 0;
+}
+
+static void test_long_text(void) {
+    unsigned char *bytes;
+    tfm_model *model = long_text_model(&bytes);
+    test_heap heap;
+    if (model) {
+        const tfm_logit_bias bias = {7, 1e6f};
+        tfm_session_options small;
+        tfm_generate_options options;
+        tfm_session *session;
+        tfm_error error = {TFM_OK, ""};
+        size_t size = 0;
+        memset(&heap, 0, sizeof heap);
+        memset(&small, 0, sizeof small);
+        memset(&options, 0, sizeof options);
+        small.engine.allocator = test_allocator(&heap);
+        small.engine.threads = 1;
+        options.max_tokens = 3;
+        options.sampling.logit_bias = &bias;
+        options.sampling.n_logit_bias = 1;
+        session = tfm_session_create(model, &small, &error);
+        CHECK_MSG(session != NULL, "%s", error.message);
+        CHECK_OK(tfm_generate(session, "a b", &options, add_size, &size, &error), error);
+        CHECK_MSG(size > (size_t)3 * 3 * 1000, "%lu bytes of text", (unsigned long)size);
+        tfm_session_free(session);
+        CHECK(!heap.bad && !heap.live);
+    }
+    tfm_free(model);
+    free(bytes);
+}
+
+/* Relative positions know no end; memory does. */
+static void test_endless_context(void) {
+    static const size_t sizes[] = {SIZE_MAX, SIZE_MAX - 100, (size_t)0x80000000u};
+    tfm_error error = {TFM_OK, ""};
+    tfm_model *model = tfm_load("tests/golden/beams_t5.tfm", NULL, &error);
+    size_t i;
+    for (i = 0; model && i < 2 * sizeof sizes / sizeof *sizes; i++) {
+        tfm_session_options options;
+        memset(&options, 0, sizeof options);
+        options.context = i % 2 ? 8 : sizes[i / 2];
+        options.source = i % 2 ? sizes[i / 2] : 8;
+        CHECK(!tfm_session_create(model, &options, &error) && error.status == TFM_ERROR_ARGUMENT);
+        CHECK_MSG(strstr(error.message, "a context of") != NULL, "%s", error.message);
+    }
+    CHECK_MSG(model != NULL, "%s", error.message);
+    tfm_free(model);
+}
+
 void test_generate(void) {
+    test_strange_ends();
+    test_long_text();
+    test_endless_context();
     test_ends();
     test_callbacks_stop();
     test_stop_strings();

@@ -649,6 +649,11 @@ static void test_spans_refused(const tfm_attention *attention) {
                   "span 0");
     check_refused(tfm_kv_create(&kv, TFM_NO_DTYPE, 1, 1, 4, 2, NULL, &error), TFM_ERROR_ARGUMENT, &error,
                   "keys and values can be f32, f16, bf16 or int8");
+    check_refused(tfm_kv_create(&kv, TFM_F32, 1, 0, 4, 2, NULL, &error), TFM_ERROR_ARGUMENT, &error, "greater than 0");
+    check_refused(tfm_kv_create(&kv, TFM_F32, 1, 1, 64, SIZE_MAX, NULL, &error), TFM_ERROR_MEMORY, &error, "memory");
+    check_refused(tfm_kv_create(&kv, TFM_I8, 1, SIZE_MAX / 2 + 2, 4, 2, NULL, &error), TFM_ERROR_MEMORY, &error,
+                  "memory");
+    check_refused(tfm_kv_create(&kv, TFM_F16, 1, 1, SIZE_MAX - 3, 2, NULL, &error), TFM_ERROR_MEMORY, &error, "memory");
     CHECK_OK(tfm_kv_create(&kv, TFM_F32, 1, attention->n_kv_heads, attention->head_dim, 2, NULL, &error), error);
     span.kv = &kv;
     span.n_rows = 1;

@@ -56,6 +56,10 @@ fails 2 "value is missing" build/tfm dump $model --ids
 fails 2 "needs --ids and -o, or --input and -o" build/tfm dump $model
 fails 2 "needs --ids and -o, or --input and -o" build/tfm dump $model --input x.npy
 fails 2 "expected a number" build/tfm dump $model --ids 1 --threads many -o $dir/x.npy
+for threads in 1025 2147483648 4294967297; do
+    fails 2 "at most 1024" build/tfm dump $model --ids 1 --threads $threads -o $dir/x.npy
+    fails 2 "at most 1024" build/tfm quantize $model $dir/x.tfm --threads $threads
+done
 fails 2 "expected logits, hidden or pooled" build/tfm dump $model --ids 1 --what everything -o $dir/x.npy
 fails 2 "unknown type" build/tfm quantize $model $dir/x.tfm --type f13
 fails 2 "unknown option" build/gpt2 --frobnicate
@@ -147,6 +151,20 @@ fails 1 "missing.txt" build/tfm perplexity $model $dir/missing.txt
 printf 'a' >"$dir/a.txt"
 fails 1 "nothing to score" build/tfm perplexity $model $dir/a.txt
 fails 1 "context" build/tfm perplexity $model $dir/a.txt --context 513
+fails 1 "decoder" build/tfm perplexity tests/golden/beams_t5.tfm README.md
+fails 1 "decoder" build/tfm perplexity tests/golden/encoder_mlm.tfm README.md
+cp $model $dir/only.tfm
+ln $dir/only.tfm $dir/same.tfm
+fails 1 "would be lost" build/tfm dump $dir/only.tfm --ids 1,2 -o $dir/only.tfm
+fails 1 "would be lost" build/tfm dump $dir/only.tfm --ids 1,2 -o $dir/same.tfm
+fails 1 "would be lost" build/tfm bench $dir/only.tfm --json $dir/./only.tfm
+fails 1 "would be lost" build/tfm bench $dir/only.tfm --svg $dir/only.tfm
+check "the model is still there" cmp -s $model $dir/only.tfm
+build/chat $model -n 3 >"$dir/out" 2>"$dir/err" <&-
+check "chat: closed standard input: exit status" [ $? -eq 1 ]
+check "chat: closed standard input" says "standard input can't be read"
+build/chat $model -n 3 >"$dir/out" 2>"$dir/err" <tests
+check "chat: a directory as standard input" says "standard input can't be read"
 check "errors leave nothing behind" no_output_left
 
 # ---- output that can't be written, and output that is no file

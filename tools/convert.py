@@ -1419,6 +1419,7 @@ class Family(NamedTuple):
     aliases: Tuple[Tuple[str, str], ...] = ()  # (name, another that a checkpoint may give the same tensor)
     ignored: str = ""  # pattern of buffers that hold no parameters
     left_out: str = ""  # pattern of parameters that no result needs
+    left_out_untied: str = ""  # and of those that none needs where the head has a table, and a bias, of its own
     embedding: str = ""  # the sources of the two tensors that may be tied
     head: str = ""
     tokenizer_class: str = ""  # and what it makes special by default
@@ -1654,6 +1655,7 @@ BERT = Family(
     aliases=(("cls.predictions.decoder.bias", "cls.predictions.bias"),),
     ignored=r"embeddings\.(position_ids|token_type_ids)",
     left_out=r"cls\.seq_relationship\..*",
+    left_out_untied=r"cls\.predictions\.bias",
     embedding="embeddings.word_embeddings.weight",
     head="cls.predictions.decoder.weight",
 )
@@ -1666,6 +1668,7 @@ ROBERTA = BERT._replace(
     prefix="roberta.",
     aliases=(("lm_head.decoder.bias", "lm_head.bias"),),
     left_out="",
+    left_out_untied=r"lm_head\.bias",
     head="lm_head.decoder.weight",
 )
 DISTILBERT = BERT._replace(
@@ -2114,7 +2117,13 @@ def prepare_torch(family, tensors, config, notes):
     if others:
         notes.append("left out, as it is not in the %s: %s" % (family.title, listing(others)))
     outer = "" if len(stacks) > 1 else stacks[0] + (".layers.0." if is_layer else ".")
-    return {outer + name[len(prefix):]: tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+    module = {outer + name[len(prefix):]: tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+    for stack in stacks:
+        if (stack + ".norm.weight" in module and stack + ".norm.bias" not in module
+                and stack + ".layers.0.norm1.bias" in module):
+            notes.append("warning: %s.norm has no bias, unlike the norms of the layers: it is taken as a LayerNorm without "
+                         "one; an RMSNorm has the same tensors" % stack)
+    return module
 
 
 def describe_torch(config, family, tensors):
@@ -2503,10 +2512,15 @@ def settle_aliases(tensors, family):
             del tensors[other]
 
 
-def drop_unused(tensors, family, notes):
-    left_out = [name for name in tensors if re.fullmatch(family.left_out, name)]
+def leave_out(tensors, pattern, notes):
+    left_out = [name for name in tensors if re.fullmatch(pattern, name)]
     if left_out:
         notes.append("left out, as no result needs it: " + listing(left_out))
+    return left_out
+
+
+def drop_unused(tensors, family, notes):
+    left_out = leave_out(tensors, family.left_out, notes)
     return {name: tensor for name, tensor in tensors.items()
             if name not in left_out and not re.fullmatch(family.ignored, name)}
 
@@ -2514,6 +2528,9 @@ def drop_unused(tensors, family, notes):
 def settle_head(tensors, model, family, notes):
     """Says in `model` whether the output head is the token embedding, and removes what is there twice."""
     head, table = tensors.get(family.head), tensors.get(family.embedding)
+    if not model.tied:
+        for name in leave_out(tensors, family.left_out_untied, notes):
+            del tensors[name]
     model.head = "tied" if model.tied else "own" if model.needs_head or head else "none"
     if head is None:
         return

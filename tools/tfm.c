@@ -118,6 +118,28 @@ static int parse_number(const char *text, long *number) {
     return *text && !*end && !errno && *number > 0;
 }
 
+static int is_same_file(const char *a, const char *b) {
+    struct stat of_a, of_b;
+    if (!strcmp(a, b))
+        return 1;
+    return !stat(a, &of_a) && !stat(b, &of_b) && of_a.st_ino && of_a.st_ino == of_b.st_ino &&
+           of_a.st_dev == of_b.st_dev && S_ISREG(of_a.st_mode);
+}
+
+/* Says which file would be written over the model or the vectors that are read; 0: none. */
+static int check_outputs(const arguments *args) {
+    const char *const outputs[] = {args->output, args->json, args->svg};
+    const char *const inputs[] = {args->paths[0], args->input, args->decoder_input};
+    size_t i, k;
+    for (i = 0; i < sizeof outputs / sizeof *outputs; i++)
+        for (k = 0; k < sizeof inputs / sizeof *inputs; k++)
+            if (outputs[i] && inputs[k] && is_same_file(outputs[i], inputs[k])) {
+                fprintf(stderr, "tfm: %s: is also read, and would be lost\n", outputs[i]);
+                return 1;
+            }
+    return 0;
+}
+
 /* 0, or the exit status of wrong usage. `allowed` are the names of the subcommand's options, separated by spaces. */
 static int parse(int argc, char **argv, int n_paths, const char *allowed, arguments *args) {
     const option options[] = {
@@ -166,7 +188,9 @@ static int parse(int argc, char **argv, int n_paths, const char *allowed, argume
     }
     if (args->kv && tfm_dtype_from_name(args->kv, &args->kv_dtype, &error) != TFM_OK)
         return usage("--kv: ", error.message);
-    return args->n_paths < n_paths ? usage("an argument is missing", "") : 0;
+    if (args->threads > 1024)
+        return usage("--threads: at most 1024", "");
+    return args->n_paths < n_paths ? usage("an argument is missing", "") : check_outputs(args);
 }
 
 /* `source`: tokens for the encoder. 0: the model's positions. */
@@ -1030,6 +1054,8 @@ static int perplexity_of(const tfm_model *model, const arguments *args, const in
     tfm_session *session;
     double total = 0;
     float *logits;
+    if (d->kind != TFM_DECODER || !n_positions)
+        return fail("perplexity is of a decoder, which the model is not");
     if (context < 2 || context > n_positions || stride > context) {
         fprintf(stderr, "tfm: --context must be from 2 to %lu, the model's positions, and --stride no more than that\n",
                 (unsigned long)n_positions);
@@ -2148,8 +2174,6 @@ static int configure(benchmark *b, const arguments *args) {
         return usage("--batch: at most 4096", "");
     if (parse_lengths(b, args->prompt ? args->prompt : "512"))
         return 2;
-    if (args->threads > 1024)
-        return usage("--threads: at most 1024", "");
     if (tfm_isa_from_name(args->isa, &b->isa, &error) != TFM_OK)
         return usage("--isa: ", error.message);
     return parse_types(b, args->type ? args->type : "f32,f16,int8");
