@@ -670,6 +670,20 @@ static void test_spans_refused(const tfm_attention *attention) {
     tfm_kv_free(&kv, NULL);
 }
 
+/* As f16, what is finite stays finite; infinity and NaN stay what they are. (0x7BFF is 65504, the largest.) */
+static void test_large_weights(void) {
+    static const uint16_t expected[] = {0x7BFF, 0xFBFF, 0x7BFF, 0x7C00, 0x3C00};
+    const float weights[5] = {70000, -1e30f, 65519, INFINITY, 1};
+    const tfm_tensor matrix = tfm_matrix(weights, 1, 5);
+    tfm_tensor packed;
+    tfm_error error;
+    size_t i;
+    CHECK_OK(tfm_pack(&matrix, TFM_F16, NULL, &packed, &error), error);
+    for (i = 0; i < 5; i++)
+        CHECK_MSG(((const uint16_t *)packed.data)[16 * i] == expected[i], "%g", (double)weights[i]);
+    tfm_unpack(&packed, NULL);
+}
+
 static void test_refused(void) {
     float x[3 * 12] = {0}, y[3 * 36];
     tfm_attention attention = load_attention("attention.2"), odd = attention;
@@ -712,6 +726,7 @@ static void test_on(tfm_isa isa, int threads) {
     each_case("attention", test_attention);
     each_case("block", test_block);
     test_blind_token();
+    test_large_weights();
     test_refused();
     golden = golden_options;
     each_case("option", test_option);
