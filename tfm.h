@@ -77,10 +77,10 @@
  *
  * ODD NUMBERS
  *
- *   NaN and infinity     in weights: loaded as they are in f32, f16 and bf16 (finite ones as f16 at most +-65504); what has to be quantized is refused with the
- *                        tensor's name (TFM_ERROR_FORMAT for a file, TFM_ERROR_ARGUMENT for tfm_pack). In activations: a
- *                        product with one is NaN or infinite, as in IEEE 754 and PyTorch; int8 makes a row that has one
- *                        NaN. It stays in its own sequence, and goes from a token only to those after it (with causal
+ *   NaN and infinity     in weights: loaded as they are in f32, f16 and bf16 (finite ones as f16 at most +-65504); what
+ *                        has to be quantized is refused with the tensor's name (TFM_ERROR_FORMAT for a file,
+ *                        TFM_ERROR_ARGUMENT for tfm_pack). In activations: a product with one is NaN or infinite, as in
+ *                        IEEE 754 and PyTorch; int8 makes a row that has one NaN. It stays in its own sequence, and goes from a token only to those after it (with causal
  *                        attention; a window or a mask does not stop it): the tokens before it, other sequences, and
  *                        whatever follows once it is forgotten (tfm_truncate) have the bits that they have without it.
  *   logits that are NaN  are never chosen. If none is left that is a number above -infinity, sampling and generating are
@@ -643,7 +643,8 @@ enum {
 
 /* Tokenizes `size` bytes of text, any bytes. Like snprintf: *n_ids is how many ids the text has, of which at most
  * `capacity` are written. Thread-safe. Allocates only for stretches of more than some 200 bytes without a place to cut,
- * which a whole text may be to SentencePiece. What is no UTF-8 stays as it is with a byte-level tokenizer; others see U+FFFD in its place. */
+ * which a whole text may be to SentencePiece. What is no UTF-8 stays as it is with a byte-level tokenizer; others see
+ * U+FFFD in its place. */
 TFM_API tfm_status tfm_tokenize(const tfm_model *model, const char *text, size_t size, unsigned flags, int32_t *ids,
                                 size_t capacity, size_t *n_ids, tfm_error *error);
 
@@ -2086,9 +2087,9 @@ static void tfm__to_floats(tfm_dtype dtype, const void *source, size_t stride, s
             floats[i] = tfm__from_bf16(halves[i * stride]);
 }
 
-/* What is beyond the largest f16, 65504, as that; infinity stays. */
+/* What is beyond the largest f16, 65504, as that. */
 static float tfm__within_f16(float value) {
-    return !tfm__is_finite(value) ? value : value > 65504.0f ? 65504.0f : value < -65504.0f ? -65504.0f : value;
+    return value > 65504.0f ? 65504.0f : value < -65504.0f ? -65504.0f : value; /* NaN stays NaN */
 }
 
 static void tfm__from_floats(tfm_dtype dtype, const float *floats, size_t n, void *target) {
@@ -2098,7 +2099,7 @@ static void tfm__from_floats(tfm_dtype dtype, const float *floats, size_t n, voi
         memcpy(target, floats, n * sizeof *floats);
     else if (dtype == TFM_F16)
         for (i = 0; i < n; i++)
-            halves[i] = tfm__to_f16(tfm__within_f16(floats[i]));
+            halves[i] = tfm__to_f16(tfm__is_finite(floats[i]) ? tfm__within_f16(floats[i]) : floats[i]);
     else
         for (i = 0; i < n; i++)
             halves[i] = tfm__to_bf16(floats[i]);
@@ -2899,7 +2900,7 @@ static void tfm__scalar_turn(float *x, size_t n_pairs, int interleaved, const fl
 static void tfm__scalar_to_f16(const float *x, size_t n, uint16_t *halves) {
     size_t i;
     for (i = 0; i < n; i++)
-        halves[i] = tfm__to_f16(x[i] > 65504.0f ? 65504.0f : x[i] < -65504.0f ? -65504.0f : x[i]);
+        halves[i] = tfm__to_f16(tfm__within_f16(x[i]));
 }
 
 static void tfm__scalar_scale(float *x, size_t n, float by) {
@@ -5074,11 +5075,11 @@ static size_t tfm__kv_bytes(const tfm_kv *kv, size_t n_pages) {
 }
 
 /* Keys (what = 0) or values (1) of a head in the page that holds the tokens [page * TFM_KV_PAGE, ...). A page has all
- * layers' side by side: memory that no token has come to is not touched. A temporary cache's one layer serves all. */
+ * layers' side by side: memory that no token has come to is not touched. */
 static char *tfm__kv_at(const tfm_kv *kv, size_t layer, size_t page, size_t what, size_t head) {
     size_t in_pool = kv->pages ? kv->pages[page] : page;
-    return (char *)kv->pool + (((in_pool * kv->n_layers + layer % kv->n_layers) * 2 + what) * kv->n_kv_heads + head) *
-                                  tfm__kv_head_bytes(kv);
+    return (char *)kv->pool +
+           (((in_pool * kv->n_layers + layer) * 2 + what) * kv->n_kv_heads + head) * tfm__kv_head_bytes(kv);
 }
 
 /* Where in a head's keys or values of one page the numbers [d, ...) of its token `at` begin, d a multiple of 16. */
@@ -5178,6 +5179,7 @@ static size_t tfm__wanted_rows(const tfm__attention_job *job, size_t span) {
 typedef struct tfm__span_view {
     const tfm_span *span;
     const tfm_kv *kv;
+    size_t layer; /* of the cache: a temporary one has a single layer, which serves all */
     size_t past, n_keys;
     size_t row;     /* of x, the first */
     size_t wanted;  /* rows that attend */
@@ -5198,6 +5200,7 @@ static tfm__span_view tfm__find_span(const tfm__attention_job *job, size_t *inde
     }
     view.span = job->pass->spans + i;
     view.wanted = tfm__wanted_rows(job, i);
+    view.layer = job->cross || view.span->kv ? job->layer : 0;
     if (job->cross) {
         view.kv = view.span->memory;
         view.past = 0;
@@ -5383,7 +5386,7 @@ static void tfm__store(const tfm__attention_job *job, const tfm__span_view *view
     const size_t page = (view->past + first) / TFM_KV_PAGE, at = (view->past + first) % TFM_KV_PAGE;
     const float *key = job->keys + (view->row + first) * stride + head * dim;
     const float *value = key + attention->n_kv_heads * dim;
-    char *keys = tfm__kv_at(kv, job->layer, page, 0, head), *values = tfm__kv_at(kv, job->layer, page, 1, head);
+    char *keys = tfm__kv_at(kv, view->layer, page, 0, head), *values = tfm__kv_at(kv, view->layer, page, 1, head);
     size_t i;
     if (at % TFM__PANEL == 0 && n < TFM__PANEL) /* products read whole panels: nothing unwritten */
         memset(keys + at / TFM__PANEL * tfm__key_panel_bytes(kv), 0, tfm__key_panel_bytes(kv));
@@ -5528,7 +5531,7 @@ static void tfm__attend(const tfm__attention_job *job, const tfm__span_view *vie
         size_t keys = TFM__MIN((size_t)TFM_KV_PAGE, end - start);
         product.x = queries->query; /* scores [n][keys] = queries [n][head_dim] keys^T */
         product.x_stride = queries->query_stride;
-        product.w = tfm__kv_at(view->kv, job->layer, start / TFM_KV_PAGE, 0, queries->kv_head);
+        product.w = tfm__kv_at(view->kv, view->layer, start / TFM_KV_PAGE, 0, queries->kv_head);
         product.panel_bytes = tfm__key_panel_bytes(view->kv);
         product.n = tfm__round_up(keys, TFM__PANEL); /* the scores past the last key are not looked at */
         product.k = dim;
@@ -5543,7 +5546,7 @@ static void tfm__attend(const tfm__attention_job *job, const tfm__span_view *vie
         }
         product.x = scores; /* context [n][head_dim] += probabilities [n][keys] values */
         product.x_stride = TFM_KV_PAGE;
-        product.w = tfm__kv_at(view->kv, job->layer, start / TFM_KV_PAGE, 1, queries->kv_head);
+        product.w = tfm__kv_at(view->kv, view->layer, start / TFM_KV_PAGE, 1, queries->kv_head);
         product.panel_bytes = tfm__value_panel_bytes(view->kv);
         product.n = dim;
         product.k = keys;
@@ -6299,14 +6302,42 @@ static int tfm__compare_text(const char *a, size_t a_size, const char *b, size_t
     return order ? order : (a_size > b_size) - (a_size < b_size);
 }
 
+/* How the key of a metadata entry, or the name of a tensor, stands to that text. */
+static int tfm__key_order(const tfm_file *file, uint32_t index, const char *text, size_t size) {
+    return tfm__compare_text(file->meta[index].key, file->meta[index].key_size, text, size);
+}
+
+static int tfm__name_order(const tfm_file *file, uint32_t index, const char *text, size_t size) {
+    return tfm__compare_text(file->entries[index].name, file->entries[index].name_size, text, size);
+}
+
+/* Which of n sorted indexes is that text's; NULL: none. */
+static const uint32_t *tfm__find_sorted(const tfm_file *file, const uint32_t *sorted, size_t n,
+                                        int (*order_of)(const tfm_file *file, uint32_t index, const char *text,
+                                                        size_t size),
+                                        const char *text) {
+    size_t low = 0, high = n, size = strlen(text);
+    while (low < high) {
+        size_t middle = low + (high - low) / 2;
+        int order = order_of(file, sorted[middle], text, size);
+        if (!order)
+            return sorted + middle;
+        if (order < 0)
+            low = middle + 1;
+        else
+            high = middle;
+    }
+    return NULL;
+}
+
 static int tfm__compare_meta(const void *context, uint32_t a, uint32_t b) {
-    const tfm_meta *meta = ((const tfm_file *)context)->meta;
-    return tfm__compare_text(meta[a].key, meta[a].key_size, meta[b].key, meta[b].key_size);
+    const tfm_file *file = (const tfm_file *)context;
+    return tfm__key_order(file, a, file->meta[b].key, file->meta[b].key_size);
 }
 
 static int tfm__compare_entries(const void *context, uint32_t a, uint32_t b) {
-    const tfm_entry *entries = ((const tfm_file *)context)->entries;
-    return tfm__compare_text(entries[a].name, entries[a].name_size, entries[b].name, entries[b].name_size);
+    const tfm_file *file = (const tfm_file *)context;
+    return tfm__name_order(file, a, file->entries[b].name, file->entries[b].name_size);
 }
 
 /* ---- parsing */
@@ -6323,13 +6354,11 @@ static tfm_status tfm__parse_meta(tfm_file *file, size_t at, size_t end, tfm_err
         const unsigned char *p = file->bytes.data + at;
         tfm_meta *meta = file->meta + file->n_meta;
         uint64_t value_size;
-        uint32_t type;
         if (end - at < 24)
             return tfm__fail(error, TFM_ERROR_FORMAT, "%s: metadata entry %lu is cut off", file->name,
                              (unsigned long)file->n_meta);
         meta->key_size = tfm__u32(p);
-        type = tfm__u32(p + 4) < 7 ? tfm__u32(p + 4) : 0; /* unknown types are counted in bytes */
-        meta->type = (tfm_meta_type)type;
+        meta->type = (tfm_meta_type)(tfm__u32(p + 4) < 7 ? tfm__u32(p + 4) : 0); /* 0: unknown, counted in bytes */
         value_size = tfm__u64(p + 8);
         at += 16;
         if (!meta->key_size || meta->key_size > end - at || tfm__round_up(meta->key_size, 8) > end - at ||
@@ -6341,7 +6370,7 @@ static tfm_status tfm__parse_meta(tfm_file *file, size_t at, size_t end, tfm_err
         at += tfm__round_up(meta->key_size, 8);
         meta->values = file->bytes.data + at;
         at += tfm__round_up((size_t)value_size, 8);
-        i = tfm__meta_sizes[type];
+        i = tfm__meta_sizes[meta->type];
         if (value_size % i)
             return tfm__fail(error, TFM_ERROR_FORMAT, "%s: metadata '%.*s' has a size that is no multiple of %lu bytes",
                              file->name, (int)TFM__MIN(meta->key_size, 64), meta->key, (unsigned long)i);
@@ -6698,35 +6727,14 @@ TFM_API const tfm_entry *tfm_file_entry(const tfm_file *file, size_t index) {
 }
 
 TFM_API const tfm_entry *tfm_file_find(const tfm_file *file, const char *name) {
-    size_t low = 0, high = file->n_entries + file->n_whole, size = strlen(name);
-    while (low < high) {
-        size_t middle = low + (high - low) / 2;
-        const tfm_entry *entry = file->entries + file->entry_by_name[middle];
-        int order = tfm__compare_text(entry->name, entry->name_size, name, size);
-        if (!order)
-            return entry;
-        if (order < 0)
-            low = middle + 1;
-        else
-            high = middle;
-    }
-    return NULL;
+    const uint32_t *found =
+        tfm__find_sorted(file, file->entry_by_name, file->n_entries + file->n_whole, tfm__name_order, name);
+    return found ? file->entries + *found : NULL;
 }
 
 TFM_API const tfm_meta *tfm_file_find_meta(const tfm_file *file, const char *key) {
-    size_t low = 0, high = file->n_meta, size = strlen(key);
-    while (low < high) {
-        size_t middle = low + (high - low) / 2;
-        const tfm_meta *meta = file->meta + file->meta_by_key[middle];
-        int order = tfm__compare_text(meta->key, meta->key_size, key, size);
-        if (!order)
-            return meta;
-        if (order < 0)
-            low = middle + 1;
-        else
-            high = middle;
-    }
-    return NULL;
+    const uint32_t *found = tfm__find_sorted(file, file->meta_by_key, file->n_meta, tfm__key_order, key);
+    return found ? file->meta + *found : NULL;
 }
 
 /* The tensor's data in the mapped file is not needed again soon: lets the system take the memory back, so that a file
@@ -11156,10 +11164,11 @@ static void tfm__load_table(tfm__loader *loader, const char *name, size_t rows, 
         *table = entry->tensor;
 }
 
-/* A vector, in fp32. */
+/* A vector, in fp32; none if it is not there, or reading has failed: what an earlier run has found then stays unread. */
 static void tfm__load_vector(tfm__loader *loader, const char *name, size_t n, int optional, tfm_tensor *vector) {
     const tfm_entry *entry = tfm__load_entry(loader, name, n, 0, optional);
     tfm__factors factors;
+    memset(vector, 0, sizeof *vector);
     if (!entry)
         return;
     factors = tfm__factors_of(&loader->folding, loader->reader.file, entry);
@@ -11190,7 +11199,7 @@ static void tfm__load_norm(tfm__loader *loader, const char *name, const tfm_stac
     norm->eps = stack->norm_eps;
     snprintf(full, sizeof full, "%s.weight", name);
     tfm__load_vector(loader, full, n, optional, &norm->weight);
-    if (offset != 0 && norm->weight.data && loader->reader.status == TFM_OK) {
+    if (offset != 0 && norm->weight.data) {
         float *memory = (float *)(void *)tfm__loader_take(loader, n * sizeof *memory);
         size_t i;
         for (i = 0; loader->fill && i < n; i++)

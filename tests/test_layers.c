@@ -726,7 +726,6 @@ static void test_on(tfm_isa isa, int threads) {
     each_case("attention", test_attention);
     each_case("block", test_block);
     test_blind_token();
-    test_large_weights();
     test_refused();
     golden = golden_options;
     each_case("option", test_option);
@@ -743,6 +742,7 @@ void test_layers(void) {
     size_t n = test_isas(isas), i;
     golden = golden_layers = golden_open("layers");
     golden_options = golden_open("options");
+    test_large_weights();
     for (i = 0; i < n; i++) {
         test_on(isas[i], 1);
         test_on(isas[i], 3);
