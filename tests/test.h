@@ -136,7 +136,9 @@ void test_seal(unsigned char *file, size_t size);
 int test_save(const char *path, const void *data, size_t size);
 unsigned char *test_read(const char *path, size_t *size);
 
-/* Where tests put their files: this and a name. */
+/* Where tests put their files: this and a name. A build of the tests that may run beside another has a place of its own. */
+#ifndef TEST_OUTPUT
 #define TEST_OUTPUT "build/test_output_"
+#endif
 
 #endif

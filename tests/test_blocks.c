@@ -298,8 +298,9 @@ static void test_quantize(void) {
         tfm_free(expected);
     }
     file = tfm_file_open(TO, NULL, &error);
-    CHECK(file && tfm_file_find(file, "token_embedding.weight") == tfm_file_entry(file, tfm_file_n_tensors(file) - 1));
-    for (i = 0; i < tfm_file_n_tensors(file); i++)
+    if (CHECK_MSG(file != NULL, "%s", error.message))
+        CHECK(tfm_file_find(file, "token_embedding.weight") == tfm_file_entry(file, tfm_file_n_tensors(file) - 1));
+    for (i = 0; file && i < tfm_file_n_tensors(file); i++)
         CHECK(tfm_file_entry(file, i)->tensor.dtype < TFM_DTYPE_COUNT &&
               !memchr(tfm_file_entry(file, i)->name, '#', tfm_file_entry(file, i)->name_size));
     tfm_file_close(file);
