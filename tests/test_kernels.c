@@ -988,7 +988,7 @@ enum {
     MAX_I8_ROWS = 41,
     MAX_I8_N = 210,
     MAX_I8_K = 400,
-    /* and a layer of more inputs than any of the kernels has room for on the side */
+    /* and a layer of many inputs */
     LONG_I8_ROWS = 9,
     LONG_I8_N = 17,
     LONG_I8_K = 16 * 1024 + 70,
@@ -998,66 +998,71 @@ enum {
 
 typedef struct int8_product {
     float x[I8_X], w[I8_W], y[MAX_I8_ROWS * MAX_I8_N + 2 * GUARD];
-    float unpacked[I8_W];                  /* what the packed weights stand for */
-    int8_t q[2 * I8_X], numbers[2 * I8_X]; /* as a kernel has them, and [rows][groups * 64] */
+    float unpacked[I8_W]; /* what the packed weights stand for */
+    int8_t q[I8_X];       /* [rows][groups * 64] */
     float scales[I8_X / 64];
     int32_t offsets[I8_X / 64];
 } int8_product;
 
-/* The 64 numbers of a group, from a kernel's bytes: those, or 16 bits in the order 0 2 1 3 within each four. */
-static void group_numbers(const int8_t *q, size_t group_bytes, int8_t *numbers) {
-    static const size_t order[] = {0, 2, 1, 3};
-    int16_t wide;
-    size_t i;
-    for (i = 0; i < 64; i++)
-        if (group_bytes == 64)
-            numbers[i] = q[i];
-        else {
-            memcpy(&wide, q + 2 * i, sizeof wide);
-            numbers[i / 4 * 4 + order[i % 4]] = (int8_t)wide;
-            CHECK((int8_t)wide == wide);
-        }
+/* AVX2's product of bytes saturates: its activations are quantized within a bound. See the int8 product in tfm.h. */
+static int is_bounded(const tfm__kernels *kernels) {
+    return kernels->isa == TFM_ISA_AVX2;
 }
 
-/* What the integer sums of a group begin with: see tfm__quantized, and the int8 product of AVX2. */
-static int32_t group_offset(const int8_t *numbers, size_t group_bytes) {
-    int32_t offset = 0;
-    size_t i;
-    for (i = 0; i < 64; i++)
-        offset -= 128 * numbers[i];
-    for (i = 0; i < 64 && group_bytes == 128; i += 2)
-        offset -= numbers[i] * numbers[i + 1];
-    return offset;
-}
-
-static void quantize_rows(const tfm__kernels *kernels, int8_product *p, size_t rows, size_t k) {
-    size_t groups = (k + 63) / 64, row, i;
+/* By the kernel, or, NULL, plainly. */
+static void quantize_rows(const tfm__kernels *kernels, int bounded, int8_product *p, size_t rows, size_t k) {
+    size_t groups = (k + 63) / 64, row;
     memset(p->q, 0x77, sizeof p->q);
     for (row = 0; row < rows; row++) {
         tfm__quantized to;
-        to.q = p->q + row * groups * kernels->group_bytes;
-        to.group_bytes = kernels->group_bytes;
+        to.q = p->q + row * groups * 64;
         to.scales = p->scales + row * groups;
         to.offsets = p->offsets + row * groups;
-        kernels->quantize(p->x + row * k, k, &to);
+        if (kernels)
+            kernels->quantize(p->x + row * k, k, &to);
+        else
+            tfm__quantize_plainly(p->x + row * k, k, bounded, &to);
     }
-    memset(p->numbers, 0x77, sizeof p->numbers);
-    for (i = 0; i < rows * groups; i++)
-        group_numbers(p->q + i * kernels->group_bytes, kernels->group_bytes, p->numbers + i * 64);
 }
 
-static void check_quantized(const tfm__kernels *kernels, int8_product *p, const int8_product *expected, size_t rows,
+/* Of one group: each number within half a step of what it stands for; the step as large as tfm_linear's comment says, no
+ * larger than it must be; and, within the bound, no pair whose products with bytes from 1 to 255 would not fit 16 bits. */
+static int good_group(const float *x, size_t n, int bounded, const int8_t *q, float step, int32_t offset) {
+    double largest = 0, t = (double)step;
+    int32_t sum = 0;
+    size_t i;
+    int good = 1;
+    for (i = 0; i < n; i++) {
+        largest = fmax(largest, fabs((double)x[i]));
+        if (bounded && i % 2)
+            largest = fmax(largest, fabs((double)x[i - 1] + (double)x[i]));
+    }
+    good &= fabs(t * 127 - largest) <= 1e-6 * largest;
+    for (i = 0; i < 64; i++) {
+        const int after = i % 2 ? 0 : q[i + 1], high = (q[i] > 0) * q[i] + (after > 0) * after,
+                  low = (q[i] < 0) * q[i] + (after < 0) * after;
+        good &= q[i] >= -127 && fabs((i < n ? (double)x[i] : 0) - t * q[i]) <= t * 0.5001;
+        good &= !bounded || (255 * high + low <= 32767 && 255 * low + high >= -32768);
+        sum += q[i];
+    }
+    return good && offset == -128 * sum;
+}
+
+static void check_quantized(const tfm__kernels *kernels, int8_product *p, int8_product *expected, size_t rows,
                             size_t k) {
-    const size_t groups = (k + 63) / 64, bytes = kernels->group_bytes;
+    const size_t groups = (k + 63) / 64;
     size_t i, wrong = 0;
-    quantize_rows(kernels, p, rows, k);
+    quantize_rows(kernels, 0, p, rows, k);
+    quantize_rows(NULL, is_bounded(kernels), expected, rows, k);
     for (i = 0; i < rows * groups; i++)
-        wrong += p->offsets[i] != group_offset(expected->numbers + i * 64, bytes);
-    for (i = rows * groups * bytes; i < sizeof p->q; i++)
-        wrong += p->q[i] != 0x77;
-    CHECK_MSG(!wrong && !memcmp(p->numbers, expected->numbers, sizeof p->numbers) &&
-                  !memcmp(p->scales, expected->scales, rows * groups * sizeof *p->scales),
-              "%s: quantize, %lu rows of %lu", name_of(kernels), (unsigned long)rows, (unsigned long)k);
+        wrong +=
+            !good_group(p->x + i / groups * k + i % groups * 64, i % groups + 1 < groups ? 64 : k - (groups - 1) * 64,
+                        is_bounded(kernels), p->q + i * 64, p->scales[i], p->offsets[i]);
+    CHECK_MSG(!wrong && !memcmp(p->q, expected->q, sizeof p->q) &&
+                  !memcmp(p->scales, expected->scales, rows * groups * sizeof *p->scales) &&
+                  !memcmp(p->offsets, expected->offsets, rows * groups * sizeof *p->offsets),
+              "%s: quantize, %lu rows of %lu: %lu wrong", name_of(kernels), (unsigned long)rows, (unsigned long)k,
+              (unsigned long)wrong);
 }
 
 /* The largest difference between a weight and what it was packed to, over the group of 64 of input i. */
@@ -1111,7 +1116,6 @@ static void check_i8(const tfm__kernels *kernels, int8_product *p, const tfm_ten
     job.x_stride = 0;
     job.n_rows = rows;
     job.quantized.q = p->q;
-    job.quantized.group_bytes = kernels->group_bytes;
     job.quantized.scales = p->scales;
     job.quantized.offsets = p->offsets;
     job.w = packed->data;
@@ -1130,7 +1134,7 @@ static void check_i8(const tfm__kernels *kernels, int8_product *p, const tfm_ten
             double sum = 0, magnitude = 0, exact = 0, bound = 0, y = (double)job.y[row * stride + column];
             for (i = 0; i < k; i++) {
                 double t = (double)p->scales[row * groups + i / 64];
-                double q = t * p->numbers[row * groups * 64 + i];
+                double q = t * p->q[row * groups * 64 + i];
                 sum += q * (double)u[i];
                 magnitude += fabs(q * (double)u[i]);
                 exact += (double)x[i] * (double)w[i];
@@ -1146,20 +1150,14 @@ static void check_i8(const tfm__kernels *kernels, int8_product *p, const tfm_ten
               (unsigned long)beyond);
 }
 
-static void test_i8_shape(int8_product *p, int8_product *other, size_t rows, size_t n, size_t k) {
+/* p: x and w. By all kernels, as their definitions say. */
+static void check_i8_shape(int8_product *p, int8_product *other, size_t rows, size_t n, size_t k) {
     tfm_tensor matrix = tfm_matrix(p->w, n, k), packed;
     tfm_error error;
     size_t i;
-    test_fill(p->x, rows * k, rows + n);
-    test_fill(p->w, n * k, k);
-    for (i = 0; i < rows * k; i += 97)
-        p->x[i] *= i % 2 ? 1e3f : 0; /* outliers */
-    for (i = 0; k > 64 && i < n; i += 5)
-        memset(p->w + i * k, 0, 64 * sizeof *p->w); /* groups of zeros */
     CHECK_OK(tfm_pack(&matrix, TFM_I8, NULL, &packed, &error), error);
     for (i = 0; i < n; i++)
         tfm__matrix_row(&packed, i, 0, k, p->unpacked + i * k);
-    quantize_rows(kernels_here[0], p, rows, k);
     for (i = 0; i < n_kernels_here; i++) {
         memcpy(other->x, p->x, rows * k * sizeof *p->x);
         memcpy(other->w, p->w, n * k * sizeof *p->w);
@@ -1170,27 +1168,52 @@ static void test_i8_shape(int8_product *p, int8_product *other, size_t rows, siz
     tfm_unpack(&packed, NULL);
 }
 
-/* An activation that is not finite: the others of its group are 0, to the bit as in plain C, and the scale is not finite. */
+static void test_i8_shape(int8_product *p, int8_product *other, size_t rows, size_t n, size_t k) {
+    size_t i;
+    test_fill(p->x, rows * k, rows + n);
+    test_fill(p->w, n * k, k);
+    for (i = 0; i < rows * k; i += 97)
+        p->x[i] *= i % 2 ? 1e3f : 0; /* outliers */
+    for (i = 0; k > 64 && i < n; i += 5)
+        memset(p->w + i * k, 0, 64 * sizeof *p->w); /* groups of zeros */
+    check_i8_shape(p, other, rows, n, k);
+}
+
+/* Numbers that are all as large as they can be: of one sign, of two, and of two in pairs. */
+static void test_i8_extremes(int8_product *p, int8_product *other) {
+    const size_t k = 130, n = 18, rows = 9;
+    size_t i, signs;
+    for (signs = 0; signs < 16; signs++) {
+        for (i = 0; i < rows * k; i++)
+            p->x[i] = signs & 1 && i >> (signs >> 1 & 1) & 1 ? -3.0f : 3.0f;
+        for (i = 0; i < n * k; i++)
+            p->w[i] = signs & 4 && i >> (signs >> 3) & 1 ? 0.5f : -0.5f;
+        check_i8_shape(p, other, rows, n, k);
+        for (i = 0; i < rows * k; i++)
+            p->x[i] *= -1;
+        check_i8_shape(p, other, rows, n, k);
+    }
+}
+
+/* An activation that is not finite: the others of its group are 0, and the scale is not finite. */
 static void test_quantize_spoiled(void) {
     static const float spoilt[] = {NAN, INFINITY, -INFINITY};
     int8_product *p = (int8_product *)test_allocate(sizeof *p), *other = (int8_product *)test_allocate(sizeof *other);
     size_t i, n, k = 150;
-    for (n = 0; n < 3; n++) {
-        test_fill(p->x, k, 1);
-        p->x[70 + n] = spoilt[n];
-        quantize_rows(&tfm__scalar_kernels, p, 1, k);
-        CHECK(isnan(p->scales[1]) || isinf(p->scales[1]));
-        CHECK(p->offsets[1] == 0 && p->offsets[0] != 0);
+    for (n = 0; n < 3; n++)
         for (i = 0; i < n_kernels_here; i++) {
+            test_fill(p->x, k, 1);
+            p->x[70 + n] = spoilt[n];
             memcpy(other->x, p->x, k * sizeof *p->x);
-            quantize_rows(kernels_here[i], other, 1, k);
-            CHECK_MSG(!memcmp(other->numbers, p->numbers, sizeof p->numbers) && other->offsets[1] == p->offsets[1] &&
-                          other->offsets[0] == group_offset(p->numbers, kernels_here[i]->group_bytes) &&
-                          other->offsets[2] == group_offset(p->numbers + 128, kernels_here[i]->group_bytes),
+            quantize_rows(NULL, is_bounded(kernels_here[i]), p, 1, k);
+            CHECK(isnan(p->scales[1]) || isinf(p->scales[1]));
+            CHECK(p->offsets[1] == 0 && p->offsets[0] != 0);
+            quantize_rows(kernels_here[i], 0, other, 1, k);
+            CHECK_MSG(!memcmp(other->q, p->q, sizeof p->q) &&
+                          !memcmp(other->offsets, p->offsets, 3 * sizeof *p->offsets),
                       "%s: quantize with a number that is %g", name_of(kernels_here[i]), (double)spoilt[n]);
             CHECK(isnan(other->scales[1]) || isinf(other->scales[1]));
         }
-    }
     free(p);
     free(other);
 }
@@ -1205,6 +1228,7 @@ static void test_i8(void) {
         for (k = 0; k < sizeof inputs / sizeof *inputs; k++)
             test_i8_shape(p, other, rows, outputs[(rows + k) % 9], inputs[k]);
     test_i8_shape(p, other, LONG_I8_ROWS, LONG_I8_N, LONG_I8_K);
+    test_i8_extremes(p, other);
     free(p);
     free(other);
 }
