@@ -80,9 +80,10 @@
  *   NaN and infinity     in weights: loaded as they are in f32, f16 and bf16 (finite ones as f16 at most +-65504); what
  *                        has to be quantized is refused with the tensor's name (TFM_ERROR_FORMAT for a file,
  *                        TFM_ERROR_ARGUMENT for tfm_pack). In activations: a product with one is NaN or infinite, as in
- *                        IEEE 754 and PyTorch; int8 makes a row that has one NaN. It stays in its own sequence, and goes from a token only to those after it (with causal
- *                        attention; a window or a mask does not stop it): the tokens before it, other sequences, and
- *                        whatever follows once it is forgotten (tfm_truncate) have the bits that they have without it.
+ *                        IEEE 754 and PyTorch; int8 makes a row that has one NaN. It stays in its own sequence, and goes
+ *                        from a token only to those after it (with causal attention; a window or a mask does not stop
+ *                        it): the tokens before it, other sequences, and whatever follows once it is forgotten
+ *                        (tfm_truncate) have the bits that they have without it.
  *   logits that are NaN  are never chosen. If none is left that is a number above -infinity, sampling and generating are
  *                        TFM_ERROR_ARGUMENT, "no token can be chosen". An infinite logit leaves nothing to the others.
  *                        Beam search, which needs probabilities, takes nothing from a row in which one logit is NaN.
@@ -4630,10 +4631,11 @@ static tfm__result tfm__result_in(float *y, int add) {
 /* The part of a quantized matrix [n_rows][in] that starts at a row and at an input, a multiple of TFM__GROUP. */
 static tfm__quantized tfm__quantized_at(const tfm__quantized *x, size_t in, size_t row, size_t first) {
     tfm__quantized at = *x;
+    const size_t group = row * tfm__groups(in) + first / TFM__GROUP;
     if (at.q) {
-        at.q += (row * tfm__groups(in) + first / TFM__GROUP) * TFM__GROUP;
-        at.scales += row * tfm__groups(in) + first / TFM__GROUP;
-        at.offsets += row * tfm__groups(in) + first / TFM__GROUP;
+        at.q += group * TFM__GROUP;
+        at.scales += group;
+        at.offsets += group;
     }
     return at;
 }

@@ -1009,8 +1009,8 @@ static int is_bounded(const tfm__kernels *kernels) {
     return kernels->isa == TFM_ISA_AVX2;
 }
 
-/* By the kernel, or, NULL, plainly. */
-static void quantize_rows(const tfm__kernels *kernels, int bounded, int8_product *p, size_t rows, size_t k) {
+/* As the kernel does, or `plainly`, by the definition of what it does. */
+static void quantize_rows(const tfm__kernels *kernels, int plainly, int8_product *p, size_t rows, size_t k) {
     size_t groups = (k + 63) / 64, row;
     memset(p->q, 0x77, sizeof p->q);
     for (row = 0; row < rows; row++) {
@@ -1018,10 +1018,10 @@ static void quantize_rows(const tfm__kernels *kernels, int bounded, int8_product
         to.q = p->q + row * groups * 64;
         to.scales = p->scales + row * groups;
         to.offsets = p->offsets + row * groups;
-        if (kernels)
-            kernels->quantize(p->x + row * k, k, &to);
+        if (plainly)
+            tfm__quantize_plainly(p->x + row * k, k, is_bounded(kernels), &to);
         else
-            tfm__quantize_plainly(p->x + row * k, k, bounded, &to);
+            kernels->quantize(p->x + row * k, k, &to);
     }
 }
 
@@ -1053,7 +1053,7 @@ static void check_quantized(const tfm__kernels *kernels, int8_product *p, int8_p
     const size_t groups = (k + 63) / 64;
     size_t i, wrong = 0;
     quantize_rows(kernels, 0, p, rows, k);
-    quantize_rows(NULL, is_bounded(kernels), expected, rows, k);
+    quantize_rows(kernels, 1, expected, rows, k);
     for (i = 0; i < rows * groups; i++)
         wrong +=
             !good_group(p->x + i / groups * k + i % groups * 64, i % groups + 1 < groups ? 64 : k - (groups - 1) * 64,
@@ -1200,12 +1200,12 @@ static void test_quantize_spoiled(void) {
     static const float spoilt[] = {NAN, INFINITY, -INFINITY};
     int8_product *p = (int8_product *)test_allocate(sizeof *p), *other = (int8_product *)test_allocate(sizeof *other);
     size_t i, n, k = 150;
-    for (n = 0; n < 3; n++)
+    for (n = 0; n < 3; n++) {
+        test_fill(p->x, k, 1);
+        p->x[70 + n] = spoilt[n];
         for (i = 0; i < n_kernels_here; i++) {
-            test_fill(p->x, k, 1);
-            p->x[70 + n] = spoilt[n];
             memcpy(other->x, p->x, k * sizeof *p->x);
-            quantize_rows(NULL, is_bounded(kernels_here[i]), p, 1, k);
+            quantize_rows(kernels_here[i], 1, p, 1, k);
             CHECK(isnan(p->scales[1]) || isinf(p->scales[1]));
             CHECK(p->offsets[1] == 0 && p->offsets[0] != 0);
             quantize_rows(kernels_here[i], 0, other, 1, k);
@@ -1214,6 +1214,7 @@ static void test_quantize_spoiled(void) {
                       "%s: quantize with a number that is %g", name_of(kernels_here[i]), (double)spoilt[n]);
             CHECK(isnan(other->scales[1]) || isinf(other->scales[1]));
         }
+    }
     free(p);
     free(other);
 }
