@@ -236,16 +236,17 @@ static uint64_t get_u64(const unsigned char *at) {
     return value;
 }
 
-/* CRC-32 bit by bit, as its definition has it. */
+/* CRC-32: what the division bit by bit, as its definition has it, makes of each byte is kept. */
 static uint32_t crc32(uint32_t crc, const unsigned char *data, size_t size) {
+    static uint32_t remainders[256];
     size_t i;
     int bit;
+    for (i = 0; i < 256 && !remainders[255]; i++)
+        for (remainders[i] = (uint32_t)i, bit = 0; bit < 8; bit++)
+            remainders[i] = remainders[i] >> 1 ^ (remainders[i] & 1 ? 0xEDB88320u : 0);
     crc = ~crc;
-    for (i = 0; i < size; i++) {
-        crc ^= data[i];
-        for (bit = 0; bit < 8; bit++)
-            crc = crc >> 1 ^ (crc & 1 ? 0xEDB88320u : 0);
-    }
+    for (i = 0; i < size; i++)
+        crc = crc >> 8 ^ remainders[(crc ^ data[i]) & 255];
     return ~crc;
 }
 

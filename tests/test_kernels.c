@@ -1065,13 +1065,12 @@ static void check_quantized(const tfm__kernels *kernels, int8_product *p, int8_p
               (unsigned long)wrong);
 }
 
-/* The largest difference between a weight and what it was packed to, over the group of 64 of input i. */
-static double group_error(const float *a, const float *b, size_t k, size_t i) {
-    size_t first = i / 64 * 64, end = first + 64 < k ? first + 64 : k;
-    double largest = 0;
-    for (i = first; i < end; i++)
-        largest = fmax(largest, fabs((double)a[i] - (double)b[i]));
-    return largest;
+/* Of each group of a column: the largest difference between a weight and what it was packed to. */
+static void group_errors(const float *w, const float *unpacked, size_t k, double *errors) {
+    size_t i;
+    memset(errors, 0, (k + 63) / 64 * sizeof *errors);
+    for (i = 0; i < k; i++)
+        errors[i / 64] = fmax(errors[i / 64], fabs((double)w[i] - (double)unpacked[i]));
 }
 
 /* With a bias, and with what y holds, or both: the same sums, and what is added to them comes after. */
@@ -1128,9 +1127,12 @@ static void check_i8(const tfm__kernels *kernels, int8_product *p, const tfm_ten
     job.bias = NULL;
     kernels->matmul[TFM_I8](&job);
     check_i8_added(kernels, &job);
-    for (row = 0; row < rows; row++)
-        for (column = 0; column < n; column++) {
-            const float *x = p->x + row * k, *w = p->w + column * k, *u = p->unpacked + column * k;
+    for (column = 0; column < n; column++) {
+        const float *w = p->w + column * k, *u = p->unpacked + column * k;
+        double errors[(LONG_I8_K + 63) / 64];
+        group_errors(w, u, k, errors);
+        for (row = 0; row < rows; row++) {
+            const float *x = p->x + row * k;
             double sum = 0, magnitude = 0, exact = 0, bound = 0, y = (double)job.y[row * stride + column];
             for (i = 0; i < k; i++) {
                 double t = (double)p->scales[row * groups + i / 64];
@@ -1138,11 +1140,12 @@ static void check_i8(const tfm__kernels *kernels, int8_product *p, const tfm_ten
                 sum += q * (double)u[i];
                 magnitude += fabs(q * (double)u[i]);
                 exact += (double)x[i] * (double)w[i];
-                bound += group_error(w, u, k, i) * fabs((double)x[i]) + t / 2 * fabs((double)u[i]);
+                bound += errors[i / 64] * fabs((double)x[i]) + t / 2 * fabs((double)u[i]);
             }
             wrong += !(fabs(y - sum) <= 4e-6 * magnitude);
             beyond += !(fabs(y - exact) <= bound * 1.0001 + 4e-6 * magnitude);
         }
+    }
     for (i = 0; i < sizeof p->y / sizeof *p->y; i++)
         wrong += (i < GUARD || (i - GUARD) / stride >= rows || (i - GUARD) % stride >= n) && p->y[i] != SENTINEL;
     CHECK_MSG(!wrong && !beyond, "%s: i8 product, %lu rows, %lu outputs, %lu inputs: %lu wrong, %lu beyond the bound",
@@ -1417,19 +1420,22 @@ static void fill_page(kv_page *p, const tfm__kernels *kernels, tfm_dtype dtype, 
 
 /* The product with x rounded to bf16, pair by pair, of each the second number first. */
 static void multiply_pairs(const tfm__matmul *job) {
+    float x[KV_DIM];
     size_t r, c, k;
-    for (r = 0; r < job->n_rows; r++)
+    for (r = 0; r < job->n_rows; r++) {
+        for (k = 0; k < job->k; k++)
+            x[k] = from_bits((uint32_t)test_to_bf16(job->x[r * job->x_stride + k]) << 16);
         for (c = 0; c < job->n; c++) {
             const float *w = (const float *)job->w + c / 16 * (job->panel_bytes / sizeof(float)) + c % 16;
-            const float *x = job->x + r * job->x_stride;
             float *y = job->y + r * job->y_stride + c, sum = job->add ? *y : 0;
             for (k = 0; k < job->k; k += 2) {
                 if (k + 1 < job->k)
-                    sum = fmaf(from_bits((uint32_t)test_to_bf16(x[k + 1]) << 16), w[(k + 1) * 16], sum);
-                sum = fmaf(from_bits((uint32_t)test_to_bf16(x[k]) << 16), w[k * 16], sum);
+                    sum = fmaf(x[k + 1], w[(k + 1) * 16], sum);
+                sum = fmaf(x[k], w[k * 16], sum);
             }
             *y = sum;
         }
+    }
 }
 
 /* The product with keys (what = 0) or values has the bits of the fp32 product with the floats that they stand for. */
