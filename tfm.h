@@ -10078,7 +10078,8 @@ static tfm_status tfm__unigram_build(tfm__tokenizer *tokenizer, tfm_error *error
             continue;
         lowest = TFM__MIN(lowest, score);
     }
-    tokenizer->spm.unk_score = lowest - TFM__UNKNOWN_PENALTY;
+    lowest -= TFM__UNKNOWN_PENALTY;
+    tokenizer->spm.unk_score = source->double_scores ? lowest : (double)(float)lowest;
     return TFM_OK;
 }
 
@@ -10128,11 +10129,9 @@ static size_t tfm__unigram_viterbi(const tfm__tokenizer *tokenizer, const unsign
                                as_float);
             known |= piece_size == used;
         }
-        if (!known) {
-            double unknown = score + tokenizer->spm.unk_score;
-            tfm__unigram_offer(nodes + at + used, as_float ? (float)unknown : unknown, at, tokenizer->source.unk_id,
+        if (!known)
+            tfm__unigram_offer(nodes + at + used, score + tokenizer->spm.unk_score, at, tokenizer->source.unk_id,
                                as_float);
-        }
     }
     for (end = size; end > 0; end = at) {
         at = nodes[end].start;

@@ -71,8 +71,16 @@ def script_line(rng, words):
     return "".join(parts)
 
 
+RUN_LETTERS = "qxz"
+
+
+def run_line(rng):
+    """The same letter again and again behind a character that no model knows: ways whose sums differ by their rounding."""
+    return "".join(rng.choice(["", "\u2603", "\U0001f9ff"]) + rng.choice(RUN_LETTERS) * rng.randrange(1, 70) for _ in range(3))
+
+
 def corpus(rng, files, n, common=False):
-    """Lines without line ends: in scripts, of text, and of nasty parts; `common`: of characters worth learning."""
+    """Lines without line ends: in scripts, of text, of nasty parts, and of runs; `common`: of characters worth learning."""
     text = [line.rstrip("\r\n") for line in base.training_text(files, rng)]
     text = [line for line in text if line.isascii()] if common else text
     words = script_words(rng)
@@ -82,6 +90,8 @@ def corpus(rng, files, n, common=False):
         line = rng.choice(text) if i % 3 == 0 else script_line(rng, words)
         if i % 10 == 9 and not common:
             line = base.random_string(rng, plain, NASTY)
+        elif i % 10 == 8 and not common:
+            line = run_line(rng)
         lines.append(line.replace("\n", " ").rstrip("\r"))
     return lines
 
@@ -137,6 +147,13 @@ def with_equal_scores(step):
     return change
 
 
+def with_runs(model):
+    scores = {piece.piece: piece.score for piece in model.pieces}
+    for i, letter in enumerate(RUN_LETTERS):
+        if letter * 15 not in scores:
+            model.pieces.add(piece=letter * 15, score=scores.get(letter, -9.0) + 4e-4 * i, type=1)
+
+
 def as_suffix(model):
     model.trainer_spec.treat_whitespace_as_suffix = True
 
@@ -153,6 +170,7 @@ def variants(lines, rng):
         unigram, None, remove_extra_whitespaces=False, add_dummy_prefix=False, escape_whitespaces=False)  # fmt: skip
     yield "unigram, suffix", changed(unigram, as_suffix)
     yield "unigram, equal scores", changed(unigram, with_equal_scores(1.0))
+    yield "unigram, runs", changed(unigram, with_runs)
     yield "unigram, unused", changed(unigram, with_unused(rng, 2000))
     yield "unigram, user-defined", changed(unigram, with_user_defined(rng, 50))
     yield "unigram, user-defined, all white space", changed(
