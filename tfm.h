@@ -6956,11 +6956,20 @@ typedef struct tfm__rewrite {
     uint64_t read, total; /* progress, in bytes of the old file's tensors */
 } tfm__rewrite;
 
-/* What the tensor becomes: matrices panels, of the wanted dtype; vectors stay, or are fp32 if they take part in folding. */
+/* The few numbers that relative positions add to the scores. */
+static int tfm__is_relative_bias(const tfm_entry *entry) {
+    static const char name[] = ".relative_bias.weight";
+    const size_t size = sizeof name - 1;
+    return entry->name_size > size && !memcmp(entry->name + entry->name_size - size, name, size) &&
+           entry->tensor.dtype <= TFM_BF16;
+}
+
+/* What the tensor becomes: matrices panels, of the wanted dtype; vectors stay, or are fp32 if they take part in folding;
+ * relative biases stay, which are used in fp32. */
 static tfm_tensor tfm__rewritten(const tfm__rewrite *rewrite, const tfm_entry *entry) {
     const tfm_dtype dtype = rewrite->options->dtype ? rewrite->options->dtype : TFM_I8;
     const tfm_tensor *tensor = &entry->tensor;
-    if (tensor->n_dims == 2)
+    if (tensor->n_dims == 2 && !tfm__is_relative_bias(entry))
         return tfm__tensor(dtype, TFM_PANELS, tensor->shape[0], tensor->shape[1], NULL);
     if (tfm__factors_of(&rewrite->folding, rewrite->from, entry).rows)
         return tfm__tensor(TFM_F32, TFM_ROWS, tensor->shape[0], 0, NULL);
@@ -10999,36 +11008,46 @@ static int tfm__has_blocks(const tfm_file *file) {
     return 0;
 }
 
+/* A matrix in panels of the dtype, in the loader's memory. */
+static tfm_tensor tfm__load_packed(tfm__loader *loader, const tfm_entry *entry, tfm_dtype dtype) {
+    tfm__reader *reader = &loader->reader;
+    tfm_tensor matrix = tfm__tensor(dtype, TFM_PANELS, entry->tensor.shape[0], entry->tensor.shape[1], NULL);
+    char *memory = tfm__loader_take(loader, tfm_tensor_bytes(&matrix));
+    if (!loader->fill)
+        return matrix;
+    matrix = tfm__pack_into(&loader->threads, &entry->tensor, tfm__factors_of(&loader->folding, reader->file, entry),
+                            dtype, memory);
+    tfm__file_forget(reader->file, &entry->tensor);
+    if (tfm__is_not_finite(&matrix) && reader->status == TFM_OK)
+        reader->status =
+            tfm__fail(reader->error, TFM_ERROR_FORMAT,
+                      "%s: a weight of tensor '%.*s' is not finite, and can't be quantized", reader->file->name,
+                      (int)TFM__MIN(entry->name_size, 100), entry->name);
+    return matrix;
+}
+
 /* A matrix for the kernels: in panels. */
 static void tfm__load_matrix(tfm__loader *loader, const char *name, size_t out, size_t in, tfm_tensor *matrix) {
     const tfm_entry *entry = tfm__load_entry(loader, name, out, in, 0);
-    tfm__reader *reader = &loader->reader;
     tfm_dtype dtype;
     if (!entry)
         return;
     dtype = loader->dtype ? loader->dtype : entry->tensor.dtype;
     if (dtype == TFM_PARTS) /* of types that differ, which without blocks only a strange file has */
         dtype = TFM_F32;
-    *matrix = tfm__tensor(dtype, TFM_PANELS, out, in, entry->tensor.data);
-    if (loader->copy || entry->tensor.layout != TFM_PANELS || entry->tensor.dtype != dtype) {
-        char *memory = tfm__loader_take(loader, tfm_tensor_bytes(matrix));
-        if (loader->fill) {
-            *matrix = tfm__pack_into(&loader->threads, &entry->tensor,
-                                     tfm__factors_of(&loader->folding, reader->file, entry), dtype, memory);
-            tfm__file_forget(loader->reader.file, &entry->tensor);
-        }
-        if (loader->fill && tfm__is_not_finite(matrix) && reader->status == TFM_OK)
-            reader->status = tfm__fail(reader->error, TFM_ERROR_FORMAT,
-                                       "%s: a weight of tensor '%s' is not finite, and can't be quantized",
-                                       reader->file->name, name);
-    }
+    *matrix = entry->tensor;
+    if (loader->copy || entry->tensor.layout != TFM_PANELS || entry->tensor.dtype != dtype)
+        *matrix = tfm__load_packed(loader, entry, dtype);
 }
 
-/* A matrix that is only looked up: used where it lies. */
+/* A matrix that is only looked up: used where it lies, if it is of the wanted dtype. */
 static void tfm__load_table(tfm__loader *loader, const char *name, size_t rows, size_t columns, tfm_tensor *table) {
     const tfm_entry *entry = tfm__load_entry(loader, name, rows, columns, 0);
-    if (entry)
-        *table = entry->tensor;
+    if (!entry)
+        return;
+    *table = entry->tensor;
+    if (loader->dtype && entry->tensor.dtype != loader->dtype)
+        *table = tfm__load_packed(loader, entry, loader->dtype);
 }
 
 /* A vector, in fp32; none if it is not there, or reading has failed: what an earlier run has found then stays unread. */

@@ -660,13 +660,10 @@ def clear_greedy(model, generator, length, n, margin):
 
 
 def rounded(model, dtype):
-    """What tfm_load_options.dtype makes of a model: its matrices in `dtype`, the tables that are only looked up not."""
-    transformer = model.transformer
+    """What tfm_load_options.dtype makes of a model: its matrices in `dtype`."""
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            looked_up = parameter is transformer.wpe.weight or \
-                (parameter is transformer.wte.weight and not model.config.tie_word_embeddings)
-            if parameter.dim() == 2 and not looked_up:
+        for parameter in model.parameters():
+            if parameter.dim() == 2:
                 parameter.copy_(parameter.to(dtype))
     return model
 

@@ -233,7 +233,7 @@ static void test_model(const block_type *type, int parts, int own_head) {
     size_t sizes[2], i;
     unsigned char *bytes[2];
     make_models(&tfm, &floats, type, parts);
-    if (own_head) { /* then the token embedding is only looked up */
+    if (own_head) { /* the token embedding is only looked up */
         uint64_t state = 11;
         static float head[300 * 256];
         test_put_text(&tfm, "head", "own");
@@ -278,9 +278,6 @@ static void test_quantize(void) {
     size_t size, i;
     int dtype;
     make_models(&tfm, &floats, &types[5], 1);
-    test_put_text(&tfm, "decoder.positions",
-                  "none"); /* whose table is only looked up, and so stays as it is when loaded */
-    test_drop(&tfm, "decoder.position_embedding.weight");
     bytes = test_write_tfm(&tfm, &size);
     test_save(FROM, bytes, size);
     for (dtype = TFM_F32; dtype <= TFM_I8; dtype++) {
