@@ -280,7 +280,8 @@ TFM_API size_t tfm_tensor_bytes(const tfm_tensor *tensor);
 /* Packs a matrix (any layout and dtype) into panels of the given dtype, for a tfm_linear. On success `packed` has memory
  * of its own that the caller gives back with tfm_unpack. allocator NULL: the default one. TFM_I8 quantizes: each weight
  * becomes an integer q = round(w / s) from -127 to 127 with a scale s for each output and 64 inputs, |w - s q| <= s / 2,
- * s <= 17 / 16 of the group's largest |w| / 127. TFM_ERROR_ARGUMENT if a weight to be quantized is not finite. */
+ * s <= 17 / 16 of the group's largest |w| / 127, or of the output's largest |w| / 127 / 60000 if that is more.
+ * TFM_ERROR_ARGUMENT if a weight to be quantized is not finite. */
 TFM_API tfm_status tfm_pack(const tfm_tensor *matrix, tfm_dtype dtype, const tfm_allocator *allocator,
                             tfm_tensor *packed, tfm_error *error);
 /* Gives back what tfm_pack made, with the same allocator; `packed` is zeroed. Not for other tensors. */
@@ -1897,11 +1898,12 @@ TFM_API const char *tfm_dtype_name(tfm_dtype dtype) {
 TFM_API tfm_status tfm_dtype_from_name(const char *name, tfm_dtype *dtype, tfm_error *error) {
     int i;
     for (i = 1; i < TFM_DTYPE_COUNT; i++)
-        if (!strcmp(name, tfm__dtype_names[i]) || (i == TFM_I8 && !strcmp(name, "int8"))) {
+        if (name && (!strcmp(name, tfm__dtype_names[i]) || (i == TFM_I8 && !strcmp(name, "int8")))) {
             *dtype = (tfm_dtype)i;
             return TFM_OK;
         }
-    return tfm__fail(error, TFM_ERROR_ARGUMENT, "unknown type '%.64s' (there are f32, f16, bf16, int8)", name);
+    return tfm__fail(error, TFM_ERROR_ARGUMENT, "unknown type '%.64s' (there are f32, f16, bf16, int8)",
+                     name ? name : "");
 }
 
 static tfm_tensor tfm__tensor(tfm_dtype dtype, tfm_layout layout, size_t rows, size_t columns, const void *data) {
@@ -5743,10 +5745,16 @@ static tfm_status tfm__check_attention(const tfm_attention *attention, const cha
 
 static tfm_status tfm__check_kv(const tfm_kv *kv, const tfm_attention *attention, size_t layer, size_t span,
                                 tfm_error *error) {
-    if (tfm__is_kv_dtype(kv->dtype) && kv->n_kv_heads == attention->n_kv_heads && kv->head_dim == attention->head_dim &&
-        layer < kv->n_layers && kv->page_tokens == TFM_KV_PAGE)
-        return TFM_OK;
-    return tfm__fail(error, TFM_ERROR_ARGUMENT, "the cache of span %lu was made for other layers", (unsigned long)span);
+    size_t i;
+    if (!tfm__is_kv_dtype(kv->dtype) || kv->n_kv_heads != attention->n_kv_heads ||
+        kv->head_dim != attention->head_dim || layer >= kv->n_layers || kv->page_tokens != TFM_KV_PAGE)
+        return tfm__fail(error, TFM_ERROR_ARGUMENT, "the cache of span %lu was made for other layers",
+                         (unsigned long)span);
+    for (i = 0; i < tfm__divide_up(kv->capacity, TFM_KV_PAGE); i++)
+        if (!kv->pool || (kv->pages ? kv->pages[i] : i) >= kv->n_pool_pages)
+            return tfm__fail(error, TFM_ERROR_ARGUMENT, "the cache of span %lu has no page %lu in its pool",
+                             (unsigned long)span, (unsigned long)i);
+    return TFM_OK;
 }
 
 static tfm_status tfm__check_spans(const tfm_attention *attention, size_t layer, const tfm_span *spans, size_t n_spans,
@@ -11019,10 +11027,9 @@ static tfm_tensor tfm__load_packed(tfm__loader *loader, const tfm_entry *entry, 
                             dtype, memory);
     tfm__file_forget(reader->file, &entry->tensor);
     if (tfm__is_not_finite(&matrix) && reader->status == TFM_OK)
-        reader->status =
-            tfm__fail(reader->error, TFM_ERROR_FORMAT,
-                      "%s: a weight of tensor '%.*s' is not finite, and can't be quantized", reader->file->name,
-                      (int)TFM__MIN(entry->name_size, 100), entry->name);
+        reader->status = tfm__fail(reader->error, TFM_ERROR_FORMAT,
+                                   "%s: a weight of tensor '%.*s' is not finite, and can't be quantized",
+                                   reader->file->name, (int)TFM__MIN(entry->name_size, 100), entry->name);
     return matrix;
 }
 
@@ -12247,6 +12254,8 @@ static tfm_status tfm__check_chunks(tfm_session *session, const tfm_chunk *chunk
     tfm_status status = TFM_OK;
     if (session->model->description.kind == TFM_ENCODER || !session->model->description.vocab_size)
         return tfm__fail(error, TFM_ERROR_UNSUPPORTED, "the model is no decoder of tokens: see tfm_encode");
+    if (what == TFM_POOLED)
+        return tfm__fail(error, TFM_ERROR_ARGUMENT, "a decoder has logits and hidden states, and no pooled output");
     if (what != TFM_LOGITS && what != TFM_HIDDEN)
         return tfm__fail(error, TFM_ERROR_ARGUMENT,
                          "a decoder has logits and hidden states, and no output of the kind %d", (int)what);

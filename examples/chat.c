@@ -134,13 +134,15 @@ static void interrupt(int number) {
     interrupted = 1;
 }
 
-/* Without SA_RESTART: it ends the waiting for a line. */
-static void catch_interrupts(void) {
+/* Ctrl-C without SA_RESTART: it ends the waiting for a line. And a limit on the size of files makes /save fail, as a full disk
+ * does, instead of ending the conversation. */
+static void catch_signals(void) {
     struct sigaction action;
     memset(&action, 0, sizeof action);
     action.sa_handler = interrupt;
     sigemptyset(&action.sa_mask);
     sigaction(SIGINT, &action, NULL);
+    signal(SIGXFSZ, SIG_IGN);
 }
 
 /* ---- answers */
@@ -344,7 +346,7 @@ int main(int argc, char **argv) {
     p.session = model ? create_session(model, &args, &session, &error) : NULL;
     p.chat = p.session ? tfm_chat_create(p.session, &chat, &error) : NULL;
     if (p.chat) {
-        catch_interrupts();
+        catch_signals();
         done = converse(&p, &error);
     }
     tfm_chat_free(p.chat);

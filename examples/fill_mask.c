@@ -52,7 +52,9 @@ static int parse(int argc, char **argv, arguments *args) {
         else {
             n = strtol(argv[i], &end, 10);
             if (!*argv[i] || *end || n < 1 || n > (is_top ? 1000000 : 1024))
-                return usage("expected a number greater than 0, found ", argv[i]);
+                return usage(is_top ? "--top: expected a number from 1 to 1000000, found "
+                                    : "--threads: expected a number from 1 to 1024, found ",
+                             argv[i]);
             *(is_top ? &args->top : &args->threads) = n;
         }
     }

@@ -241,7 +241,6 @@ int main(int argc, char **argv) {
     memset(&w, 0, sizeof w);
     memset(&stats, 0, sizeof stats);
     args.model = "examples/models/stories.tfm";
-    args.prompt = "Once upon a time";
     args.tokens = 100;
     args.isa = getenv("TFM_ISA");
 #ifdef _WIN32 /* text is bytes */
@@ -252,6 +251,9 @@ int main(int argc, char **argv) {
     status = parse(argc, argv, &args);
     if (status)
         return status;
+    if (args.prompt && args.prompt_ids)
+        return usage("-p and --prompt-ids: expected one of them", "");
+    args.prompt = args.prompt ? args.prompt : "Once upon a time";
     w.print_ids = args.ids;
     load.threads = session_options.engine.threads = (int)args.threads;
     if ((args.type && tfm_dtype_from_name(args.type, &load.dtype, &error) != TFM_OK) ||

@@ -1317,8 +1317,7 @@ static void test_quantize_usual(void) {
     remove(TO);
 }
 
-/* Without positions there is no table that is only looked up: then a file that was quantized is the same as one that is
- * converted when it is loaded. */
+/* A file that was quantized is the same as one that is converted when it is loaded. */
 static void test_quantize_or_load(tfm_dtype dtype) {
     tfm_error error;
     test_tfm tfm;
@@ -1326,7 +1325,6 @@ static void test_quantize_or_load(tfm_dtype dtype) {
     tfm_model *model;
     memset(&options, 0, sizeof options);
     make_tiny(&tfm);
-    test_put_text(&tfm, "decoder.positions", "none");
     save_tfm(&tfm, FROM);
     CHECK_MSG(quantize(FROM, TO, dtype, &error) == TFM_OK, "%s", error.message);
     options.dtype = dtype;
@@ -1501,6 +1499,57 @@ static void test_unread_norm(void) {
     test_clear(&tfm);
 }
 
+/* Hidden states of a text, of whatever kind the model is. */
+static int run_text(const tfm_model *model, float *hidden, size_t *n) {
+    static const int32_t ids[] = {3, 11, 7, 20, 5};
+    const tfm_description *d = tfm_model_description(model);
+    tfm_session *session = tfm_session_create(model, NULL, NULL);
+    tfm_status status = session ? TFM_OK : TFM_ERROR_MEMORY;
+    tfm_text text;
+    tfm_chunk chunk = {0, ids, 5, 5};
+    memset(&text, 0, sizeof text);
+    text.tokens = ids;
+    text.n_tokens = 5;
+    *n = 5 * d->d_model;
+    if (session && d->kind == TFM_ENCODER)
+        status = tfm_encode(session, &text, 1, TFM_HIDDEN, hidden, NULL);
+    if (session && d->kind == TFM_ENCODER_DECODER)
+        status = tfm_set_source(session, 0, &text, NULL);
+    if (status == TFM_OK && d->kind != TFM_ENCODER)
+        status = tfm_eval(session, &chunk, 1, TFM_HIDDEN, hidden, NULL);
+    tfm_session_free(session);
+    return status == TFM_OK;
+}
+
+/* What is packed while it is loaded computes what the file that tfm_quantize writes does, tables that are only looked up and
+ * relative positions included. */
+static void test_packed_as_quantized(void) {
+    static const char *const names[] = {"encoder_mlm", "encoder_token", "beams_t5", "beams_gpt2", "model_unscaled"};
+    static float in_memory[5 * 256], in_file[5 * 256];
+    size_t i, n;
+    int dtype;
+    for (i = 0; i < sizeof names / sizeof *names; i++)
+        for (dtype = TFM_F32; dtype < TFM_DTYPE_COUNT; dtype++) {
+            const char *path = test_text("tests/golden/%s.tfm", names[i]);
+            tfm_quantize_options to;
+            tfm_load_options options;
+            tfm_error error = {TFM_OK, ""};
+            tfm_model *packed, *quantized;
+            memset(&to, 0, sizeof to);
+            memset(&options, 0, sizeof options);
+            to.dtype = options.dtype = (tfm_dtype)dtype;
+            CHECK_OK(tfm_quantize(path, TO, &to, &error), error);
+            packed = tfm_load(path, &options, &error);
+            quantized = tfm_load(TO, NULL, &error);
+            if (CHECK_MSG(packed && quantized, "%s", error.message) &&
+                CHECK(run_text(packed, in_memory, &n) && run_text(quantized, in_file, &n)))
+                CHECK_SAME(in_memory, in_file, n, test_text("%s as %s", names[i], tfm_dtype_name((tfm_dtype)dtype)));
+            tfm_free(packed);
+            tfm_free(quantized);
+            remove(TO);
+        }
+}
+
 void test_file(void) {
     test_unread_norm();
     test_names();
@@ -1534,4 +1583,5 @@ void test_file(void) {
     test_quantize_progress();
     test_quantize_errors();
     remove(FROM);
+    test_packed_as_quantized();
 }

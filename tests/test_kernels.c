@@ -1222,6 +1222,29 @@ static void test_quantize_spoiled(void) {
     free(other);
 }
 
+/* The bound of tfm_pack, for a group whose numbers are ever smaller than the other's. */
+static void test_i8_reach(void) {
+    float w[128], unpacked[128];
+    tfm_tensor matrix = tfm_matrix(w, 1, 128), packed;
+    tfm_error error;
+    int octaves;
+    size_t i;
+    for (octaves = 0; octaves < 40; octaves++) {
+        double largest = ldexp(100, -octaves), bound = 17.0 / 16 / 127 * fmax(largest, 100.0 / 60000) / 2;
+        test_fill(w, 128, (uint64_t)octaves);
+        for (i = 0; i < 128; i++)
+            w[i] *= i < 64 ? 100 : (float)largest;
+        w[0] = 100;
+        CHECK_OK(tfm_pack(&matrix, TFM_I8, NULL, &packed, &error), error);
+        tfm__matrix_row(&packed, 0, 0, 128, unpacked);
+        for (i = 64; i < 128 && fabs((double)w[i] - (double)unpacked[i]) <= bound; i++)
+            ;
+        CHECK_MSG(i == 128, "packed %d octaves below: %g is %g, the bound %g", octaves, (double)w[i % 128],
+                  (double)unpacked[i % 128], bound);
+        tfm_unpack(&packed, NULL);
+    }
+}
+
 static void test_i8(void) {
     static const size_t inputs[] = {1, 3, 63, 64, 65, 130, 257, 400}, outputs[] = {1, 15, 16, 17, 47, 48, 49, 100, 210};
     int8_product *p = (int8_product *)test_allocate(sizeof *p), *other = (int8_product *)test_allocate(sizeof *other);
@@ -1233,6 +1256,7 @@ static void test_i8(void) {
             test_i8_shape(p, other, rows, outputs[(rows + k) % 9], inputs[k]);
     test_i8_shape(p, other, LONG_I8_ROWS, LONG_I8_N, LONG_I8_K);
     test_i8_extremes(p, other);
+    test_i8_reach();
     free(p);
     free(other);
 }

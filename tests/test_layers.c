@@ -504,6 +504,7 @@ static void test_cross_refused(void) {
     float x[12] = {0}, results[24] = {0};
     tfm_kv memory = new_memory(&block, results, 2);
     tfm_span span = {1, NULL, NULL, 0, NULL};
+    const uint32_t beyond = (uint32_t)memory.n_pool_pages;
     tfm_error error;
     CHECK(tfm_block_forward(engine, &block, 0, x, &span, 1, &error) == TFM_ERROR_ARGUMENT);
     CHECK_MSG(strstr(error.message, "no memory") != NULL, "%s", error.message);
@@ -512,6 +513,10 @@ static void test_cross_refused(void) {
     memory.n_kv_heads++;
     CHECK(tfm_block_forward(engine, &block, 1, x, &span, 1, &error) == TFM_ERROR_ARGUMENT);
     memory.n_kv_heads--;
+    memory.pages = &beyond;
+    CHECK(tfm_block_forward(engine, &block, 1, x, &span, 1, &error) == TFM_ERROR_ARGUMENT);
+    CHECK_MSG(strstr(error.message, "no page 0 in its pool") != NULL, "%s", error.message);
+    memory.pages = NULL;
     CHECK(tfm_block_forward(engine, &block, CACHE_LAYERS, x, &span, 1, &error) == TFM_ERROR_ARGUMENT);
     block.parallel = 1;
     CHECK(tfm_block_forward(engine, &block, 1, x, &span, 1, &error) == TFM_ERROR_ARGUMENT);

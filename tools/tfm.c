@@ -33,6 +33,7 @@
 
 #include <errno.h>
 #include <math.h>
+#include <signal.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/stat.h>
@@ -183,8 +184,11 @@ static int parse(int argc, char **argv, int n_paths, const char *allowed, argume
             return usage("a value is missing after ", argv[i - 1]);
         else if (found->text)
             *found->text = argv[i];
-        else if (!parse_number(argv[i], found->number))
-            return usage("expected a number greater than 0, found ", argv[i]);
+        else if (!parse_number(argv[i], found->number)) {
+            fprintf(stderr, "tfm: %s: expected a number greater than 0, found '%s'\n%s", argv[i - 1], argv[i],
+                    usage_text);
+            return 2;
+        }
     }
     if (args->kv && tfm_dtype_from_name(args->kv, &args->kv_dtype, &error) != TFM_OK)
         return usage("--kv: ", error.message);
@@ -312,6 +316,19 @@ static int output_close(output *out) {
     }
     output_free(out);
     return bad;
+}
+
+/* 0, or the exit status after a message: for what takes long before it writes. */
+static int output_check(const char *path) {
+    output out;
+    int status = path ? output_open(&out, path) : 0;
+    if (path && !status) {
+        fclose(out.file);
+        if (out.temporary)
+            remove(out.temporary);
+        output_free(&out);
+    }
+    return status;
 }
 
 /* ---- info */
@@ -2219,6 +2236,8 @@ static tfm_status read_sizes(benchmark *b, tfm_error *error) {
 static int run_benchmark(benchmark *b) {
     tfm_error error = {TFM_OK, ""};
     int threads = 1, status;
+    if (output_check(b->args->json) || output_check(b->args->svg))
+        return 1;
     if (find_engine(b, &threads, &error) != TFM_OK || read_sizes(b, &error) != TFM_OK)
         return fail(error.message);
     read_cpu(b->cpu, sizeof b->cpu);
@@ -2265,6 +2284,9 @@ int main(int argc, char **argv) {
         {"tokenize", tokenize}, {"perplexity", perplexity}, {"bench", bench},
     };
     size_t i;
+#ifdef SIGXFSZ /* a limit on the size of files fails to be written past, as a full disk does, and does not end the program */
+    signal(SIGXFSZ, SIG_IGN);
+#endif
 #ifdef _WIN32 /* text is bytes */
     _setmode(0, _O_BINARY);
     _setmode(1, _O_BINARY);
