@@ -7,7 +7,8 @@
  * the likeliest token each time, more is beam search. -n: tokens of an answer at most (default 128). --length-penalty: more
  * than 1 (the default) favours long answers, less short ones. --ids: the answers' token ids instead of their text:
  * those of transformers' generate, without the decoder's start token, with the token that ended the answer. An empty line
- * is answered by an empty line. Exit status: 0, 1 for errors, 2 for wrong usage.
+ * is answered by an empty line. A line may be of any length if the model's positions are relative, as T5's are.
+ * Exit status: 0, 1 for errors, 2 for wrong usage.
  */
 #define _POSIX_C_SOURCE 200809L
 #define TFM_IMPLEMENTATION
@@ -30,9 +31,17 @@ typedef struct arguments {
     int ids;
 } arguments;
 
-/* Lines on their way through the model. */
+/* The model's session, and what it is made of. */
+typedef struct translator {
+    const arguments *args;
+    const tfm_model *model;
+    tfm_session_options options;
+    tfm_session *session;
+} translator;
+
+/* Lines on their way through the model: the sources of the sequences, but for the empty ones. */
 typedef struct batch {
-    size_t n;
+    size_t n, n_texts;
     unsigned long number[BATCH]; /* of the line, from 1 */
     int empty[BATCH];
 } batch;
@@ -118,13 +127,22 @@ static int read_line(FILE *file, char **text, size_t *capacity, size_t *size) {
     return 1;
 }
 
-/* The line is the source of a sequence. */
-static tfm_status set_line(tfm_session *session, const char *line, size_t size, size_t sequence, tfm_error *error) {
-    const tfm_model *model = tfm_session_model(session);
+/* Relative positions have no end: a line that is longer than the session's texts gets a session with room for it. */
+static tfm_status make_room(translator *t, size_t n_tokens, tfm_error *error) {
+    if (tfm_model_description(t->model)->encoder.positions != TFM_RELATIVE_POSITIONS)
+        return error->status; /* that there is no room */
+    tfm_session_free(t->session);
+    t->options.source = n_tokens;
+    t->session = tfm_session_create(t->model, &t->options, error);
+    return t->session ? TFM_OK : error->status;
+}
+
+/* The line becomes the source of a sequence; of sequence 0 even if that takes a new session. */
+static tfm_status set_line(translator *t, const char *line, size_t size, size_t sequence, tfm_error *error) {
     tfm_text text;
     int32_t *ids = NULL;
     size_t n;
-    tfm_status status = tfm_tokenize(model, line, size, 0, NULL, 0, &n, error);
+    tfm_status status = tfm_tokenize(t->model, line, size, 0, NULL, 0, &n, error);
     if (status != TFM_OK)
         return status;
     ids = (int32_t *)malloc((n + 1) * sizeof *ids);
@@ -133,11 +151,13 @@ static tfm_status set_line(tfm_session *session, const char *line, size_t size, 
         return error->status = TFM_ERROR_MEMORY;
     }
     memset(&text, 0, sizeof text);
-    status = tfm_tokenize(model, line, size, 0, ids, n, &n, error);
+    status = tfm_tokenize(t->model, line, size, 0, ids, n, &n, error);
     text.tokens = ids;
     text.n_tokens = n;
     if (status == TFM_OK)
-        status = tfm_set_source(session, sequence, &text, error);
+        status = tfm_set_source(t->session, sequence, &text, error);
+    if (status == TFM_ERROR_CONTEXT_FULL && !sequence && make_room(t, n, error) == TFM_OK)
+        status = tfm_set_source(t->session, sequence, &text, error);
     free(ids);
     return status;
 }
@@ -179,67 +199,74 @@ static tfm_status print_text(const tfm_model *model, const tfm_result *answer, t
     return status;
 }
 
-/* Answers the batch's lines, which are the sequences' sources, and prints a line for each. */
-static int answer(tfm_session *session, const arguments *args, const batch *lines, tfm_error *error) {
+/* Answers the batch's lines, prints a line for each, and empties it. */
+static int answer(const translator *t, batch *lines) {
+    const arguments *args = t->args;
     tfm_beam_options options;
     tfm_result results[BATCH];
-    size_t n = 0, i;
+    tfm_error error = {TFM_OK, ""};
+    size_t n, i;
     memset(&options, 0, sizeof options);
     options.beams = (size_t)args->beams;
     options.max_tokens = (size_t)args->tokens;
     options.length_penalty = (float)args->length_penalty;
     options.no_length_penalty = 1;
-    for (i = 0; i < lines->n; i++)
-        n += !lines->empty[i];
-    if (tfm_beam_search(session, NULL, n, &options, results, error) != TFM_OK)
-        return fail_at(lines->number[0], error->message);
+    if (tfm_beam_search(t->session, NULL, lines->n_texts, &options, results, &error) != TFM_OK)
+        return fail_at(lines->number[0], error.message);
     for (i = n = 0; i < lines->n; i++) {
         const tfm_result *result = results + n;
         n += !lines->empty[i];
         if (!lines->empty[i] && args->ids)
             print_ids(result);
-        else if (!lines->empty[i] && print_text(tfm_session_model(session), result, error) != TFM_OK)
-            return fail_at(lines->number[i], error->message);
+        else if (!lines->empty[i] && print_text(t->model, result, &error) != TFM_OK)
+            return fail_at(lines->number[i], error.message);
         putchar('\n');
     }
     if (fflush(stdout) || ferror(stdout))
         return fail_at(lines->number[0], "standard output can't be written");
+    lines->n = lines->n_texts = 0;
     return 0;
 }
 
-static int translate(tfm_session *session, const arguments *args, tfm_error *error) {
+/* Adds a line to the batch. If there is no room for it, or something is wrong with it, those before it are answered first. */
+static int add_line(translator *t, batch *lines, unsigned long number, const char *line, size_t size) {
+    tfm_error error = {TFM_OK, ""};
+    tfm_status added = size ? set_line(t, line, size, lines->n_texts * (size_t)t->args->beams, &error) : TFM_OK;
+    if (added != TFM_OK && lines->n) {
+        int status = answer(t, lines);
+        if (status)
+            return status;
+        added = set_line(t, line, size, 0, &error);
+    }
+    if (added != TFM_OK)
+        return fail_at(number, error.message);
+    lines->number[lines->n] = number;
+    lines->empty[lines->n++] = size == 0;
+    lines->n_texts += size > 0;
+    return 0;
+}
+
+static int translate(translator *t) {
     const int shows = isatty(STDERR_FILENO) && !isatty(STDOUT_FILENO); /* otherwise the answers show how far it is */
     const size_t most = isatty(STDIN_FILENO) ? 1 : BATCH;              /* who types a line waits for its answer */
     char *line = NULL;
-    size_t capacity = 0, size = 0, n_texts = 0;
+    size_t capacity = 0, size = 0;
     unsigned long number = 0;
     int status = 0, more = 1;
-    tfm_error line_error = {TFM_OK, ""};
     batch lines;
-    lines.n = 0;
-    while (!status && more > 0) {
-        more = read_line(stdin, &line, &capacity, &size);
-        if (more < 0)
-            status = fail_at(number + 1, "out of memory");
-        else if (more) {
-            lines.number[lines.n] = ++number;
-            lines.empty[lines.n] = size == 0;
-            if (!size || set_line(session, line, size, n_texts++ * (size_t)args->beams, &line_error) == TFM_OK)
-                lines.n++;
-            else
-                more = 0; /* those before it are answered */
-        }
-        if (!status && lines.n && (more <= 0 || lines.n == most)) {
-            status = answer(session, args, &lines, error);
-            lines.n = n_texts = 0;
+    lines.n = lines.n_texts = 0;
+    while (!status && (more = read_line(stdin, &line, &capacity, &size)) > 0) {
+        status = add_line(t, &lines, ++number, line, size);
+        if (!status && lines.n == most) {
+            status = answer(t, &lines);
             if (shows && number > BATCH)
                 fprintf(stderr, "\rtranslate: %lu lines", number);
         }
     }
-    if (!status && line_error.status != TFM_OK)
-        status = fail_at(number, line_error.message);
-    if (!status && ferror(stdin))
-        status = fail_at(number + 1, "standard input can't be read");
+    if (!status && lines.n)
+        status = answer(t, &lines);
+    if (!status && (more < 0 || ferror(stdin)))
+        status = fail_at(number + 1, more < 0 ? "out of memory" : "standard input can't be read");
     if (shows && number > BATCH)
         fputc('\n', stderr);
     free(line);
@@ -279,13 +306,12 @@ static tfm_model *load(const arguments *args, tfm_error *error) {
 
 int main(int argc, char **argv) {
     arguments args;
-    tfm_session_options options;
+    translator t;
     tfm_error error = {TFM_OK, ""};
     tfm_model *model = NULL;
-    tfm_session *session = NULL;
     int status;
     memset(&args, 0, sizeof args);
-    memset(&options, 0, sizeof options);
+    memset(&t, 0, sizeof t);
     args.beams = 1;
     args.tokens = 128;
     args.length_penalty = 1;
@@ -295,14 +321,15 @@ int main(int argc, char **argv) {
     status = parse(argc, argv, &args);
     if (status)
         return status;
-    options.engine.threads = (int)args.threads;
-    options.n_sequences = (size_t)args.beams * BATCH;
-    options.context = (size_t)args.tokens;
-    if (tfm_isa_from_name(args.isa, &options.engine.isa, &error) == TFM_OK)
-        model = load(&args, &error);
-    session = model ? tfm_session_create(model, &options, &error) : NULL;
-    status = session ? translate(session, &args, &error) : fail(error.message);
-    tfm_session_free(session);
+    t.args = &args;
+    t.options.engine.threads = (int)args.threads;
+    t.options.n_sequences = (size_t)args.beams * BATCH;
+    t.options.context = (size_t)args.tokens;
+    if (tfm_isa_from_name(args.isa, &t.options.engine.isa, &error) == TFM_OK)
+        t.model = model = load(&args, &error);
+    t.session = model ? tfm_session_create(model, &t.options, &error) : NULL;
+    status = t.session ? translate(&t) : fail(error.message);
+    tfm_session_free(t.session);
     tfm_free(model);
     return status;
 }

@@ -106,7 +106,11 @@ fails "cosine: a vector of zeros, or with numbers that are not finite" "select c
 fails "wrong number of arguments to function cosine" "select cosine(x'0000803f')"
 fails "tfm_load: expected the path of a .tfm file as text" "select tfm_load(NULL)"
 fails "tfm_load: expected the path of a .tfm file as text" "select tfm_load(7)"
-fails "tfm_load: expected a number of threads from 1 to 1024" "select tfm_load('$model', 0)"
+fails "tfm_load: expected the path of a .tfm file as text" "select tfm_load(cast('$model' as blob))"
+fails "tfm_load: expected the path of a .tfm file as text" "select tfm_load('$model' || char(0) || 'x')"
+for threads in 0 1025 4294967297 2.9 "'2'" NULL; do
+    fails "tfm_load: expected a number of threads from 1 to 1024" "select tfm_load('$model', $threads)"
+done
 fails "tfm_load: $dir/missing.tfm: No such file" "select tfm_load('$dir/missing.tfm')"
 fails "tfm_load: $dir: not a regular file" "select tfm_load('$dir')"
 fails "not a .tfm file" "select tfm_load('README.md')"

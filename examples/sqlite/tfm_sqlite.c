@@ -100,23 +100,25 @@ static tfm_status open_model(connection *c, const char *path, int threads, tfm_e
 
 static void sql_load(sqlite3_context *context, int argc, sqlite3_value **argv) {
     connection *c = (connection *)sqlite3_user_data(context), opened;
-    const char *path = (const char *)sqlite3_value_text(argv[0]);
-    const int threads = argc > 1 ? sqlite3_value_int(argv[1]) : 1;
+    const int is_text = sqlite3_value_type(argv[0]) == SQLITE_TEXT; /* before it is made one */
+    const char *path = is_text ? (const char *)sqlite3_value_text(argv[0]) : NULL;
+    const int is_number = argc < 2 || sqlite3_value_type(argv[1]) == SQLITE_INTEGER;
+    const sqlite3_int64 threads = argc < 2 ? 1 : sqlite3_value_int64(argv[1]);
     tfm_error error = {TFM_OK, ""};
-    if (sqlite3_value_type(argv[0]) != SQLITE_TEXT) {
-        fail(context, "tfm_load", "expected the path of a .tfm file as text");
-        return;
-    }
-    if (!path) {
+    if (is_text && !path) {
         sqlite3_result_error_nomem(context);
         return;
     }
-    if (threads < 1 || threads > 1024) {
+    if (!is_text || strlen(path) != (size_t)sqlite3_value_bytes(argv[0])) {
+        fail(context, "tfm_load", "expected the path of a .tfm file as text");
+        return;
+    }
+    if (!is_number || threads < 1 || threads > 1024) {
         fail(context, "tfm_load", "expected a number of threads from 1 to 1024");
         return;
     }
     memset(&opened, 0, sizeof opened);
-    if (open_model(&opened, path, threads, &error) != TFM_OK) { /* the model before stays */
+    if (open_model(&opened, path, (int)threads, &error) != TFM_OK) { /* the model before stays */
         close_model(&opened);
         fail(context, "tfm_load", error.message);
         return;
