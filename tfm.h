@@ -947,9 +947,10 @@ typedef struct tfm_turn {
 typedef const char *(*tfm_summarise)(void *user, const char *before, const tfm_turn *turns, size_t n_turns);
 
 typedef struct tfm_chat_options {
-    const char *system; /* the system prompt; NULL: none. Always kept. */
-    /* The template's name: "chatml", "llama2", "llama3", "mistral", "gemma", or "plain" ("User: ...\nAssistant: ...").
-     * NULL: the one that the model's file names (chat.template), or "plain" if it names none. */
+    const char *system; /* the system prompt, always kept. "": none. NULL: the template's own, if the file has one */
+    /* The template's name: "chatml", "llama2", "llama3", "mistral", "gemma", "zephyr", "phi3", or "plain" ("User:
+     * ...\nAssistant: ..."). NULL: the one that the model's file names (chat.template), as it describes it, or "plain" if it
+     * names none. */
     const char *chat_template;
     size_t budget; /* tokens of the context and the answer; 0, or more than the session's context: that */
     size_t sequence;
@@ -13802,7 +13803,8 @@ TFM_API tfm_status tfm_beam_search(tfm_session *session, const tfm_prompt *promp
 
 /* ---- chat: templates
  * A family's way of writing a conversation is a row of a table: texts around a turn of each role. Special tokens that stand
- * in them are listed, and become their ids; the same words in a turn's text stay words. */
+ * in them are listed, and become their ids; the same words in a turn's text stay words. A model's file may differ from its
+ * family's row in some of the texts, and have a system prompt of its own: tfm__form_texts. */
 
 #define TFM__FORM_TOKENS 4
 
@@ -13820,7 +13822,9 @@ typedef struct tfm__form {
 enum {
     TFM__FORM_TRIM = 1,          /* turns lose the white space around them */
     TFM__FORM_SYSTEM_INSIDE = 2, /* the system prompt stands in the first user's turn, after before[TFM_USER] */
-    TFM__FORM_TEXT = 4           /* begins as any text for the tokenizer does */
+    TFM__FORM_TEXT = 4,          /* begins as any text for the tokenizer does */
+    TFM__FORM_SYSTEM_LAST = 8,   /* the user's turn that it stands in is the conversation's last */
+    TFM__FORM_SYSTEM_ALWAYS = 16 /* what stands around a system prompt is there without one, too */
 };
 
 /* Of several rows with a name the first whose tokens the tokenizer has is taken. */
@@ -13880,6 +13884,24 @@ static const tfm__form tfm__forms[] = {
      "<end_of_turn>",
      {NULL, NULL},
      TFM__FORM_TRIM | TFM__FORM_SYSTEM_INSIDE},
+    {"zephyr", /* of TinyLlama, too */
+     {"</s>", NULL, NULL, NULL},
+     "",
+     {"<|system|>\n", "<|user|>\n", "<|assistant|>\n"},
+     {"</s>\n", "</s>\n", "</s>\n"},
+     "",
+     "</s>",
+     {NULL, NULL},
+     0},
+    {"phi3",
+     {"<|system|>", "<|user|>", "<|assistant|>", "<|end|>"},
+     "",
+     {"<|system|>\n", "<|user|>\n", "<|assistant|>\n"},
+     {"<|end|>\n", "<|end|>\n", "<|end|>\n"},
+     "",
+     "<|end|>",
+     {NULL, NULL},
+     0},
     {"plain",
      {NULL, NULL, NULL, NULL},
      "",
@@ -13892,6 +13914,7 @@ static const tfm__form tfm__forms[] = {
 };
 
 #define TFM__FORMS (sizeof tfm__forms / sizeof *tfm__forms)
+#define TFM__OWN_TEXTS 5 /* of a file: the system prompt, and what stands around turns */
 
 /* ---- chat: turns */
 
@@ -13915,7 +13938,9 @@ typedef struct tfm__mark {
 struct tfm_chat {
     tfm_allocator allocator;
     tfm_session *session;
-    const tfm__form *form;
+    const tfm__form *form;               /* a row of the table, or: */
+    tfm__form own_form;                  /* with what the file says instead */
+    char *own_texts[TFM__OWN_TEXTS];     /* terminated; see tfm__form_texts */
     int32_t token_ids[TFM__FORM_TOKENS]; /* of the form's tokens */
     size_t budget, sequence;
     tfm_summarise summarise;
@@ -14127,7 +14152,7 @@ static tfm_status tfm__put_written(tfm_chat *chat, const char *text, size_t size
 }
 
 static int tfm__has_system(const tfm_chat *chat) {
-    return chat->system.size || chat->summary.size;
+    return chat->system.size || chat->summary.size || (chat->form->flags & TFM__FORM_SYSTEM_ALWAYS);
 }
 
 static tfm_status tfm__put_system(tfm_chat *chat, tfm_error *error) {
@@ -14174,7 +14199,7 @@ static tfm_status tfm__chat_render(tfm_chat *chat, size_t first, int answer, tfm
     for (i = first; i < chat->n_turns && status == TFM_OK; i++) {
         const tfm__turn *turn = chat->turns + i;
         status = tfm__put_form(chat, form->before[turn->role], error);
-        joined = system && turn->role == TFM_USER;
+        joined = system && turn->role == TFM_USER && (i + 1 == chat->n_turns || !(form->flags & TFM__FORM_SYSTEM_LAST));
         if (status == TFM_OK && joined) {
             status = tfm__put_system(chat, error);
             system = 0;
@@ -14486,7 +14511,8 @@ static tfm_status tfm__chat_form(tfm_chat *chat, const tfm__form *form, tfm_erro
 static tfm_status tfm__chat_find_form(tfm_chat *chat, const char *name, size_t size, tfm_error *error) {
     tfm_status status =
         tfm__fail(error, TFM_ERROR_UNSUPPORTED,
-                  "unknown chat template '%.*s': expected chatml, llama2, llama3, mistral, gemma or plain",
+                  "unknown chat template '%.*s': expected chatml, llama2, llama3, mistral, gemma, zephyr, phi3 or "
+                  "plain",
                   (int)TFM__MIN(size, 40), name);
     size_t i;
     for (i = 0; i < TFM__FORMS && !chat->form; i++)
@@ -14495,10 +14521,52 @@ static tfm_status tfm__chat_find_form(tfm_chat *chat, const char *name, size_t s
     return status;
 }
 
+/* A text of the file's metadata, terminated; NULL if it is not there. The chat's own_texts hold it. */
+static tfm_status tfm__own_text(tfm_chat *chat, const char *key, size_t index, const char **text, tfm_error *error) {
+    const tfm_file *file = chat->session->model->file;
+    const tfm_meta *meta = tfm_file_find_meta(file, key);
+    char *copy;
+    if (!meta)
+        return TFM_OK;
+    if (meta->type != TFM_META_TEXT)
+        return tfm__fail(error, TFM_ERROR_FORMAT, "%s: metadata '%s': expected a text", file->name, key);
+    chat->own_texts[index] = copy = (char *)tfm__allocate(&chat->allocator, meta->count + 1);
+    if (!copy)
+        return tfm__fail_memory(error, meta->count + 1);
+    memcpy(copy, meta->values, meta->count);
+    copy[meta->count] = 0;
+    *text = copy;
+    return TFM_OK;
+}
+
+/* What the file says of its template: texts and flags in the place of the row's, and *system, its own system prompt. */
+static tfm_status tfm__form_texts(tfm_chat *chat, const char **system, tfm_error *error) {
+    static const char *const flag_keys[] = {"chat.system_last", "chat.system_always"};
+    static const unsigned flags[] = {TFM__FORM_SYSTEM_LAST, TFM__FORM_SYSTEM_ALWAYS};
+    tfm__form *form = &chat->own_form;
+    const struct {
+        const char *key, **text;
+    } texts[TFM__OWN_TEXTS] = {{"chat.system", system},
+                               {"chat.before_system", form->before + TFM_SYSTEM},
+                               {"chat.before_user", form->before + TFM_USER},
+                               {"chat.after_user", form->after + TFM_USER},
+                               {"chat.before_answer", &form->lead}};
+    tfm_status status = TFM_OK;
+    size_t i;
+    *form = *chat->form;
+    chat->form = form;
+    for (i = 0; i < TFM__OWN_TEXTS && status == TFM_OK; i++)
+        status = tfm__own_text(chat, texts[i].key, i, texts[i].text, error);
+    for (i = 0; i < 2; i++)
+        if (tfm_file_find_meta(chat->session->model->file, flag_keys[i]))
+            form->flags |= flags[i];
+    return status;
+}
+
 static tfm_status tfm__chat_setup(tfm_chat *chat, const tfm_chat_options *options, tfm_error *error) {
     const tfm_model *model = chat->session->model;
     const tfm_meta *meta = tfm_file_find_meta(model->file, "chat.template");
-    const char *name = options->chat_template ? options->chat_template : "plain";
+    const char *name = options->chat_template ? options->chat_template : "plain", *system = NULL;
     size_t size = strlen(name);
     tfm_status status = tfm__check_sequence(chat->session, options->sequence, error);
     if (status != TFM_OK)
@@ -14516,7 +14584,10 @@ static tfm_status tfm__chat_setup(tfm_chat *chat, const tfm_chat_options *option
         size = meta->count;
     }
     status = tfm__chat_find_form(chat, name, size, error);
-    return status == TFM_OK && options->system ? tfm_chat_add(chat, TFM_SYSTEM, options->system, error) : status;
+    if (status == TFM_OK && !options->chat_template)
+        status = tfm__form_texts(chat, &system, error);
+    system = options->system ? options->system : system;
+    return status == TFM_OK && system ? tfm_chat_add(chat, TFM_SYSTEM, system, error) : status;
 }
 
 TFM_API tfm_chat *tfm_chat_create(tfm_session *session, const tfm_chat_options *options, tfm_error *error) {
@@ -14545,10 +14616,13 @@ TFM_API tfm_chat *tfm_chat_create(tfm_session *session, const tfm_chat_options *
 
 TFM_API void tfm_chat_free(tfm_chat *chat) {
     tfm_allocator allocator;
+    size_t i;
     if (!chat)
         return;
     allocator = chat->allocator;
     tfm_chat_reset(chat);
+    for (i = 0; i < TFM__OWN_TEXTS; i++)
+        tfm__release(&allocator, chat->own_texts[i]);
     tfm__turn_free(chat, &chat->system);
     tfm__release(&allocator, chat->turns);
     tfm__release(&allocator, chat->text);

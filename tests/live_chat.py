@@ -41,6 +41,45 @@ FAMILIES = [
      "{% set content = '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n' + message['content'] | trim"
      " + '<|eot_id|>' %}{% if loop.index0 == 0 %}{% set content = bos_token + content %}{% endif %}{{ content }}"
      "{% endfor %}{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"),
+    ("chatml", ["<|im_start|>", "<|im_end|>"], "", "<|im_end|>", True,  # a system prompt of its own: Qwen2, SmolLM2
+     "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}"
+     "{{ \"<|im_start|>system\\nYou're a \u00fcber-bear, made by us.\\nGrowl.<|im_end|>\\n\" }}{% endif %}"
+     "{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}{% endfor %}"
+     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"),
+    ("llama3", ["<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"], "<|begin_of_text|>",
+     "<|eot_id|>", True,  # with dates: Llama 3.1
+     '{{- bos_token }}{%- if not date_string is defined %}{%- set date_string = "26 Jul 2024" %}{%- endif %}'
+     "{%- if messages[0]['role'] == 'system' %}{%- set system_message = messages[0]['content']|trim %}"
+     "{%- set messages = messages[1:] %}{%- else %}{%- set system_message = '' %}{%- endif %}"
+     '{{- "<|start_header_id|>system<|end_header_id|>\\n\\n" }}{{- "Cutting Knowledge Date: December 2023\\n" }}'
+     '{{- "Today Date: " + date_string + "\\n\\n" }}{{- system_message }}{{- "<|eot_id|>" }}'
+     "{%- for message in messages %}{{- '<|start_header_id|>' + message['role'] + '<|end_header_id|>\\n\\n'"
+     " + message['content'] | trim + '<|eot_id|>' }}{%- endfor %}"
+     "{%- if add_generation_prompt %}{{- '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}{%- endif %}"),
+    ("zephyr", ["<s>", "</s>"], "<s>", "</s>", True,  # TinyLlama
+     "{% for message in messages %}\n{% if message['role'] == 'user' %}\n"
+     "{{ '<|user|>\n' + message['content'] + eos_token }}\n{% elif message['role'] == 'system' %}\n"
+     "{{ '<|system|>\n' + message['content'] + eos_token }}\n{% elif message['role'] == 'assistant' %}\n"
+     "{{ '<|assistant|>\n'  + message['content'] + eos_token }}\n{% endif %}\n"
+     "{% if loop.last and add_generation_prompt %}\n{{ '<|assistant|>' }}\n{% endif %}\n{% endfor %}"),
+    ("phi3", ["<|system|>", "<|user|>", "<|assistant|>", "<|end|>", "<|endoftext|>"], "", "<|endoftext|>", True,
+     "{% for message in messages %}{% if message['role'] == 'system' and message['content'] %}"
+     "{{'<|system|>\n' + message['content'] + '<|end|>\n'}}{% elif message['role'] == 'user' %}"
+     "{{'<|user|>\n' + message['content'] + '<|end|>\n'}}{% elif message['role'] == 'assistant' %}"
+     "{{'<|assistant|>\n' + message['content'] + '<|end|>\n'}}{% endif %}{% endfor %}"
+     "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% else %}{{ eos_token }}{% endif %}"),
+    ("mistral", ["<s>", "</s>"], "<s>", "</s>", False,  # 7B v0.2 of 2023
+     "{{ bos_token }}{% for message in messages %}{% if message['role'] == 'user' %}"
+     "{{ '[INST] ' + message['content'] + ' [/INST]' }}{% elif message['role'] == 'assistant' %}"
+     "{{ message['content'] + eos_token}}{% endif %}{% endfor %}"),
+    ("mistral", ["<s>", "</s>", "[INST]", "[/INST]"], "<s>", "</s>", True,  # Nemo: no spaces, the system prompt last
+     '{%- if messages[0]["role"] == "system" %}{%- set system_message = messages[0]["content"] %}'
+     "{%- set loop_messages = messages[1:] %}{%- else %}{%- set loop_messages = messages %}{%- endif %}"
+     '{{- bos_token }}{%- for message in loop_messages %}{%- if message["role"] == "user" %}'
+     "{%- if loop.last and system_message is defined %}"
+     '{{- "[INST]" + system_message + "\\n\\n" + message["content"] + "[/INST]" }}'
+     '{%- else %}{{- "[INST]" + message["content"] + "[/INST]" }}{%- endif %}'
+     '{%- elif message["role"] == "assistant" %}{{- message["content"] + eos_token}}{%- endif %}{%- endfor %}'),
     ("mistral", ["<s>", "</s>"], "<s>", "</s>", False,
      "{{ bos_token }}{% for message in messages %}{% if message['role'] == 'user' %}"
      "{{ ' [INST] ' + message['content'] + ' [/INST]' }}{% elif message['role'] == 'assistant' %}"

@@ -9,23 +9,28 @@ static const test_shape shape = {VOCAB, 32, 2, 4, 2, 8, 48, 384};
 
 /* A random model whose vocabulary has these n tokens from id 257 on, found in texts as `flags` says (1: special tokens),
  * and that names a template, if that is not NULL. */
-static tfm_model *chat_model(const char *const *tokens, size_t n, int32_t flags, const char *name, uint64_t seed,
-                             unsigned char **bytes) {
+static void put_chat_model(test_tfm *tfm, const char *const *tokens, size_t n, int32_t flags, const char *name,
+                           uint64_t seed) {
     int32_t added[2 * 17] = {TEST_END, 1};
-    test_tfm tfm;
-    tfm_model *model;
     size_t i;
-    memset(&tfm, 0, sizeof tfm);
-    test_put_description(&tfm, &shape);
-    test_put_weights(&tfm, &shape, seed);
-    test_put_tokenizer(&tfm, tokens, n);
+    memset(tfm, 0, sizeof *tfm);
+    test_put_description(tfm, &shape);
+    test_put_weights(tfm, &shape, seed);
+    test_put_tokenizer(tfm, tokens, n);
     for (i = 0; i < n; i++) {
         added[2 * i + 2] = 257 + (int32_t)i;
         added[2 * i + 3] = flags;
     }
-    test_put_i32(&tfm, "tokenizer.added", added, 2 * n + 2);
+    test_put_i32(tfm, "tokenizer.added", added, 2 * n + 2);
     if (name)
-        test_put_text(&tfm, "chat.template", name);
+        test_put_text(tfm, "chat.template", name);
+}
+
+static tfm_model *chat_model(const char *const *tokens, size_t n, int32_t flags, const char *name, uint64_t seed,
+                             unsigned char **bytes) {
+    test_tfm tfm;
+    tfm_model *model;
+    put_chat_model(&tfm, tokens, n, flags, name, seed);
     model = test_load_tfm(&tfm, bytes);
     test_clear(&tfm);
     return model;
@@ -72,6 +77,8 @@ static const char *const llama3_tokens[] = {"<|begin_of_text|>", "<|start_header
                                             "<|eot_id|>"};
 static const char *const mistral_tokens[] = {"<s>", "</s>", "[INST]", "[/INST]"};
 static const char *const gemma_tokens[] = {"<bos>", "<start_of_turn>", "<end_of_turn>"};
+static const char *const zephyr_tokens[] = {"</s>"};
+static const char *const phi3_tokens[] = {"<|system|>", "<|user|>", "<|assistant|>"}; /* <|end|> is TEST_END */
 
 /* The conversation: "Be brief." (system, may be left out); "Hi"; "Hello!"; " How are you? ", with spaces. */
 static const struct {
@@ -108,6 +115,14 @@ static const struct {
      "<start_of_turn>user\nHow are you?<end_of_turn>\n<start_of_turn>model\n",
      "<bos><start_of_turn>user\nHi<end_of_turn>\n<start_of_turn>model\nHello!<end_of_turn>\n"
      "<start_of_turn>user\nHow are you?<end_of_turn>\n<start_of_turn>model\n"},
+    {"zephyr", zephyr_tokens, 1,
+     "<|system|>\nBe brief.</s>\n<|user|>\nHi</s>\n<|assistant|>\nHello!</s>\n<|user|>\n How are you? </s>\n"
+     "<|assistant|>\n",
+     "<|user|>\nHi</s>\n<|assistant|>\nHello!</s>\n<|user|>\n How are you? </s>\n<|assistant|>\n"},
+    {"phi3", phi3_tokens, 3,
+     "<|system|>\nBe brief.<|end|>\n<|user|>\nHi<|end|>\n<|assistant|>\nHello!<|end|>\n"
+     "<|user|>\n How are you? <|end|>\n<|assistant|>\n",
+     "<|user|>\nHi<|end|>\n<|assistant|>\nHello!<|end|>\n<|user|>\n How are you? <|end|>\n<|assistant|>\n"},
     {"plain", NULL, 0, "Be brief.\nUser: Hi\nAssistant: Hello!\nUser: How are you?\nAssistant:",
      "User: Hi\nAssistant: Hello!\nUser: How are you?\nAssistant:"},
 };
@@ -165,6 +180,60 @@ static void test_templates(void) {
         tfm_free(model);
         free(bytes);
     }
+}
+
+/* A conversation of a file with a template of its own. system: the option's. */
+static void check_own_template(test_tfm *tfm, const char *system, const char *name, const char *expected) {
+    unsigned char *bytes;
+    tfm_model *model = test_load_tfm(tfm, &bytes);
+    tfm_session *session = make_session(model, 0, TFM_NO_DTYPE, NULL);
+    tfm_chat *chat = make_chat(session, system, name, 0, 0);
+    add_turns(chat);
+    check_context(chat, model, expected, "a template of its own");
+    tfm_chat_free(chat);
+    tfm_session_free(session);
+    tfm_free(model);
+    free(bytes);
+}
+
+/* What a file says in the place of its template's texts; nothing of it if the caller names a template. */
+static void test_own_templates(void) {
+    test_tfm tfm;
+    unsigned char *bytes;
+    tfm_model *model;
+    tfm_session *session;
+    tfm_error error;
+    put_chat_model(&tfm, mistral_tokens, 4, 1, "mistral", 1);
+    test_put_text(&tfm, "chat.system", "Growl.");
+    check_own_template(&tfm, NULL, NULL, "<s>[INST] Growl.\n\nHi[/INST] Hello!</s>[INST]  How are you? [/INST]");
+    check_own_template(&tfm, "Be brief.", NULL,
+                       "<s>[INST] Be brief.\n\nHi[/INST] Hello!</s>[INST]  How are you? [/INST]");
+    check_own_template(&tfm, "", NULL, "<s>[INST] Hi[/INST] Hello!</s>[INST]  How are you? [/INST]");
+    test_put_text(&tfm, "chat.before_user", "[INST]-");
+    test_put_text(&tfm, "chat.after_user", "+[/INST]");
+    test_put_text(&tfm, "chat.before_answer", "");
+    test_put_i64(&tfm, "chat.system_last", 1);
+    check_own_template(&tfm, NULL, NULL, "<s>[INST]-Hi+[/INST]Hello!</s>[INST]-Growl.\n\n How are you? +[/INST]");
+    check_own_template(&tfm, NULL, "mistral", "<s>[INST] Hi[/INST] Hello!</s>[INST]  How are you? [/INST]");
+    test_put_i64(&tfm, "chat.before_answer", 1);
+    model = test_load_tfm(&tfm, &bytes);
+    session = make_session(model, 0, TFM_NO_DTYPE, NULL);
+    CHECK(!tfm_chat_create(session, NULL, &error));
+    CHECK_MSG(strstr(error.message, "'chat.before_answer': expected a text") != NULL, "%s", error.message);
+    tfm_session_free(session);
+    tfm_free(model);
+    free(bytes);
+    test_clear(&tfm);
+    put_chat_model(&tfm, phi3_tokens, 3, 1, "phi3", 1);
+    test_put_text(&tfm, "chat.before_system", "<|system|>\nToday.\n");
+    test_put_i64(&tfm, "chat.system_always", 1);
+    check_own_template(&tfm, NULL, NULL,
+                       "<|system|>\nToday.\n<|end|>\n<|user|>\nHi<|end|>\n<|assistant|>\nHello!<|end|>\n"
+                       "<|user|>\n How are you? <|end|>\n<|assistant|>\n");
+    check_own_template(&tfm, "s", NULL,
+                       "<|system|>\nToday.\ns<|end|>\n<|user|>\nHi<|end|>\n<|assistant|>\nHello!<|end|>\n"
+                       "<|user|>\n How are you? <|end|>\n<|assistant|>\n");
+    test_clear(&tfm);
 }
 
 /* Llama 2's template strips messages, as Python does, but not the system prompt, which stands inside one; what is nothing
@@ -723,6 +792,7 @@ void test_chat(void) {
     if (!model)
         test_fatal("%s", error.message);
     test_templates();
+    test_own_templates();
     test_white_space();
     test_injection();
     test_no_chat();

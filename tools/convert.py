@@ -3920,11 +3920,13 @@ def merge_ids(bpe):
 
 # What only the templates of one kind of chat have in them, in the order in which they are tried.
 CHAT_TEMPLATES = (
-    ("chatml", ("<|im_start|>", "<|im_end|>")),
-    ("llama3", ("<|start_header_id|>", "<|eot_id|>")),
+    ("chatml", (r"<\|im_start\|>", r"<\|im_end\|>")),
+    ("llama3", (r"<\|start_header_id\|>", r"<\|eot_id\|>")),
     ("gemma", ("<start_of_turn>", "<end_of_turn>")),
-    ("llama2", ("[INST]", "[/INST]", "<<SYS>>")),
-    ("mistral", ("[INST]", "[/INST]")),
+    ("llama2", (r"\[INST\]", r"\[/INST\]", "<<SYS>>")),
+    ("mistral", (r"\[INST\]", r"\[/INST\]")),
+    ("zephyr", (r"<\|user\|>(\\n|\n)['\"] *\+ *message\S* *\+ *eos_token", r"<\|assistant\|>")),
+    ("phi3", (r"<\|user\|>(\\n|\n)['\"] *\+ *message\S* *\+ *['\"]<\|end\|>", r"<\|assistant\|>")),
 )
 # What the templates of other kinds have, too.
 OTHER_CHATS = ("<|channel|>", "[SYSTEM_PROMPT]")
@@ -3943,20 +3945,65 @@ def chat_text(source, config):
     return value if isinstance(value, str) else None
 
 
-def chat_kind(source, config):
-    """What tfm.h calls the chat template; None if there is none, or an unknown one."""
-    text = chat_text(source, config)
-    if text is None:
-        return None
+def chat_kind(source, text):
+    """What tfm.h calls a chat template; None if it is an unknown one."""
     if not any(word in text for word in OTHER_CHATS):
-        for kind, words in CHAT_TEMPLATES:
-            if all(word in text for word in words):
+        for kind, patterns in CHAT_TEMPLATES:
+            if all(re.search(pattern, text) for pattern in patterns):
                 return kind
         if not re.search(r"<\||\|>|\[/?[A-Z_]+\]|</?[a-z_]+>", text) and "User:" in text and "Assistant:" in text:
             return "plain"
     source.notes.append("warning: the chat template is of no known kind (%s)"
                         % listing([kind for kind, _ in CHAT_TEMPLATES] + ["plain"]))
     return None
+
+
+def chat_literal(pattern, text):
+    """The group `text` of the first match, as Jinja reads what stands between quotes; None: there is no match."""
+    found = re.search(pattern, text)
+    return found["text"].replace("\\n", "\n") if found else None
+
+
+def chatml_values(text):
+    """The system prompt of a conversation without one (Qwen2, Qwen2.5, SmolLM2)."""
+    pattern = r"""(?P<quote>['"])<\|im_start\|>system(\\n|\n)(?P<text>((?!(?P=quote))[^{}<])+)<\|im_end\|>"""
+    return {"chat.system": chat_literal(pattern, text)}
+
+
+def llama3_values(text):
+    """The dates that stand before every system prompt, and without one, too (Llama 3.1 to 3.3)."""
+    parts = (chat_literal(r'"(?P<text>Cutting Knowledge Date: [^"]*)"', text),
+             chat_literal(r'"(?P<text>Today Date: )" *\+ *date_string', text),
+             chat_literal(r'date_string *= *"(?P<text>[^"]*)"', text))
+    if None in parts:
+        return {}
+    head = "<|start_header_id|>system<|end_header_id|>\n\n"
+    return {"chat.before_system": head + "".join(parts) + "\n\n", "chat.system_always": 1}
+
+
+def mistral_values(text):
+    """The spaces around what is said, and where the system prompt stands, which differ between versions."""
+    before = chat_literal(r"""(?P<quote>['"])(?P<text> ?\[INST\] ?)(?P=quote)""", text)
+    after = chat_literal(r"""(?P<quote>['"])(?P<text> ?\[/INST\])(?P=quote)""", text)
+    if before is None or after is None:
+        return {}
+    lead = chat_literal(r"""(?P<quote>['"])(?P<text> )(?P=quote) *\+ *message""", text)
+    last = 1 if re.search(r"loop\.last and system_message", text) else None
+    return {"chat.before_user": before, "chat.after_user": after, "chat.before_answer": lead or "",
+            "chat.system_last": last}
+
+
+CHAT_VALUES = {"chatml": chatml_values, "llama3": llama3_values, "mistral": mistral_values}
+
+
+def put_chat(metadata, source, config):
+    """The kind of the chat template, and in what it differs from others of that kind."""
+    text = chat_text(source, config)
+    kind = chat_kind(source, text) if text is not None else None
+    metadata.value("chat.template", kind)
+    if kind in CHAT_VALUES:
+        for key, value in CHAT_VALUES[kind](text).items():
+            metadata.value(key, value)
 
 
 def end_ids(source, config, bpe, vocab_size):
@@ -4178,7 +4225,7 @@ def convert(args):
     put_model(metadata, model)
     if bpe is not None:
         put_tokenizer(metadata, bpe)
-        metadata.value("chat.template", chat_kind(source, checkpoint.gguf))
+        put_chat(metadata, source, checkpoint.gguf)
     if checkpoint.gguf is not None:
         ids = gguf_end_ids(config, model.vocab_size)
     else:
@@ -4224,7 +4271,7 @@ def convert_tokenizer(source, gguf, label, args, started):
     ids = gguf_end_ids(gguf, vocab_size) if gguf else end_ids(source, Fields({}, source.path), bpe, vocab_size)
     if ids:
         metadata.i32("generation.eos_ids", ids)
-    metadata.value("chat.template", chat_kind(source, gguf))
+    put_chat(metadata, source, gguf)
     out = os.path.realpath(args.out)
     check_not_input(source, out, args.out)
     size = write_tfm(out, metadata.pack(), [])
