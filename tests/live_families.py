@@ -460,8 +460,8 @@ class Runner:
             print("%-44s off by %.1e" % (what, reference(what, runtime, self.program)), flush=True)
             return
         inputs = random_inputs(generator, model, runtime)
-        if model.dtype != torch.float32:  # its own buffers, such as frequencies, were never meant to be narrow
-            model = type(model).from_pretrained(folder, dtype="auto").eval()
+        if model.dtype != torch.float32:  # which tfm.h calculates in, also with frequencies and scales of embeddings
+            model = type(model).from_pretrained(folder, dtype=torch.float32).eval()
         expected = expected_outputs(model.float(), inputs)
         expected.update(options.get("more", lambda *_: {})(expected, inputs))
         found = runtime.outputs(inputs.ids, inputs.decoder_ids, inputs.types, inputs.seen)
@@ -785,9 +785,11 @@ _gemma2 = (transformers.Gemma2ForCausalLM, transformers.Gemma2Config)
 CASES += [
     ("GemmaForCausalLM", gemma(transformers.GemmaForCausalLM, transformers.GemmaConfig)),
     ("Gemma, bfloat16", gemma(transformers.GemmaForCausalLM, transformers.GemmaConfig, torch.bfloat16)),
+    ("Gemma, float16", gemma(transformers.GemmaForCausalLM, transformers.GemmaConfig, torch.float16)),
     ("GemmaModel", gemma(transformers.GemmaModel, transformers.GemmaConfig)),
     ("Gemma2ForCausalLM", gemma(*_gemma2, sliding_window=6, num_hidden_layers=3, query_pre_attn_scalar=11,
                                 attn_logit_softcapping=1.5, final_logit_softcapping=2.5)),
+    ("Gemma 2, bfloat16", gemma(*_gemma2, torch.bfloat16, sliding_window=6, num_hidden_layers=3)),
     ("Gemma 2 without bounds", gemma(*_gemma2, sliding_window=11, num_hidden_layers=2, attn_logit_softcapping=None,
                                      final_logit_softcapping=None)),
 ]

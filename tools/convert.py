@@ -1904,7 +1904,8 @@ def describe_gemma(config, family, tensors):
     stack.norm_weight_offset = 1.0
     if family.defaults["activation_key"] != "hidden_activation" and stack.activation == "gelu":
         stack.activation = "gelu_tanh"  # the first configurations said gelu and meant this
-    model.embedding_scale = rounded(model.d_model ** 0.5, tensors.get("embed_tokens.weight"))
+    # transformers rounds it to the type it calculates in, whatever the checkpoint's is. tfm.h calculates in f32.
+    model.embedding_scale = model.d_model ** 0.5
     if "softcaps" in family.defaults:
         stack.attention_scale = [positive(config, "query_pre_attn_scalar", 256) ** -0.5]
         for key, default, owner, field in family.defaults["softcaps"]:
@@ -1918,16 +1919,6 @@ def positive(config, key, default):
     if not value > 0:
         raise ConvertError("%s: %s should be positive, not %g" % (config.where, quote(key), value))
     return value
-
-
-def rounded(value, tensor):
-    """The number in a tensor's type, which is what transformers calculates with."""
-    dtype = tensor.dtype if tensor is not None else "F32"
-    bits = struct.unpack("<I", struct.pack("<f", value))[0]
-    if dtype == "BF16":
-        return struct.unpack("<f", struct.pack("<I", bits + 0x7FFF + (bits >> 16 & 1) & 0xFFFF0000))[0]
-    layout = "<e" if dtype == "F16" else "<f"
-    return struct.unpack(layout, struct.pack(layout, value))[0]
 
 
 LLAMA = Family(
@@ -2248,7 +2239,7 @@ def describe_gguf(config, family, tensors):
                   "qk_norm": settings.get("qk_norm", False), "ffn_norm": not settings.get("one_norm", False),
                   "gated": is_rms, "plain": not is_rms})
     if settings.get("scaled_embeddings"):  # the norms' offset of 1 is in the weights already
-        model.embedding_scale = rounded(d_model ** 0.5, None)
+        model.embedding_scale = d_model ** 0.5
     if settings.get("bounded"):
         describe_gguf_gemma2(config, key, model, stack)
     return model
