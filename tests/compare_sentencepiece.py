@@ -11,6 +11,7 @@ tokenizers and transformers. The last line is `N passed, N failed`.
 import argparse
 import importlib
 import io
+import json
 import os
 import random
 import subprocess
@@ -20,6 +21,7 @@ import types
 
 import compare_tokenizer as base
 import sentencepiece
+import transformers
 from sentencepiece import sentencepiece_model_pb2 as protobuf
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
@@ -239,7 +241,8 @@ def json_variants(found, directory):
     shifted.add_special_tokens([base.AddedToken("<mask>", lstrip=True, normalized=True)])
     shifted.post_processor = processors.TemplateProcessing(single="<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 2)])
     yield "XLM-R's tokenizer.json", shifted
-    yield "LLaMA's tokenizer.json", converted(slow.LlamaConverter, llama, directory, legacy=True, add_prefix_space=True)
+    llama_json = converted(slow.LlamaConverter, llama, directory, legacy=True, add_prefix_space=True)
+    yield "LLaMA's tokenizer.json", llama_json
     yield "Mistral's tokenizer.json", converted(slow.LlamaConverter, llama, directory, legacy=False, add_prefix_space=True)
     gemma = converted(slow.GemmaConverter, llama, directory, pad_token="<unk>", eos_token="<s>", bos_token="</s>")
     yield "Gemma's tokenizer.json", gemma
@@ -257,6 +260,12 @@ def json_variants(found, directory):
     for model.fuse_unk in (True, False):
         unknown.model = model
         yield f"BPE without byte fallback, fuse_unk {model.fuse_unk}", Tokenizer.from_str(unknown.to_str())
+    made = json.loads(llama_json.to_str())["model"]
+    yield "LLaMA's tokenizer.json by transformers 5", transformers.LlamaTokenizer(
+        vocab=made["vocab"], merges=[tuple(merge) for merge in made["merges"]]).backend_tokenizer  # fmt: skip
+    unknown = Tokenizer.from_str(llama_json.to_str())
+    unknown.model.unk_token = None
+    yield "LLaMA's tokenizer.json without an unknown token", unknown
     fallback = found["unigram, byte fallback, identity"]
     vocab = [(piece.piece, piece.score) for piece in fallback.pieces]
     by_bytes = Tokenizer(models.Unigram(vocab, unk_id=0, byte_fallback=True))

@@ -1383,6 +1383,20 @@ def test_sentencepiece_json(converter, _):
         value["model"]["unk_id"] = 70
     converter.refuse("unk_id", folder(unknown), says=("unk_id",))
 
+    def bpe(texts, **more):
+        def change(value):
+            vocab = {text: i for i, text in enumerate(["<s>", *texts, "\u2581", "a", "\u2581a"])}
+            value["model"] = dict(type="BPE", vocab=vocab, merges=[["\u2581", "a"]], unk_token=None, **more)
+        return change
+    all_bytes = ["<0x%02X>" % i for i in range(256)]
+    file = converter.convert("no unknown token", folder(bpe(all_bytes, byte_fallback=True)))
+    file and check_equal((file.metadata["tokenizer.types"][:3], file["tokenizer.byte_fallback"]), ([1, 6, 6], 1),
+                         "no unknown token")
+    for what, change in (("no bytes", bpe([], byte_fallback=True)), ("no fallback", bpe(all_bytes))):
+        converter.refuse("no unknown token and " + what, folder(change), says=("unk_token", "byte_fallback"))
+    converter.refuse("an unknown token that is no piece", folder(lambda value: (bpe(all_bytes, byte_fallback=True)(
+        value), value["model"].update(unk_token="<unk>"))), says=("unk_token", "<unk>"))
+
 
 def test_tokenizer_beside_file(converter, _):
     """A bare state dict finds its tokenizer, and the ids that end a text, in its directory."""

@@ -3087,7 +3087,7 @@ class SentencePiece(Bpe):
     types: List[int] = dataclasses.field(default_factory=list)
     rules: Dict[str, int] = dataclasses.field(default_factory=dict)  # what the metadata of these names say
     charsmap: bytes = b""
-    unk_id: int = 0
+    unk_id: Optional[int] = None  # None: nothing is unknown, as all of the bytes have pieces
     # What unk_id is decoded to; None: its piece. Only sentencepiece's decoder puts a text of its own there; that of
     # tokenizers, whose rules a tokenizer.json follows, writes the piece.
     unk_surface: Optional[bytes] = None
@@ -3417,13 +3417,17 @@ def parse_sentencepiece_bpe(model, pieces):
     pieces.vocab = dict(parse_vocab(model.object("vocab")))
     pieces.merges = [parse_merge(merge, "%s: merge %d" % (model.where, i))
                      for i, merge in enumerate(model.list("merges"))]
-    unknown = model.text("unk_token")
-    if unknown not in pieces.vocab or not pieces.merges:
-        raise ConvertError("%s: there is no unknown token %s in the vocabulary, or there are no merges"
-                           % (model.where, quote(unknown)))
-    pieces.unk_id = pieces.vocab[unknown]
+    if not pieces.merges:
+        raise ConvertError("%s: there are no merges" % model.where)
     pieces.fuse_unk = model.flag("fuse_unk", False)
+    unknown = model.text("unk_token", None)
+    if unknown is not None and unknown not in pieces.vocab:
+        raise ConvertError("%s: 'unk_token', %s, is not in the vocabulary" % (model.where, quote(unknown)))
+    pieces.unk_id = pieces.vocab.get(unknown)
     use_byte_fallback(model, pieces)
+    if unknown is None and not pieces.rules["byte_fallback"]:
+        raise ConvertError("%s: without 'unk_token', 'byte_fallback' and a piece for every byte, characters that have "
+                           "no piece would vanish, which is not supported" % model.where)
 
 
 def use_byte_fallback(model, pieces):
@@ -3439,7 +3443,8 @@ def use_byte_fallback(model, pieces):
     for text in found:
         if pieces.rules["byte_fallback"]:
             pieces.types[pieces.vocab[text]] = BYTE
-    pieces.types[pieces.unk_id] = UNKNOWN
+    if pieces.unk_id is not None:
+        pieces.types[pieces.unk_id] = UNKNOWN
 
 
 def parse_normalizer(root, pieces):
@@ -3792,7 +3797,7 @@ def put_sentencepiece(metadata, pieces):
         metadata.bytes("tokenizer.charsmap", pieces.charsmap)
     for key, value in sorted(pieces.rules.items()):
         metadata.i64("tokenizer." + key, value)
-    metadata.i64("tokenizer.unk_id", pieces.unk_id)
+    metadata.i64("tokenizer.unk_id", pieces.unk_id or 0)  # the file has one, even if it can't come up
     if pieces.unk_surface is not None:
         metadata.bytes("tokenizer.unk_surface", pieces.unk_surface)
     put_around(metadata, pieces)
