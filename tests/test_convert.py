@@ -985,6 +985,19 @@ def test_tokenizer_json(converter, _):
     convert("template and added tokens", tokenizer, named=roles, texts=texts, tokenizer_config=dict(
         tokenizer_class="PreTrainedTokenizerFast", bos_token="<s>", eos_token="</s>", pad_token="<pad>"))
     wrapped = json.loads(tokenizer.to_str())["post_processor"]
+    convert("an added token that BPE can't make of the bytes that its characters stand for",
+            train_tokenizer(special=("<|endoftext|>", "«bear»")), texts=texts)
+    for what, text, change in (("a byte", "é", None), ("a space", "Ġ", None), ("a merge", "Ġthe", None),
+                               ("a whole piece", "Ġbear", ignore_merges)):
+        odd = train_tokenizer(special=("<|endoftext|>",) + ((text,) if change else ()))
+        odd.add_tokens([text])
+        folder = tokenizer_folder(converter, model)
+        value = json.loads(odd.to_str())
+        if change:
+            change(value)
+        write_json(os.path.join(folder, "tokenizer.json"), value)
+        converter.refuse("an added token that is %s to BPE" % what, folder, says=(
+            "tokenizer.json", repr(text), "the id %d" % odd.token_to_id(text)))
 
     def sequence(value):
         value["post_processor"] = {"type": "Sequence", "processors": [

@@ -3861,6 +3861,7 @@ def put_tokenizer(metadata, bpe):
         put_wordpiece(metadata, bpe)
         return
     alphabet = byte_alphabet()
+    check_added_texts(bpe, alphabet)
     tokens = token_bytes(bpe, alphabet)
     metadata.text("tokenizer.kind", "byte_bpe")
     metadata.text("tokenizer.pattern", bpe.pattern)
@@ -3878,6 +3879,18 @@ def put_tokenizer(metadata, bpe):
     if bpe.vocab.get(bpe.unk_token) is not None:
         metadata.i64("tokenizer.unk_id", bpe.vocab[bpe.unk_token])
         metadata.i64("tokenizer.fuse_unk", bpe.fuse_unk)
+
+
+def check_added_texts(bpe, alphabet):
+    """Refuses an added token such as "é" that to BPE is the byte E9: tokenizers finds either, but in the file a token has
+    one text."""
+    made = set(alphabet).union(left + right for left, right in bpe.merges)
+    for text, (number, _) in bpe.added.items():
+        is_made = text in bpe.vocab and (text in made or bpe.ignore_merges)
+        if is_made and not text.isascii() and all(character in alphabet for character in text):
+            raise ConvertError("%s: the added token %s has the id %d of the vocabulary's token for other bytes, %s; one "
+                               "id for two texts is not supported"
+                               % (bpe.where, quote(text), number, " ".join("%02X" % alphabet[c] for c in text)))
 
 
 def token_bytes(bpe, alphabet):
