@@ -1450,6 +1450,34 @@ def test_end_ids(converter, _):
         file and check_equal(file.metadata.get("generation.eos_ids"), expected, "end of text from " + what)
 
 
+def test_start_ids(converter, _):
+    """What generate() begins an encoder-decoder's texts with. (Where it would refuse the model, any id will do.)"""
+    model = small_t5()
+    for what, config, generation, expected in (
+            ("config.json", dict(decoder_start_token_id=5), None, 5),
+            ("generation_config.json", dict(decoder_start_token_id=5), dict(decoder_start_token_id=7), 7),
+            ("generation_config.json alone", {}, dict(decoder_start_token_id=7), 7),
+            ("generation_config.json's bos_token_id", dict(decoder_start_token_id=5), dict(bos_token_id=8), 8),
+            ("config.json, as the other is silent", dict(decoder_start_token_id=5), dict(eos_token_id=1), 5),
+            ("config.json's bos_token_id", dict(bos_token_id=6, pad_token_id=3), None, 6),
+            ("config.json's pad_token_id", dict(pad_token_id=3), None, 3), ("nothing", {}, None, 0)):
+        folder = directory_of(converter, model, **dict(dict.fromkeys((
+            "decoder_start_token_id", "bos_token_id", "pad_token_id"), "drop"), **config))
+        if generation is not None:
+            write_json(os.path.join(folder, "generation_config.json"), generation)
+        file = converter.convert("start of text from " + what, folder)
+        file and check_equal(file["generation.start_id"], expected, "start of text from " + what)
+        if generation is not None and "eos_token_id" not in generation:
+            loaded = type(model).from_pretrained(folder)
+            check_equal(loaded.generate(torch.tensor([[5, 6, 1]]), max_new_tokens=1)[0, 0].item(), expected,
+                        "start of text from %s, by transformers" % what)
+    folder = directory_of(converter, model)
+    for start, says in ((30, "0 to 29"), ("x", "integer"), ([0, 1], "integer")):
+        write_json(os.path.join(folder, "generation_config.json"), dict(decoder_start_token_id=start))
+        converter.refuse("generation_config.json with the start %s" % start, folder, says=(
+            "generation_config.json", "decoder_start_token_id", says))
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Tests: bad input
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1540,6 +1568,11 @@ def small_llama(kind=transformers.LlamaForCausalLM, config=transformers.LlamaCon
                        num_key_value_heads=1, intermediate_size=17, max_position_embeddings=20, head_dim=8, **more))
 
 
+def small_t5():
+    return transformers.T5ForConditionalGeneration(transformers.T5Config(
+        vocab_size=30, d_model=12, d_kv=5, d_ff=17, num_layers=1, num_heads=3))
+
+
 def test_encoder_configurations(converter, _):
     model = small_bert(num_labels=3)
     for changes, says in (
@@ -1621,8 +1654,7 @@ def test_sentence_transformers(converter, _):
 
 
 def test_t5_configurations(converter, _):
-    model = transformers.T5ForConditionalGeneration(transformers.T5Config(
-        vocab_size=30, d_model=12, d_kv=5, d_ff=17, num_layers=1, num_heads=3))
+    model = small_t5()
     for changes, says in (
             (dict(feed_forward_proj="gated-mish"), ("mish",)), (dict(feed_forward_proj="x-relu"),
              ("feed_forward_proj",)),

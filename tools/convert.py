@@ -1184,7 +1184,6 @@ class Model:
     classifier_labels: Optional[str] = None
     classifier_problem: Optional[str] = None  # single, multi, regression
     n_labels: Optional[int] = None
-    start_id: Optional[int] = None
 
     @property
     def embedding_dim(self):
@@ -1781,11 +1780,6 @@ def describe_t5(config, family, tensors):
         switches={"gated": bool(gate), "plain": not gate})
     if head == "lm" and config.flag("scale_decoder_outputs", family.defaults["scales"] and tied):
         model.logit_scale = d_model ** -0.5
-    if head != "encoder":
-        model.start_id = config.integer("decoder_start_token_id", config.integer("pad_token_id", 0))
-        if not 0 <= model.start_id < model.vocab_size:
-            raise ConvertError("%s: 'decoder_start_token_id' should be the id of a token, 0 to %d, not %s"
-                               % (config.where, model.vocab_size - 1, quote(model.start_id)))
     return model
 
 
@@ -4028,6 +4022,20 @@ def end_ids(source, config, bpe, vocab_size):
     return [number for number in ids if number not in outside]
 
 
+def start_id(source, config, vocab_size):
+    """The id that an encoder-decoder's texts begin with: generation_config.json's, else the configuration's."""
+    generation = source.optional_json("generation_config.json")
+    for part, key in ((generation, "decoder_start_token_id"), (generation, "bos_token_id"),
+                      (config, "decoder_start_token_id"), (config, "bos_token_id"), (config, "pad_token_id")):
+        number = part.integer(key, None)
+        if number is not None:
+            if not 0 <= number < vocab_size:
+                raise ConvertError("%s: %r should be the id of a token, 0 to %d, not %s"
+                                   % (part.where, key, vocab_size - 1, quote(number)))
+            return number
+    return 0
+
+
 def gguf_end_ids(config, vocab_size):
     """The ids that a .gguf file's metadata calls the end: of a text, of a turn, of a message."""
     ids = [config.integer("tokenizer.ggml.%s_token_id" % name, -1) for name in ("eos", "eot", "eom")]
@@ -4241,7 +4249,8 @@ def convert(args):
         ids = end_ids(source, config, bpe, model.vocab_size)
     if ids:
         metadata.i32("generation.eos_ids", ids)
-    metadata.value("generation.start_id", model.start_id)
+    if model.kind == "encoder-decoder" and model.vocab_size:
+        metadata.i64("generation.start_id", start_id(source, config, model.vocab_size))
 
     check_not_input(source, out, args.out)
     size = write_tfm(out, metadata.pack(), entries)
