@@ -570,11 +570,11 @@ def _(generator, _):
 
 @case("BERT with labels and kinds of problems")
 def _(generator, _):
-    labels = ["sad", "glad\nor so", "Ümlaut"]
+    labels = ["sad\tor\0\x1b\x7f\x85 so", "glad\r\nor so", "Ümlaut"]
     config = transformers.BertConfig(problem_type="multi_label_classification", **bert_sizes(generator))
     config.id2label = dict(enumerate(labels))
     model = randomized(transformers.BertForSequenceClassification(config))
-    return model, {"says": {"classifier_labels": "sad\nglad or so\nÜmlaut", "classifier_problem": "multi"}}
+    return model, {"says": {"classifier_labels": "sad or  so\nglad or so\nÜmlaut", "classifier_problem": "multi"}}
 
 
 @case("RoBERTa with one label")

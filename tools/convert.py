@@ -1625,14 +1625,15 @@ PROBLEMS = {"single_label_classification": "single", "multi_label_classification
 
 
 def labels(config, n_labels):
-    """The labels in the order of their ids, one a line, or None."""
+    """The labels in the order of their ids, one a line, or None. A label is one of several fields of what programs print:
+    control characters, such as tabs, become a space."""
     table = config.object("id2label", None)
     if table is None:
         return None
     if len(table.values) != n_labels or set(table.values) != set(map(str, range(n_labels))):
         raise ConvertError("%s: should have the labels 0 to %d, one for each row of the classifier"
                            % (table.where, n_labels - 1))
-    return "\n".join(re.sub(r"[\r\n]+", " ", table.text(str(number))) for number in range(n_labels))
+    return "\n".join(re.sub(r"[\x00-\x1f\x7f-\x9f]+", " ", table.text(str(number))) for number in range(n_labels))
 
 
 def bert_architectures(name, **more):
