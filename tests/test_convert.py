@@ -764,6 +764,15 @@ def test_nanogpt(converter, logits):
     compare("old nanoGPT", file, plain(model.state_dict(), False), 2, "rows")
     file and check_equal(file["decoder.activation"], "gelu_tanh", "old nanoGPT: activation")
     logits.check("old nanoGPT", file, model)
+    checkpoint = nanogpt_checkpoint(LinearGpt(bias=False))
+    checkpoint["model_args"].update(vocab_size=numpy.int64(97), n_layer=numpy.uint8(2), bias=numpy.bool_(False),
+                                    dropout=numpy.float32(0.5))
+    checkpoint.update(best_val_loss=numpy.float64(1.5), more=[numpy.ones(2), numpy.str_("x"), b"\xff", b"\xff"])
+    for protocol in (2, 3, 4, 5):
+        path = converter.path("ckpt.pt")
+        torch.save(checkpoint, path, pickle_protocol=protocol)
+        file = converter.convert("nanoGPT with numbers of numpy's", path)
+        compare("nanoGPT with numbers of numpy's", file, plain(checkpoint["model"], False), 2, "rows")
     path = converter.path("model.safetensors")
     state = {name: tensor for name, tensor in model.state_dict().items() if name != "lm_head.weight"}
     safetensors.torch.save_file(state, path)
@@ -1542,6 +1551,11 @@ def test_configurations(converter, _):
     os.remove(os.path.join(folder, "config.json"))
     converter.refuse("no config.json", folder, says=("config.json", "No such file"))
     nano = nanogpt_checkpoint(LinearGpt())
+    for name, value, kind in (("vocab_size", numpy.array(97), "integer"), ("bias", [True], "true or false"),
+                              ("n_head", numpy.complex64(3), "integer"), ("block_size", torch.ones(1), "integer")):
+        path = converter.path("ckpt.pt")
+        torch.save(dict(nano, model_args=dict(nano["model_args"], **{name: value})), path)
+        converter.refuse("model_args with %.40r" % value, path, says=("ckpt.pt", "model_args", name, kind, "an object"))
     for arguments in ("x", {}, {"n_layer": torch.ones(1)}, dict(nano["model_args"], n_head="3"),
                       dict(nano["model_args"], bias=False)):
         path = converter.path("ckpt.pt")

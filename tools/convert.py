@@ -540,9 +540,34 @@ class Opaque:
     def __init__(self, *_):
         pass
 
+    def __repr__(self):
+        return "an object"
+
 
 class Quantized(Opaque):
     """Stands for a tensor of a kind that can't be converted."""
+
+
+class NumpyType(Opaque):
+    def __init__(self, name="", *_):
+        self.name = name
+
+
+def build_bytes(text, *_):
+    """Bytes, which protocol 2 has as the text of those characters."""
+    return text.encode("latin-1")
+
+
+def build_number(kind, data):
+    """A number of numpy's: its bytes are little-endian, as the file is."""
+    layout = NUMPY_LAYOUTS.get(kind.name)
+    if layout is None:
+        return Opaque()
+    return struct.unpack(layout, data.encode("latin-1") if isinstance(data, str) else data)[0]
+
+
+NUMPY_LAYOUTS = {"b1": "<?", "i1": "<b", "i2": "<h", "i4": "<i", "i8": "<q", "u1": "<B", "u2": "<H", "u4": "<I",
+                 "u8": "<Q", "f2": "<e", "f4": "<f", "f8": "<d"}
 
 
 def build_dict(pairs=()):
@@ -607,17 +632,21 @@ GLOBALS = {
     "torch._tensor _rebuild_from_type_v2": build_subclass,
     "torch._utils _rebuild_qtensor": Quantized,
     "torch._utils _rebuild_sparse_tensor": Quantized,
+    "_codecs encode": build_bytes,
+    "numpy dtype": NumpyType,
+    "numpy.core.multiarray scalar": build_number,
+    "numpy._core.multiarray scalar": build_number,
 }
 GLOBALS.update({"torch " + name: StorageType(dtype) for name, dtype in TORCH_DTYPES.items()})
 GLOBALS.update({module + " " + name: StorageType(dtype) for name, dtype in STORAGE_CLASSES.items()
                 for module in ("torch", "torch.cuda", "torch.storage")})
 GLOBALS.update(dict.fromkeys((
-    "_codecs encode", "argparse Namespace", "collections Counter", "collections defaultdict", "pathlib Path",
+    "argparse Namespace", "collections Counter", "collections defaultdict", "pathlib Path",
     "pathlib PosixPath", "pathlib WindowsPath", "pathlib._local PosixPath", "pathlib._local WindowsPath",
     "torch Tensor", "torch device", "torch per_channel_affine", "torch per_tensor_affine",
     "torch.nn.parameter Parameter", "torch.serialization _get_layout", "torch.torch_version TorchVersion",
-    "numpy dtype", "numpy ndarray", "numpy.core.multiarray _reconstruct", "numpy.core.multiarray scalar",
-    "numpy._core.multiarray _reconstruct", "numpy._core.multiarray scalar"), Opaque))
+    "numpy ndarray", "numpy.core.multiarray _reconstruct", "numpy._core.multiarray _reconstruct",
+    "numpy.core.numeric _frombuffer", "numpy._core.numeric _frombuffer"), Opaque))
 GLOBALS.update({module + " " + name: Opaque for module in ("builtins", "__builtin__")
                 for name in ("bool", "bytearray", "bytes", "complex", "dict", "float", "frozenset", "int", "list",
                              "object", "set", "slice", "str", "tuple")})
@@ -906,7 +935,8 @@ def unwrap_state_dict(loaded, file):
     if arguments is not None and not isinstance(arguments, dict):
         raise ConvertError("%s: 'model_args' should be a dict" % file.path)
     if arguments is not None:
-        arguments = {key: value for key, value in arguments.items() if isinstance(value, (bool, int, float, str))}
+        arguments = {key: value if isinstance(value, (bool, int, float, str, type(None))) else Opaque()
+                     for key, value in arguments.items()}
     return {name: tensor.named(name) for name, tensor in tensors.items()}, arguments
 
 
@@ -1625,8 +1655,8 @@ PROBLEMS = {"single_label_classification": "single", "multi_label_classification
 
 
 def labels(config, n_labels):
-    """The labels in the order of their ids, one a line, or None. A label is one of several fields of what programs print:
-    control characters, such as tabs, become a space."""
+    """The labels in the order of their ids, one a line, or None. Programs put tabs between labels: these and other
+    control characters become spaces."""
     table = config.object("id2label", None)
     if table is None:
         return None
@@ -3877,14 +3907,14 @@ def put_tokenizer(metadata, bpe):
 
 
 def check_added_texts(bpe, alphabet):
-    """Refuses an added token such as "é" that to BPE is the byte E9: tokenizers finds either, but in the file a token has
-    one text."""
+    """Refuses an added token such as "é" that to BPE is the byte E9: tokenizers finds either, but in the file a token
+    has one text."""
     made = set(alphabet).union(left + right for left, right in bpe.merges)
     for text, (number, _) in bpe.added.items():
         is_made = text in bpe.vocab and (text in made or bpe.ignore_merges)
         if is_made and not text.isascii() and all(character in alphabet for character in text):
-            raise ConvertError("%s: the added token %s has the id %d of the vocabulary's token for other bytes, %s; one "
-                               "id for two texts is not supported"
+            raise ConvertError("%s: the added token %s has the id %d of the vocabulary's token for other bytes, %s; "
+                               "one id for two texts is not supported"
                                % (bpe.where, quote(text), number, " ".join("%02X" % alphabet[c] for c in text)))
 
 
