@@ -131,6 +131,26 @@ static void test_generate_allocates_nothing(int threads) {
     CHECK_MSG(!heap.live && !heap.bad, "%lu live, %lu bad", (unsigned long)heap.live, (unsigned long)heap.bad);
 }
 
+/* ---- a model that is loaded and used some thousand times */
+
+#define MODEL TEST_OUTPUT "small.tfm"
+
+static const test_shape shape = {320, 32, 2, 4, 2, 8, 48, 512};
+
+static void save_model(void) {
+    test_tfm tfm;
+    size_t size;
+    unsigned char *bytes;
+    memset(&tfm, 0, sizeof tfm);
+    test_put_description(&tfm, &shape);
+    test_put_weights(&tfm, &shape, 1);
+    test_put_tokenizer(&tfm, NULL, 0);
+    bytes = test_write_tfm(&tfm, &size);
+    test_save(MODEL, bytes, size);
+    free(bytes);
+    test_clear(&tfm);
+}
+
 /* ---- every allocation fails once. A scenario returns the status of the first call that failed, or TFM_OK. */
 
 typedef tfm_status (*scenario)(const tfm_allocator *allocator);
@@ -152,7 +172,7 @@ static tfm_status load_and_generate(const tfm_allocator *allocator, tfm_dtype dt
     options.context = 32;
     generate.max_tokens = 2;
     memset(text, 'a', sizeof text - 1);
-    model = tfm_load(TEST_MODEL, &load, &error);
+    model = tfm_load(MODEL, &load, &error);
     session = model ? tfm_session_create(model, &options, &error) : NULL;
     if (session)
         tfm_generate(session, "Once", &generate, NULL, NULL, &error);
@@ -177,18 +197,18 @@ static tfm_status quantize(const tfm_allocator *allocator) {
     memset(&options, 0, sizeof options);
     options.dtype = TFM_BF16;
     options.allocator = *allocator;
-    tfm_quantize(TEST_MODEL, TEST_OUTPUT "memory.tfm", &options, &error);
+    tfm_quantize(MODEL, TEST_OUTPUT "memory.tfm", &options, &error);
     remove(TEST_OUTPUT "memory.tfm");
     return error.status;
 }
 
-/* A block of the demo model, run by hand with a cache of one's own and without one; and a matrix that is packed. */
+/* A block of the model, run by hand with a cache of one's own and without one; and a matrix that is packed. */
 static tfm_status by_hand(const tfm_allocator *allocator) {
-    static float x[2 * 256], numbers[40 * 20];
+    static float x[2 * 32], numbers[40 * 20];
     const tfm_tensor matrix = tfm_matrix(numbers, 40, 20);
     tfm_engine_options options;
     tfm_error error = {TFM_OK, ""};
-    tfm_model *model = tfm_load(TEST_MODEL, NULL, &error);
+    tfm_model *model = tfm_load(MODEL, NULL, &error);
     tfm_engine *engine;
     tfm_tensor packed;
     tfm_kv kv;
@@ -201,7 +221,7 @@ static tfm_status by_hand(const tfm_allocator *allocator) {
     test_fill(numbers, sizeof numbers / sizeof *numbers, 2);
     engine = model ? tfm_engine_create(&options, &error) : NULL;
     span.n_rows = 2;
-    if (engine && tfm_kv_create(&kv, TFM_F32, 6, 4, 64, 8, allocator, &error) == TFM_OK) {
+    if (engine && tfm_kv_create(&kv, TFM_F32, 2, 2, 8, 8, allocator, &error) == TFM_OK) {
         tfm_block_forward(engine, tfm_model_block(model, 0), 0, x, &span, 1, &error);
         span.kv = &kv;
         if (error.status == TFM_OK)
@@ -360,7 +380,7 @@ static const service services[] = {
     {"a decoder's batch", "tests/golden/beams_gpt2.tfm", TFM_F32, generate_batch},
     {"a decoder's beams, bf16 cache", "tests/golden/beams_gpt2.tfm", TFM_BF16, beam_search},
     {"a decoder's beams, f16 cache", "tests/golden/beams_gpt2.tfm", TFM_F16, beam_search},
-    {"a text, int8 cache", TEST_MODEL, TFM_I8, generate_text},
+    {"a text, int8 cache", MODEL, TFM_I8, generate_text},
 };
 
 /* Loads, makes a session, uses it; each again where memory fails, up to the end. Returns how often it failed. */
@@ -377,7 +397,7 @@ static int use_with_trouble(const service *s, test_heap *heap, uint64_t *digest)
     load.allocator = options.engine.allocator = test_allocator(heap);
     load.threads = options.engine.threads = 1;
     options.n_sequences = 4;
-    options.context = strcmp(s->path, TEST_MODEL) ? 0 : 320;
+    options.context = strcmp(s->path, MODEL) ? 0 : 320;
     options.kv_dtype = s->kv_dtype;
     for (model = NULL, attempt = 0; !model && attempt < 2; attempt++) {
         model = tfm_load(s->path, &load, &error);
@@ -517,7 +537,7 @@ static uint64_t talk_with_trouble(const tfm_model *model, int troubled, test_hea
 
 static void test_talk(void) {
     tfm_error error;
-    tfm_model *model = tfm_load(TEST_MODEL, NULL, &error);
+    tfm_model *model = tfm_load(MODEL, NULL, &error);
     test_heap heap;
     size_t n, total, all = 0;
     int step;
@@ -547,6 +567,7 @@ void test_memory(void) {
     size_t i;
     test_generate_allocates_nothing(1);
     test_generate_allocates_nothing(2);
+    save_model();
     printf("allocations that failed, each alone and with all after it:");
     fail_each(as_stored, "loading and generating");
     fail_each(as_f16, "loading as f16 and generating");
@@ -555,5 +576,6 @@ void test_memory(void) {
     for (i = 0; i < sizeof services / sizeof *services; i++)
         test_service(&services[i]);
     test_talk();
+    remove(MODEL);
     printf(" in all %lu\n", (unsigned long)n_injected);
 }
