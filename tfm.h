@@ -4327,20 +4327,20 @@ static TFM__TARGET TFM__INLINE void TFM__FN(tile_i8)(const int rows, const int p
 }
 
 /* A wide tile, for many rows: `rows` of TFM__ROWS_I8. */
-static TFM__TARGET TFM__INLINE void TFM__FN(wide_i8)(size_t rows, const int panels, const tfm__matmul *job, size_t row,
-                                                     const unsigned char *w, const float *bias, float *y,
-                                                     size_t y_stride) {
+static TFM__TARGET TFM__INLINE void TFM__FN(wide_i8)(size_t rows, const tfm__matmul *job, size_t row,
+                                                     const unsigned char *w, const float *bias, float *y) {
+    const size_t y_stride = job->y_stride;
     switch (rows) {
-    case 1: TFM__FN(tile_i8)(1, panels, 1, 0, job, row, w, bias, y, y_stride); break;
-    case 2: TFM__FN(tile_i8)(2, panels, 1, 0, job, row, w, bias, y, y_stride); break;
+    case 1: TFM__FN(tile_i8)(1, TFM__PANELS_I8, 1, 0, job, row, w, bias, y, y_stride); break;
+    case 2: TFM__FN(tile_i8)(2, TFM__PANELS_I8, 1, 0, job, row, w, bias, y, y_stride); break;
 #if TFM__ROWS_I8 == 4
-    case 3: TFM__FN(tile_i8)(3, panels, 1, 0, job, row, w, bias, y, y_stride); break;
+    case 3: TFM__FN(tile_i8)(3, TFM__PANELS_I8, 1, 0, job, row, w, bias, y, y_stride); break;
 #endif
-    default: TFM__FN(tile_i8)(TFM__ROWS_I8, panels, 1, 0, job, row, w, bias, y, y_stride);
+    default: TFM__FN(tile_i8)(TFM__ROWS_I8, TFM__PANELS_I8, 1, 0, job, row, w, bias, y, y_stride);
     }
 }
 
-/* A tall one, for the few rows of decoding: `rows` of TFM__TALL_I8. */
+/* A tall one, for the few rows of decoding, and for columns that a wide one has not: `rows` of TFM__TALL_I8. */
 static TFM__TARGET TFM__INLINE void TFM__FN(tall_i8)(size_t rows, const tfm__matmul *job, size_t row,
                                                      const unsigned char *w, const float *bias, float *y,
                                                      size_t y_stride) {
@@ -4360,28 +4360,32 @@ static TFM__TARGET TFM__INLINE void TFM__FN(tall_i8)(size_t rows, const tfm__mat
     }
 }
 
-/* All rows of y from the column on: in tall tiles, or in wide ones of `step` columns. */
-static TFM__TARGET TFM__INLINE void TFM__FN(columns_i8)(const tfm__matmul *job, size_t column, size_t step,
-                                                        const int tall) {
+/* All rows of y in a wide tile's columns. */
+static TFM__TARGET TFM__INLINE void TFM__FN(wide_columns_i8)(const tfm__matmul *job, size_t column) {
     const unsigned char *w = (const unsigned char *)job->w + column / 16 * job->panel_bytes;
-    const size_t lanes = TFM__MIN(job->n - column, (size_t)16), at_once = tall ? TFM__TALL_I8 : TFM__ROWS_I8;
     const float *bias = job->bias ? job->bias + column : NULL;
-    float side[TFM__TALL_I8 * 16], side_bias[16] = {0}; /* for the last panel when n is not a multiple of 16 */
+    size_t row;
+    for (row = 0; row < job->n_rows; row += TFM__ROWS_I8)
+        TFM__FN(wide_i8)
+    (TFM__MIN(job->n_rows - row, (size_t)TFM__ROWS_I8), job, row, w, bias, job->y + row * job->y_stride + column);
+}
+
+/* All rows of y in one panel's columns, which may be fewer than 16. */
+static TFM__TARGET TFM__INLINE void TFM__FN(tall_columns_i8)(const tfm__matmul *job, size_t column) {
+    const unsigned char *w = (const unsigned char *)job->w + column / 16 * job->panel_bytes;
+    const size_t lanes = TFM__MIN(job->n - column, (size_t)16);
+    const float *bias = job->bias ? job->bias + column : NULL;
+    float side[TFM__TALL_I8 * 16], side_bias[16] = {0};
     size_t row;
     if (bias && lanes < 16) {
         memcpy(side_bias, bias, lanes * sizeof *bias);
         bias = side_bias;
     }
-    for (row = 0; row < job->n_rows; row += at_once) {
+    for (row = 0; row < job->n_rows; row += TFM__TALL_I8) {
         float *y = job->y + row * job->y_stride + column;
-        const size_t rows = TFM__MIN(job->n_rows - row, at_once);
+        const size_t rows = TFM__MIN(job->n_rows - row, (size_t)TFM__TALL_I8);
         const tfm__edge edge = tfm__begin_edge(job, rows, column, y, side);
-        if (tall)
-            TFM__FN(tall_i8)(rows, job, row, w, bias, edge.y, edge.stride);
-        else if (step > 16)
-            TFM__FN(wide_i8)(rows, TFM__PANELS_I8, job, row, w, bias, edge.y, edge.stride);
-        else
-            TFM__FN(wide_i8)(rows, 1, job, row, w, bias, edge.y, edge.stride);
+        TFM__FN(tall_i8)(rows, job, row, w, bias, edge.y, edge.stride);
         tfm__end_edge(job, rows, column, &edge, y);
     }
 }
@@ -4389,14 +4393,12 @@ static TFM__TARGET TFM__INLINE void TFM__FN(columns_i8)(const tfm__matmul *job, 
 /* With few rows, as in decoding, the weights come from memory, and most of the time with them: the rows go in one tall,
  * narrow tile, or two, so that memory is read in one stream, which does not pause for rows that come after. */
 static TFM__TARGET void TFM__FN(matmul_i8)(const tfm__matmul *job) {
-    size_t column = 0, step;
-    if (job->n_rows <= 2 * TFM__TALL_I8)
-        for (; column < job->n; column += 16)
-            TFM__FN(columns_i8)(job, column, 16, 1);
-    for (; column < job->n; column += step) {
-        step = column + 16 * TFM__PANELS_I8 <= job->n ? 16 * TFM__PANELS_I8 : 16;
-        TFM__FN(columns_i8)(job, column, step, 0);
-    }
+    const int few = job->n_rows <= 2 * TFM__TALL_I8;
+    size_t column = 0;
+    for (; !few && column + 16 * TFM__PANELS_I8 <= job->n; column += 16 * TFM__PANELS_I8)
+        TFM__FN(wide_columns_i8)(job, column);
+    for (; column < job->n; column += 16)
+        TFM__FN(tall_columns_i8)(job, column);
 }
 
 #define TFM__TABLE(matmul_pairs)                                                                                       \
