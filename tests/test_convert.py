@@ -1828,6 +1828,15 @@ def tokenizer_of(file):
     return {} if file is None else {key: value for key, value in file.metadata.items() if key.startswith("tokenizer.")}
 
 
+def check_no_tokenizer(converter, what, arguments, says):
+    """A tokenizer that can't be used: the model is converted without, with a warning; alone, it is refused."""
+    file = converter.convert("GGUF: " + what, write(converter.path("model.gguf"), small_gguf(**arguments)),
+                             says=("without a tokenizer", *says))
+    check_equal(tokenizer_of(file), {}, "GGUF: %s: the tokenizer" % what)
+    alone = gguf_file([("general.architecture", 8, "llama"), *arguments["more"]], [])
+    converter.refuse("GGUF, a tokenizer alone: " + what, write(converter.path("model.gguf"), alone), says=says)
+
+
 def test_gguf_bpe(converter, _):
     """Against the same vocabulary in vocab.json and merges.txt."""
     tokens = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet()) + ["he", "ll", "hell", "Ġhe", "<|endoftext|>", "<tool>"]
@@ -1853,13 +1862,12 @@ def test_gguf_bpe(converter, _):
             ("merges of nothing", [("tokenizer.ggml.merges", *gguf_list(8, ["q q"]))], ("merge",)),
             ("merges of numbers", [("tokenizer.ggml.merges", *gguf_list(5, [1]))], ("merges",))):
         bad = gguf_vocabulary("gpt2", tokens, [1] * len(tokens), more)
-        converter.refuse("GGUF: " + what, write(converter.path("model.gguf"), small_gguf(**bad)), says=says)
+        check_no_tokenizer(converter, what, bad, says)
     other = gguf_vocabulary("gpt2", tokens, [1] * len(tokens), [("tokenizer.ggml.pre", 8, "strange")])
     converter.convert("GGUF with a strange pattern", write(converter.path("model.gguf"), small_gguf(**other)),
                       says=("without a tokenizer", "strange"))
     other = gguf_vocabulary("gpt2", tokens, [1] * (len(tokens) - 1))
-    converter.refuse("GGUF with a type too few", write(converter.path("model.gguf"), small_gguf(**other)),
-                     says=("token_type",))
+    check_no_tokenizer(converter, "a type too few", other, ("token_type",))
 
 
 def test_gguf_sentencepiece(converter, _):
@@ -1899,7 +1907,7 @@ def test_gguf_sentencepiece(converter, _):
             ("no unknown piece", gguf_vocabulary("llama", tokens, [1] * 3 + types[3:], more), ("unknown",)),
             ("a type of 7", gguf_vocabulary("llama", tokens, [7] + types[1:], more), ("SentencePiece",)),
             ("a piece twice", gguf_vocabulary("llama", tokens[:-1] + tokens[-2:-1], types, more), ("twice",))):
-        converter.refuse("GGUF: " + what, write(converter.path("model.gguf"), small_gguf(**arguments)), says=says)
+        check_no_tokenizer(converter, what, arguments, says)
 
 
 def test_gguf(converter, _):

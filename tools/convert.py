@@ -4228,10 +4228,23 @@ def gguf_settings(checkpoint, args):
     return checkpoint.gguf, family.title, family
 
 
-def find_tokenizer(source, checkpoint, family, model):
-    if checkpoint.gguf is not None:
-        return read_gguf_tokenizer(checkpoint.gguf, source.notes, model.vocab_size)
-    return read_tokenizer(source, family, model.vocab_size) if model.vocab_size else None
+def put_own_tokenizer(metadata, source, checkpoint, family, model):
+    """The model's tokenizer, or None. A .gguf file with one that can't be used is still a model."""
+    found = Metadata()
+    try:
+        if checkpoint.gguf is not None:
+            bpe = read_gguf_tokenizer(checkpoint.gguf, source.notes, model.vocab_size)
+        else:
+            bpe = read_tokenizer(source, family, model.vocab_size) if model.vocab_size else None
+        if bpe is not None:
+            put_tokenizer(found, bpe)
+    except ConvertError as error:
+        if checkpoint.gguf is None:
+            raise
+        source.notes.append("warning: converted without a tokenizer: %s" % error)
+        return None
+    metadata.entries.extend(found.entries)
+    return bpe
 
 
 def convert(args):
@@ -4264,15 +4277,14 @@ def convert(args):
         put_pooling(model, pooling)
     settle_head(tensors, model, family, source.notes)
     entries = match_tensors(tensors, model, family, source.path)
-    bpe = find_tokenizer(source, checkpoint, family, model)
 
     metadata = Metadata()
     metadata.text("model.name", source.name())
     metadata.text("model.family", name)
     metadata.text("model.source", checkpoint.label + ", converted by convert.py")
     put_model(metadata, model)
+    bpe = put_own_tokenizer(metadata, source, checkpoint, family, model)
     if bpe is not None:
-        put_tokenizer(metadata, bpe)
         put_chat(metadata, source, checkpoint.gguf)
     if checkpoint.gguf is not None:
         ids = gguf_end_ids(config, model.vocab_size)
