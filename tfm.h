@@ -1721,7 +1721,7 @@ static tfm_status tfm__map_file(const char *path, const tfm_allocator *allocator
 static tfm_status tfm__map_file(const char *path, const tfm_allocator *allocator, tfm__bytes *bytes, tfm_error *error) {
     struct stat status;
     void *memory;
-    int descriptor = open(path, O_RDONLY);
+    int descriptor = open(path, O_RDONLY | O_NONBLOCK); /* a pipe is refused, and not waited for */
     (void)allocator;
     if (descriptor < 0)
         return tfm__fail(error, TFM_ERROR_FILE, "%.300s: %s", path, strerror(errno));

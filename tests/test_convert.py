@@ -2020,6 +2020,9 @@ def test_tensors(converter, _):
 
 
 def test_files(converter, _):
+    pipe = converter.path("pipe.bin")
+    os.mkfifo(pipe)
+    converter.refuse("a pipe", pipe, says=("pipe.bin", "regular file"))
     model = hf_model()
     folder = converter.path()
     save_config(model, folder)

@@ -169,6 +169,8 @@ check "chat: closed standard input: exit status" [ $? -eq 1 ]
 check "chat: closed standard input" says "standard input can't be read"
 build/chat $model -n 3 >"$dir/out" 2>"$dir/err" <tests
 check "chat: a directory as standard input" says "standard input can't be read"
+mkfifo "$dir/pipe"
+fails 1 "not a regular file" build/tfm info "$dir/pipe"
 check "errors leave nothing behind" no_output_left
 
 # ---- output that can't be written, and output that is no file

@@ -107,12 +107,17 @@ def listing(names, limit=3):
 # Input: files, and JSON objects whose values are asked for by key and type
 # ---------------------------------------------------------------------------------------------------------------------
 
+def open_at_once(path, flags):
+    """So that a pipe is refused, and not waited for."""
+    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
+
+
 class InputFile:
     """A regular file, read by position."""
 
     def __init__(self, path):
         self.path = path
-        self.file = open(path, "rb", buffering=0)
+        self.file = open(path, "rb", buffering=0, opener=open_at_once)
         status = os.fstat(self.file.fileno())
         if not stat.S_ISREG(status.st_mode):
             raise ConvertError("%s: is not a regular file" % path)
