@@ -93,7 +93,8 @@ def families(generator, words):
     yield "XLMRoberta", transformers.XLMRobertaConfig(vocab_size=len(pieces), **offset), pieces
     yield ("DistilBert", transformers.DistilBertConfig(
         vocab_size=len(small), max_position_embeddings=LONGEST, dim=shape["hidden_size"], n_heads=heads,
-        n_layers=shape["num_hidden_layers"], hidden_dim=shape["intermediate_size"]), small)
+        n_layers=shape["num_hidden_layers"], hidden_dim=shape["intermediate_size"],
+        sinusoidal_pos_embds=generator.random() < 0.5), small)  # the table is in the checkpoint either way
     yield ("Electra", transformers.ElectraConfig(vocab_size=len(small), max_position_embeddings=LONGEST,
                                                  embedding_size=generator.choice([17, heads * size]), **shape), small)
 

@@ -1592,7 +1592,7 @@ ELECTRA_RULES = bert_rules(*BERT_BLOCK, heads=bert_heads(
 
 def describe_bert(config, family, tensors):
     """BERT, RoBERTa, XLM-RoBERTa, ELECTRA; with keys of its own, DistilBERT."""
-    refuse_flags(config, "is_decoder", "add_cross_attention", "sinusoidal_pos_embds")
+    refuse_flags(config, "is_decoder", "add_cross_attention")
     kind = config.text("position_embedding_type", "absolute")
     if kind != "absolute":
         raise ConvertError("%s: 'position_embedding_type' is %s; only 'absolute' is supported"
@@ -3675,7 +3675,7 @@ def gguf_bpe(config):
     bpe = Bpe(config.where, {text: i for i, text in enumerate(tokens) if types[i] not in own}, merges)
     name = config.text("tokenizer.ggml.pre", "gpt-2")
     bpe.pattern = GGUF_PATTERNS[name]
-    bpe.nfc = name == "qwen2"  # what the file doesn't say, but the tokenizer it was made of does
+    bpe.nfc = name in ("qwen2", "mpt", "olmo")  # what the file doesn't say, but the tokenizer it was made of does
     bpe.ignore_merges = name in ("llama-bpe", "llama3", "llama-v3", "falcon3")
     for number, (text, kind) in enumerate(zip(tokens, types)):
         if kind in (CONTROL, USER_DEFINED):
