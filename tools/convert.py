@@ -3969,6 +3969,8 @@ CHAT_TEMPLATES = (
 )
 # What the templates of other kinds have, too.
 OTHER_CHATS = ("<|channel|>", "[SYSTEM_PROMPT]")
+# DialoGPT's, which does not say who speaks.
+NAMELESS_CHAT = r"\{% for message in messages %\}\{\{ ?message\S+ ?\}\}\{\{ ?eos_token ?\}\}\{% endfor %\}"
 
 
 def chat_text(source, config):
@@ -3990,7 +3992,8 @@ def chat_kind(source, text):
         for kind, patterns in CHAT_TEMPLATES:
             if all(re.search(pattern, text) for pattern in patterns):
                 return kind
-        if not re.search(r"<\||\|>|\[/?[A-Z_]+\]|</?[a-z_]+>", text) and "User:" in text and "Assistant:" in text:
+        named = "User:" in text and "Assistant:" in text and not re.search(r"<\||\|>|\[/?[A-Z_]+\]|</?[a-z_]+>", text)
+        if named or re.fullmatch(NAMELESS_CHAT, text.strip()):
             return "plain"
     source.notes.append("warning: the chat template is of no known kind (%s)"
                         % listing([kind for kind, _ in CHAT_TEMPLATES] + ["plain"]))
