@@ -4365,9 +4365,10 @@ static TFM__TARGET TFM__INLINE void TFM__FN(wide_columns_i8)(const tfm__matmul *
     const unsigned char *w = (const unsigned char *)job->w + column / 16 * job->panel_bytes;
     const float *bias = job->bias ? job->bias + column : NULL;
     size_t row;
-    for (row = 0; row < job->n_rows; row += TFM__ROWS_I8)
-        TFM__FN(wide_i8)
-    (TFM__MIN(job->n_rows - row, (size_t)TFM__ROWS_I8), job, row, w, bias, job->y + row * job->y_stride + column);
+    for (row = 0; row < job->n_rows; row += TFM__ROWS_I8) {
+        const size_t rows = TFM__MIN(job->n_rows - row, (size_t)TFM__ROWS_I8);
+        TFM__FN(wide_i8)(rows, job, row, w, bias, job->y + row * job->y_stride + column);
+    }
 }
 
 /* All rows of y in one panel's columns, which may be fewer than 16. */
@@ -14523,7 +14524,7 @@ static tfm_status tfm__chat_find_form(tfm_chat *chat, const char *name, size_t s
     return status;
 }
 
-/* A text of the file's metadata, terminated; NULL if it is not there. The chat's own_texts hold it. */
+/* A text of the file's metadata, terminated, which the chat's own_texts hold; *text stays if it is not there. */
 static tfm_status tfm__own_text(tfm_chat *chat, const char *key, size_t index, const char **text, tfm_error *error) {
     const tfm_file *file = chat->session->model->file;
     const tfm_meta *meta = tfm_file_find_meta(file, key);

@@ -671,7 +671,7 @@ static void test_wrong_fields(void) {
         {12, 9, "another type", TFM_ERROR_ARGUMENT},       {22, 1, "truncated", TFM_ERROR_FORMAT},
         {32, 1, "number of turns", TFM_ERROR_FORMAT},      {39, 1, "number of turns", TFM_ERROR_FORMAT},
         {55, 0x80, "number of turns", TFM_ERROR_FORMAT},   {40, 3, "size of its caches", TFM_ERROR_FORMAT},
-        {46, 1, "room for 1024", TFM_ERROR_CONTEXT_FULL},   {64, 1, "a turn is impossible", TFM_ERROR_FORMAT},
+        {46, 1, "room for 1024", TFM_ERROR_CONTEXT_FULL},  {64, 1, "a turn is impossible", TFM_ERROR_FORMAT},
         {68, 1, "a turn is impossible", TFM_ERROR_FORMAT}, {78, 1, "larger than the file", TFM_ERROR_FORMAT},
         {86, 1, "larger than the file", TFM_ERROR_FORMAT}, {88, 1, "a turn is impossible", TFM_ERROR_FORMAT},
         {28, 1, "keeps free", TFM_ERROR_FORMAT},           {60, 1, "keeps free", TFM_ERROR_FORMAT}};
