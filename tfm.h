@@ -48,7 +48,7 @@
  *
  *   tfm_model     what was loaded. Never changes afterwards; any number of threads may share one.
  *   tfm_session   one user's state: KV cache, scratch memory, random numbers. One thread at a time. It allocates all that
- *                 it needs when it is created; generating allocates nothing. It may hold several sequences, which are
+ *                 evaluating needs when it is created; generating allocates nothing. It may hold several sequences, which are
  *                 evaluated together and share each read of the weights (tfm_eval).
  *   tfm_chat      a conversation in a sequence of a session: turns, a template, a budget of tokens; it can be saved.
  *   tfm_engine    how the machine is used: instruction set, threads, scratch memory. A session has one inside; who builds
@@ -120,9 +120,12 @@
  *                      Unknown keys are ignored.
  *   tensor directory:  entries, each 8-byte aligned: u32 name size | u32 dtype | u32 layout | u32 number of dimensions |
  *                      u64[4] shape | u64 offset, u64 size of the data | u32 CRC-32 of the data | u32 zero | name, padded
- *                      to 8.  dtype: 1 f32  2 f16  3 bf16  4 i8.  layout: 0 rows  1 cols  2 panels (see tfm_layout).
+ *                      to 8.  dtype: 1 f32  2 f16  3 bf16  4 i8, or GGUF's blocks, 16 + GGUF's number (see tfm_dtype).
+ *                      layout: 0 rows  1 cols  2 panels (see tfm_layout).  NAME#0, NAME#1, ...: parts of a matrix NAME, whose
+ *                      rows are its rows in turn.
  *   data:              each tensor at a multiple of 64 bytes.
- *   The keys of the description are read in tfm__read_description, the names of the tensors in tfm__load_weights.
+ *   The keys of the description are read in tfm__read_description, the tokenizer's in tfm__read_tokenizer, a chat's in
+ *   tfm__chat_setup and tfm__form_texts; the names of the tensors in tfm__load_weights.
  */
 
 #include <stddef.h>
@@ -154,11 +157,11 @@ extern "C" {
 typedef enum tfm_status {
     TFM_OK = 0,
     TFM_ERROR_MEMORY,       /* the allocator returned NULL */
-    TFM_ERROR_FILE,         /* a file can't be opened, read or written */
+    TFM_ERROR_FILE,         /* a file can't be opened, read or written, or is a directory, a pipe, a device */
     TFM_ERROR_FORMAT,       /* a file is not what it should be: damaged, truncated, inconsistent */
     TFM_ERROR_UNSUPPORTED,  /* a file or an option asks for something that this version or this CPU can't do */
     TFM_ERROR_ARGUMENT,     /* a caller's argument is out of range */
-    TFM_ERROR_CONTEXT_FULL, /* the sequence has no room for the tokens: see tfm_shift */
+    TFM_ERROR_CONTEXT_FULL, /* the sequence has no room for the tokens (see tfm_shift), or the session for the text */
     TFM_ERROR_STOPPED       /* the caller's progress callback asked to stop */
 } tfm_status;
 
@@ -535,8 +538,8 @@ typedef struct tfm_quantize_options {
     tfm_allocator allocator;
 } tfm_quantize_options;
 
-/* Rewrites a .tfm file with its matrices in panels of the given dtype, so that loading it copies nothing. One tensor is
- * in memory at a time. The output appears whole, under its own name, or not at all. */
+/* Rewrites a .tfm file with its matrices in panels of the given dtype (relative positions' few biases stay), so that
+ * loading it copies nothing. One tensor is in memory at a time. The output appears whole, under its own name, or not at all. */
 TFM_API tfm_status tfm_quantize(const char *in_path, const char *out_path, const tfm_quantize_options *options,
                                 tfm_error *error);
 #endif
@@ -560,7 +563,7 @@ typedef enum tfm_problem { TFM_SINGLE_LABEL = 0, TFM_MULTI_LABEL, TFM_REGRESSION
 /* A stack of blocks that are alike. */
 typedef struct tfm_stack {
     size_t n_layers, n_heads, n_kv_heads, head_dim, d_ff;
-    size_t n_positions; /* no sequence is longer */
+    size_t n_positions; /* no sequence is longer, unless positions are relative, which have no end */
     size_t position_offset;
     int causal, cross, gated, parallel, embedding_norm, final_norm;
     tfm_norm_kind norm;
@@ -594,17 +597,18 @@ typedef struct tfm_description {
 typedef struct tfm_model tfm_model;
 
 typedef struct tfm_load_options {
-    tfm_dtype dtype; /* the matrices' type in memory; 0: as in the file, or TFM_I8 if it has GGUF's quantized types */
+    tfm_dtype dtype; /* the matrices' type in memory, tables that are only looked up included; 0: as in the file, or
+                      * TFM_I8 if it has GGUF's quantized types */
     int verify;      /* 1: compare the checksum of every tensor (reads the whole file) */
-    int copy;    /* 1: copy weights into memory, in 2 MiB pages where the system has them, instead of using the mapped
-                       * file in place: they are read faster, but loading takes time and nothing is shared */
+    int copy; /* 1: copy the matrices of products into memory, in 2 MiB pages where the system has them, instead of using
+                  * the mapped file in place: they are read faster, but loading takes time and nothing is shared */
     int threads; /* for packing, as in tfm_engine_options */
     tfm_allocator allocator;
 } tfm_load_options;
 
 #ifndef TFM_NO_STDIO
-/* Loads a model. Matrices that the file holds in panels of the wanted dtype are used where they lie, in the mapped file;
- * others are packed into memory. A file may hold a tokenizer alone, for tfm_tokenize and its like; then there are no sessions,
+/* Loads a model. Matrices that the file holds in panels of the wanted dtype (tables that are only looked up: in any layout)
+ * are used where they lie, in the mapped file; others are packed into memory. A file may hold a tokenizer alone, for tfm_tokenize and its like; then there are no sessions,
  * and the description is empty but for vocab_size. options NULL: the usual. Free with tfm_free. NULL on error. */
 TFM_API tfm_model *tfm_load(const char *path, const tfm_load_options *options, tfm_error *error);
 #endif
@@ -692,8 +696,9 @@ TFM_API int32_t tfm_start_token(const tfm_model *model);
 /* ----------------------------------------------------------------------------------------------------------- sessions */
 
 typedef struct tfm_session_options {
-    size_t context;     /* tokens that a sequence may have; 0: the model's n_positions */
-    size_t source;      /* tokens that a text for the encoder may have; 0: the encoder's n_positions */
+    size_t context;     /* tokens that a sequence, or an encoder's text, may have: at most n_positions, or any number if
+                         * positions are relative; 0: n_positions */
+    size_t source;      /* of an encoder-decoder: tokens that a text for the encoder may have, as `context` */
     size_t n_sequences; /* independent sequences; 0: 1 */
     size_t max_rows;    /* tokens evaluated in one pass; longer input is cut into passes. 0: 512, of an encoder 1024 */
     tfm_dtype kv_dtype; /* of the KV cache: TFM_F32, TFM_F16, TFM_BF16, TFM_I8, as in tfm_kv_create; 0: TFM_BF16 if the
@@ -738,7 +743,7 @@ TFM_API tfm_status tfm_eval(tfm_session *session, const tfm_chunk *chunks, size_
 /* A text for an encoder. */
 typedef struct tfm_text {
     const int32_t *tokens; /* [n_tokens] */
-    size_t n_tokens;       /* 1 to n_positions */
+    size_t n_tokens;       /* 1 to the session's context, or of an encoder-decoder its source */
     const int32_t *types;  /* [n_tokens], token types; NULL: all 0 */
     const int32_t *mask;   /* [n_tokens]: 0: a token that no token sees, and that is not pooled; NULL: all are seen.
                             * There is no need for padding; this is for texts with holes. */
@@ -756,7 +761,8 @@ TFM_API tfm_status tfm_encode(tfm_session *session, const tfm_text *texts, size_
 TFM_API tfm_status tfm_embed(tfm_session *session, const tfm_text *texts, size_t n_texts, tfm_pooling pooling,
                              int normalize, float *vectors, tfm_error *error);
 
-/* Encodes the text that a sequence of an encoder-decoder model answers to. The sequence becomes empty. */
+/* Encodes the text that a sequence of an encoder-decoder model answers to. The sequence becomes empty.
+ * TFM_ERROR_CONTEXT_FULL: the text is longer than the session's source. */
 TFM_API tfm_status tfm_set_source(tfm_session *session, size_t sequence, const tfm_text *text, tfm_error *error);
 
 /* The tokens of a sequence; *n_tokens is how many. Valid until the next call that changes the sequence. */
@@ -810,7 +816,8 @@ typedef enum tfm_stop {
     TFM_STOP_END_TOKEN, /* the model ended its text, or a stop token came */
     TFM_STOP_STRING,
     TFM_STOP_CALLBACK,
-    TFM_STOP_CONTEXT /* no room left, and shift_keep was not given; tfm_generate returns TFM_ERROR_CONTEXT_FULL */
+    TFM_STOP_CONTEXT /* no room left, and options->shift is 0; tfm_generate returns TFM_ERROR_CONTEXT_FULL, batches and
+                      * chats TFM_OK */
 } tfm_stop;
 
 /* Called with each new piece of text: whole UTF-8 characters, not terminated. Non-zero stops. */
@@ -898,7 +905,7 @@ typedef struct tfm_beam_options {
     size_t max_tokens;     /* new tokens; 0: as many as the context has room for */
     size_t min_tokens;     /* no text ends before it has so many new tokens, the one that ends it not counted */
     float length_penalty;  /* scores are divided by length ** length_penalty: more than 0 favours long texts. 0: 1 */
-    int no_length_penalty; /* 1: scores are sums (transformers' length_penalty=0) */
+    int no_length_penalty; /* 1: a length_penalty of 0 is meant: scores are sums, as with transformers' */
     tfm_early_stopping early_stopping;
     size_t no_repeat_ngram; /* as in tfm_sampling */
     size_t sequence;        /* the first that is used */
@@ -917,8 +924,8 @@ TFM_API tfm_status tfm_beam_search(tfm_session *session, const tfm_prompt *promp
                                    const tfm_beam_options *options, tfm_result *results, tfm_error *error);
 /* --------------------------------------------------------------------------------------------------------------- chat
  * A conversation with memory. A tfm_chat holds the turns, renders them by the model's chat template into one context within
- * a budget of tokens, and lets the model answer. The context begins as the one before it did, so that only what is new is
- * evaluated; and since a token's results do not depend on what it was evaluated with, the answers have the same bits as
+ * a budget of tokens, and lets the model answer. The context begins as the one before it did (but for templates that put the
+ * system prompt into the last message), so that only what is new is evaluated; and since a token's results do not depend on what it was evaluated with, the answers have the same bits as
  * if everything had been evaluated afresh.
  * When the context grows past its budget the oldest turns are dropped, from a user's turn to a user's turn, until it takes
  * no more than half of the budget: dropping changes the context near its beginning, so all behind that place is evaluated
@@ -947,10 +954,12 @@ typedef struct tfm_turn {
 typedef const char *(*tfm_summarise)(void *user, const char *before, const tfm_turn *turns, size_t n_turns);
 
 typedef struct tfm_chat_options {
-    const char *system; /* the system prompt, always kept. "": none. NULL: the template's own, if the file has one */
+    /* The system prompt, always kept. "": none (what a template writes in its place, as Llama 3.1's dates, stays). NULL: the
+     * file's own, if it has one and chat_template is NULL. */
+    const char *system;
     /* The template's name: "chatml", "llama2", "llama3", "mistral", "gemma", "zephyr", "phi3", or "plain" ("User:
-     * ...\nAssistant: ..."). NULL: the one that the model's file names (chat.template), as it describes it, or "plain" if it
-     * names none. */
+     * ...\nAssistant: ..."), without what the file has of its own. NULL: the one that the model's file names
+     * (chat.template), with that, or "plain" if it names none. */
     const char *chat_template;
     size_t budget; /* tokens of the context and the answer; 0, or more than the session's context: that */
     size_t sequence;
@@ -961,8 +970,8 @@ typedef struct tfm_chat_options {
 typedef struct tfm_chat tfm_chat;
 
 /* Makes an empty conversation, with the session's allocator. The session must outlive it. Free with tfm_chat_free. NULL on
- * error: memory; no tokenizer; a template that is unknown, or whose special tokens the tokenizer does not have; a model
- * that is no decoder. */
+ * error: memory; no tokenizer; a template that is unknown, or whose special tokens the tokenizer does not have; metadata
+ * chat.* of a wrong type; a sequence that the session does not have; a model that is no decoder. */
 TFM_API tfm_chat *tfm_chat_create(tfm_session *session, const tfm_chat_options *options, tfm_error *error);
 /* Gives back a conversation; the session stays as it is. chat may be NULL. */
 TFM_API void tfm_chat_free(tfm_chat *chat);
@@ -14560,9 +14569,11 @@ static tfm_status tfm__form_texts(tfm_chat *chat, const char **system, tfm_error
     chat->form = form;
     for (i = 0; i < TFM__OWN_TEXTS && status == TFM_OK; i++)
         status = tfm__own_text(chat, texts[i].key, i, texts[i].text, error);
-    for (i = 0; i < 2; i++)
-        if (tfm_file_find_meta(chat->session->model->file, flag_keys[i]))
+    for (i = 0; i < 2; i++) {
+        const tfm_meta *meta = tfm_file_find_meta(chat->session->model->file, flag_keys[i]);
+        if (meta && meta->type == TFM_META_I64 && meta->count && *(const int64_t *)meta->values)
             form->flags |= flags[i];
+    }
     return status;
 }
 

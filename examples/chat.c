@@ -8,7 +8,7 @@
  * (/help names them). Only what is new in a turn is evaluated. When the conversation outgrows the context (--context; at
  * most 4096 tokens unless it says more) the oldest turns are forgotten. -n 0 (the default) lets the model end its answers
  * itself. Ctrl-C stops an answer, or drops what is typed, and not the program: /quit or Ctrl-D end it. When stdin is no
- * terminal nothing but the answers is printed, and the first error ends the program, as does a Ctrl-C between answers.
+ * terminal nothing but answers and what commands say is printed, and the first error ends the program, as does a Ctrl-C between answers.
  * Exit status: 0, 1 for errors, 2 for wrong usage.
  */
 #define _POSIX_C_SOURCE 200809L

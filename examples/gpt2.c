@@ -2,9 +2,9 @@
  *
  *   gpt2 [-m MODEL] [-p PROMPT] [-n TOKENS] [--temp T] [--top-k K] [--top-p P] [--min-p P] [--repeat-penalty R]
  *        [--seed S] [--stop TEXT]... [--threads N] [--isa NAME] [--type f32|f16|bf16|int8] [--kv f32|f16|bf16|int8]
- *        [--keep N] [--ignore-eos] [--ids]
+ *        [--keep N] [--special] [--ignore-eos] [--ids] [--prompt-ids 1,2,3]
  *
- * Only the continuation is printed, not the prompt. --temp 0 (the default) always takes the likeliest token. -n 0 writes
+ * By default the demo model goes on from "Once upon a time" with 100 tokens. Only the continuation is printed, not the prompt. --temp 0 (the default) always takes the likeliest token. -n 0 writes
  * until the model ends its text. --keep N: when the context is full, keep the first N tokens and the most recent half and
  * go on; without it that is an error. --prompt-ids 1,2,3 instead of -p needs no tokenizer. --special: special tokens
  * written in the prompt, as <|endoftext|>, are meant as such. Exit status: 0, 1 for errors, 2 for wrong usage.

@@ -7,7 +7,7 @@
  * the likeliest token each time, more is beam search. -n: tokens of an answer at most (default 128). --length-penalty: more
  * than 1 (the default) favours long answers, less short ones. --ids: the answers' token ids instead of their text:
  * those of transformers' generate, without the decoder's start token, with the token that ended the answer. An empty line
- * is answered by an empty line. A line may be of any length if the model's positions are relative, as T5's are.
+ * is answered by an empty line. A line may be longer than the texts in training if positions are relative, as T5's are.
  * Exit status: 0, 1 for errors, 2 for wrong usage.
  */
 #define _POSIX_C_SOURCE 200809L

@@ -12,7 +12,10 @@ CHECKPOINT is one of
   - a nanoGPT checkpoint (ckpt.pt), which carries its own configuration;
   - a .gguf file of llama.cpp: llama (Mistral's, too), qwen2, qwen3, gemma, gemma2, phi2, gptneox, gpt2. F32, F16 and
     BF16 stay what they are; blocks of Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q4_K, Q5_K and Q6_K are copied as they are.
-For a file, a tokenizer is looked for beside it (or, in a .gguf file, within it).
+For a file, a tokenizer is looked for beside it (or, in a .gguf file, within it). One that is not supported is an
+error; in a .gguf file it is left out with a warning. A directory or a .gguf file with a tokenizer and no weights
+becomes a file that tokenizes. A chat template is noted if it is of a known kind: ChatML, LLaMA 2 and 3, Mistral,
+Gemma, Zephyr, Phi-3, plain.
 
 Families: GPT-2; BERT, RoBERTa, XLM-RoBERTa, CamemBERT, DistilBERT, ELECTRA (with their heads for masked words, for
 classifying texts and tokens); T5, T5 v1.1, Flan-T5, mT5; LLaMA, Mistral, Qwen2, Qwen3, Gemma, Gemma 2, Phi, Phi-3,

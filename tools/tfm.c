@@ -14,7 +14,7 @@
  * dump: --input is for models without token embeddings (PyTorch's nn.Transformer and its parts): float32
  * [tokens, d_model], the encoder's vectors, or what a decoder alone attends to; --decoder-input has the decoder's. The
  * results are hidden states. A decoder's tokens see those before them, or all if the file's decoder.causal is 0. --mask:
- * no token sees those of --input that have a 0, as with src_key_padding_mask and memory_key_padding_mask.
+ * no token sees those of --ids or --input that have a 0, as with src_key_padding_mask and memory_key_padding_mask.
  *
  * tokenize: ids for each line, or for all of the input (--whole), with what the tokenizer adds by default (not with
  * --plain); special tokens in the text are text unless --special is given. --pair: where a line has a tab, it is two texts.
