@@ -464,6 +464,10 @@ fails 1 "takes vectors: bench has no job for it" build/tfm bench ${vectors}Encod
 fails 2 "a range of lengths is for a --batch of at least 2, found 4-8" build/tfm bench $model --prompt 4-8
 run build/tfm bench tests/golden/encoder_mlm.tfm --type int8 --batch 4 --prompt 5-99 --gen 9 --json "$dir/bench.json"
 check "bench of a range" [ "$status" -eq 0 ]
+cat "$dir/pipe" >"$dir/piped.json" &
+build/tfm bench tests/golden/encoder_mlm.tfm --type int8 --prompt 5 --json "$dir/pipe" >"$dir/out.pipe" 2>&1 || kill $!
+wait
+check "bench: JSON into a pipe" grep -q tokens "$dir/piped.json"
 check "bench of a range: cut to the model's positions" says "^tfm: --prompt: reduced to 40, for the model's context"
 check "bench of a range: what is padded" grep -q "tokens: 89 of 160\.$" "$dir/out" # 5, 16, 28, 40
 check "bench of a range: seconds, padded seconds and gain in the table" \

@@ -318,11 +318,13 @@ static int output_close(output *out) {
     return bad;
 }
 
-/* 0, or the exit status after a message: for what takes long before it writes. */
+/* 0, or the exit status after a message: for what takes long before it writes. (A pipe can be opened only once.) */
 static int output_check(const char *path) {
+    struct stat found;
     output out;
-    int status = path ? output_open(&out, path) : 0;
-    if (path && !status) {
+    int checks = path && (stat(path, &found) || !S_ISFIFO(found.st_mode)),
+        status = checks ? output_open(&out, path) : 0;
+    if (checks && !status) {
         fclose(out.file);
         if (out.temporary)
             remove(out.temporary);
