@@ -47,9 +47,9 @@
  *   layers are public: fill a tfm_block with your own weights and call tfm_block_forward.
  *
  *   tfm_model     what was loaded. Never changes afterwards; any number of threads may share one.
- *   tfm_session   one user's state: KV cache, scratch memory, random numbers. One thread at a time. It allocates all that
- *                 evaluating needs when it is created; generating allocates nothing. It may hold several sequences, which are
- *                 evaluated together and share each read of the weights (tfm_eval).
+ *   tfm_session   one user's state: KV cache, scratch memory, random numbers. One thread at a time. It allocates all
+ *                 that evaluating needs when it is created; generating allocates nothing. It may hold several
+ *                 sequences, which are evaluated together and share each read of the weights (tfm_eval).
  *   tfm_chat      a conversation in a sequence of a session: turns, a template, a budget of tokens; it can be saved.
  *   tfm_engine    how the machine is used: instruction set, threads, scratch memory. A session has one inside; who builds
  *                 a Transformer by hand makes one. One thread at a time.
@@ -539,7 +539,8 @@ typedef struct tfm_quantize_options {
 } tfm_quantize_options;
 
 /* Rewrites a .tfm file with its matrices in panels of the given dtype (relative positions' few biases stay), so that
- * loading it copies nothing. One tensor is in memory at a time. The output appears whole, under its own name, or not at all. */
+ * loading it copies nothing. One tensor is in memory at a time. The output appears whole, under its own name, or not at
+ * all. */
 TFM_API tfm_status tfm_quantize(const char *in_path, const char *out_path, const tfm_quantize_options *options,
                                 tfm_error *error);
 #endif
@@ -607,9 +608,10 @@ typedef struct tfm_load_options {
 } tfm_load_options;
 
 #ifndef TFM_NO_STDIO
-/* Loads a model. Matrices that the file holds in panels of the wanted dtype (tables that are only looked up: in any layout)
- * are used where they lie, in the mapped file; others are packed into memory. A file may hold a tokenizer alone, for tfm_tokenize and its like; then there are no sessions,
- * and the description is empty but for vocab_size. options NULL: the usual. Free with tfm_free. NULL on error. */
+/* Loads a model. Matrices that the file holds in panels of the wanted dtype (tables that are only looked up: in any
+ * layout) are used where they lie, in the mapped file; others are packed into memory. A file may hold a tokenizer
+ * alone, for tfm_tokenize and its like; then there are no sessions, and the description is empty but for vocab_size.
+ * options NULL: the usual. Free with tfm_free. NULL on error. */
 TFM_API tfm_model *tfm_load(const char *path, const tfm_load_options *options, tfm_error *error);
 #endif
 /* The same from memory (8-byte aligned), which must outlive the model. */
@@ -923,10 +925,11 @@ typedef struct tfm_beam_options {
 TFM_API tfm_status tfm_beam_search(tfm_session *session, const tfm_prompt *prompts, size_t n_prompts,
                                    const tfm_beam_options *options, tfm_result *results, tfm_error *error);
 /* --------------------------------------------------------------------------------------------------------------- chat
- * A conversation with memory. A tfm_chat holds the turns, renders them by the model's chat template into one context within
- * a budget of tokens, and lets the model answer. The context begins as the one before it did (but for templates that put the
- * system prompt into the last message), so that only what is new is evaluated; and since a token's results do not depend on what it was evaluated with, the answers have the same bits as
- * if everything had been evaluated afresh.
+ * A conversation with memory. A tfm_chat holds the turns, renders them by the model's chat template into one context
+ * within a budget of tokens, and lets the model answer. The context begins as the one before it did (but for templates
+ * that put the system prompt into the last message), so that only what is new is evaluated; and since a token's results
+ * do not depend on what it was evaluated with, the answers have the same bits as if everything had been evaluated
+ * afresh.
  * When the context grows past its budget the oldest turns are dropped, from a user's turn to a user's turn, until it takes
  * no more than half of the budget: dropping changes the context near its beginning, so all behind that place is evaluated
  * again, and it should not happen at each turn.

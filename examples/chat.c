@@ -5,11 +5,11 @@
  *        [--kv f32|f16|bf16|int8]
  *
  * Each line of stdin is a turn, and its answer goes to stdout as it is written; a line that begins with / is a command
- * (/help names them). Only what is new in a turn is evaluated. When the conversation outgrows the context (--context; at
- * most 4096 tokens unless it says more) the oldest turns are forgotten. -n 0 (the default) lets the model end its answers
- * itself. Ctrl-C stops an answer, or drops what is typed, and not the program: /quit or Ctrl-D end it. When stdin is no
- * terminal nothing but answers and what commands say is printed, and the first error ends the program, as does a Ctrl-C between answers.
- * Exit status: 0, 1 for errors, 2 for wrong usage.
+ * (/help names them). Only what is new in a turn is evaluated. When the conversation outgrows the context (--context;
+ * at most 4096 tokens unless it says more) the oldest turns are forgotten. -n 0 (the default) lets the model end its
+ * answers itself. Ctrl-C stops an answer, or drops what is typed, and not the program: /quit or Ctrl-D end it. When
+ * stdin is no terminal nothing but answers and what commands say is printed, and the first error ends the program, as
+ * does a Ctrl-C between answers. Exit status: 0, 1 for errors, 2 for wrong usage.
  */
 #define _POSIX_C_SOURCE 200809L
 #define TFM_IMPLEMENTATION
@@ -134,8 +134,8 @@ static void interrupt(int number) {
     interrupted = 1;
 }
 
-/* Ctrl-C without SA_RESTART: it ends the waiting for a line. And a limit on the size of files makes /save fail, as a full disk
- * does, instead of ending the conversation. */
+/* Ctrl-C without SA_RESTART: it ends the waiting for a line. And a limit on the size of files makes /save fail, as a
+ * full disk does, instead of ending the conversation. */
 static void catch_signals(void) {
     struct sigaction action;
     memset(&action, 0, sizeof action);

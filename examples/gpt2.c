@@ -4,10 +4,11 @@
  *        [--seed S] [--stop TEXT]... [--threads N] [--isa NAME] [--type f32|f16|bf16|int8] [--kv f32|f16|bf16|int8]
  *        [--keep N] [--special] [--ignore-eos] [--ids] [--prompt-ids 1,2,3]
  *
- * By default the demo model goes on from "Once upon a time" with 100 tokens. Only the continuation is printed, not the prompt. --temp 0 (the default) always takes the likeliest token. -n 0 writes
- * until the model ends its text. --keep N: when the context is full, keep the first N tokens and the most recent half and
- * go on; without it that is an error. --prompt-ids 1,2,3 instead of -p needs no tokenizer. --special: special tokens
- * written in the prompt, as <|endoftext|>, are meant as such. Exit status: 0, 1 for errors, 2 for wrong usage.
+ * By default the demo model goes on from "Once upon a time" with 100 tokens. Only the continuation is printed, not the
+ * prompt. --temp 0 (the default) always takes the likeliest token. -n 0 writes until the model ends its text. --keep N:
+ * when the context is full, keep the first N tokens and the most recent half and go on; without it that is an error.
+ * --prompt-ids 1,2,3 instead of -p needs no tokenizer. --special: special tokens written in the prompt, as
+ * <|endoftext|>, are meant as such. Exit status: 0, 1 for errors, 2 for wrong usage.
  */
 #define _POSIX_C_SOURCE 200809L
 #define TFM_IMPLEMENTATION
@@ -119,6 +120,8 @@ static int parse(int argc, char **argv, arguments *args) {
         if (k < n_options && options[k].count == &args->keep)
             args->shift = 1;
     }
+    if (args->prompt && args->prompt_ids)
+        return usage("-p and --prompt-ids: expected one of them", "");
     if (args->top_p > 1 || args->min_p > 1)
         return usage(args->top_p > 1 ? "--top-p" : "--min-p", ": expected a probability, 0 to 1");
     return args->threads > 1024 ? usage("--threads: at most 1024", "") : 0;
@@ -251,8 +254,6 @@ int main(int argc, char **argv) {
     status = parse(argc, argv, &args);
     if (status)
         return status;
-    if (args.prompt && args.prompt_ids)
-        return usage("-p and --prompt-ids: expected one of them", "");
     args.prompt = args.prompt ? args.prompt : "Once upon a time";
     w.print_ids = args.ids;
     load.threads = session_options.engine.threads = (int)args.threads;

@@ -129,6 +129,8 @@ void test_put_tokenizer(test_tfm *tfm, const char *const *more, size_t n);
 unsigned char *test_write_tfm(const test_tfm *tfm, size_t *size);
 /* The model; test_write_tfm and tfm_load_memory. *bytes is the caller's to free, after the model. */
 tfm_model *test_load_tfm(const test_tfm *tfm, unsigned char **bytes);
+/* The CRC-32 of data behind what has the CRC-32 `crc` (0: nothing). */
+uint32_t test_crc32(uint32_t crc, const unsigned char *data, size_t size);
 /* Makes the header's checksum right again, as far as the sizes in the header can be true. */
 void test_seal(unsigned char *file, size_t size);
 

@@ -580,19 +580,8 @@ static void refused(tfm_chat *chat, const unsigned char *data, size_t size, tfm_
     free(after);
 }
 
-/* CRC-32, bit by bit. */
-static uint32_t crc_of(const unsigned char *data, size_t size) {
-    uint32_t value = 0xFFFFFFFFu;
-    size_t i;
-    int k;
-    for (i = 0; i < size; i++)
-        for (value ^= data[i], k = 0; k < 8; k++)
-            value = value & 1 ? value >> 1 ^ 0xEDB88320u : value >> 1;
-    return ~value;
-}
-
 static void seal(unsigned char *data, size_t size) {
-    uint32_t crc = crc_of(data, size - 4);
+    uint32_t crc = test_crc32(0, data, size - 4);
     int i;
     for (i = 0; i < 4; i++)
         data[size - 4 + (size_t)i] = (unsigned char)(crc >> 8 * i);

@@ -10,10 +10,10 @@
  * What is no text, or no such vector, is an error, NULL too: leave such rows out with `where text is not null`.
  *
  * tfm_load again replaces the model; tfm_load('file', 4) uses 4 threads (otherwise 1: a database's host has its own).
- * Vectors are made as the model's file says (mean, first token or maximum, of length 1 or not); a text is cut where the file says so,
- * otherwise one that is too long is an error. Every connection has its own model and session, so that connections may run
- * on different threads; the weights of a file that `tfm quantize` wrote are shared by all of them. All memory is given
- * back when the connection closes.
+ * Vectors are made as the model's file says (mean, first token or maximum, of length 1 or not); a text is cut where the
+ * file says so, otherwise one that is too long is an error. Every connection has its own model and session, so that
+ * connections may run on different threads; the weights of a file that `tfm quantize` wrote are shared by all of them.
+ * All memory is given back when the connection closes.
  */
 #define TFM_API static __attribute__((unused)) /* the host may have another tfm.h inside */
 #define TFM_IMPLEMENTATION
